@@ -1,0 +1,1 @@
+"""Passes that change weights, and the checkpoint that holds their result."""

@@ -1,0 +1,1 @@
+"""What runs at inference, and its truth: affine arithmetic, storage layouts, integer operations and their dispatch."""

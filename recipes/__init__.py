@@ -1,0 +1,1 @@
+"""What to do with a model, in which order: recipes, their stages, validation and the report."""

@@ -1,0 +1,105 @@
+"""What a recipe may say: every key, its type, its bounds and its default.
+
+A recipe is data. It never holds a tensor, a path of its own output or anything that changes between two machines, so its
+hash names the work that it describes. Unknown keys are refused by `load.py` with the nearest known one.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+SCHEMA_VERSION = 1
+
+Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "float"]
+PRESETS: tuple[Preset, ...] = ("w8a8", "w4a8", "w4a16", "w8a16", "float")
+Pattern = Annotated[str, Field(min_length=1, max_length=500)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Calibration(_Frozen):
+    """How the calibration set is recorded: the deployed sampler's own trajectories.
+
+    Attributes:
+        prompts: file (txt, csv, json, jsonl, parquet) or `datasets` name; none: the model's own or built-in ones.
+        column: column or key of a table that holds the prompts.
+        samples: number of trajectories.
+        steps: scheduler steps of each, the number that will be deployed.
+        guidance: guidance scale; none: the pipeline's default.
+        scheduler: diffusers scheduler class to deploy with; none: the model's own.
+        height, width: picture size in pixels; none: the pipeline's default.
+        max_calls: denoiser calls kept of each trajectory, spread evenly over it.
+        max_megabytes: bound of the set on disk.
+    """
+
+    prompts: str | None = None
+    column: str | None = None
+    samples: Annotated[int, Field(ge=1, le=65_536)] = 32
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 20
+    guidance: Annotated[float, Field(ge=0, le=100)] | None = None
+    scheduler: str | None = None
+    height: Annotated[int, Field(ge=8, le=16_384)] | None = None
+    width: Annotated[int, Field(ge=8, le=16_384)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch_size: Annotated[int, Field(ge=1, le=1_024)] = 8
+    max_calls: Annotated[int, Field(ge=1, le=1_000)] = 25
+    max_megabytes: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
+
+
+class QuantizeStage(_Frozen):
+    """Quantize the denoiser's linear and convolution layers.
+
+    Attributes:
+        preset: bits of weights and activations for each role of a layer; `float` leaves every layer as it is.
+        format: `dcomp` runs in integers; `quanto` and `bnb` store weights in those packages' formats.
+        step_bins: number of activation tables over the trajectory, at most one a calibrated step.
+        weight_range, input_range: how ranges are chosen: least squared error, or minimum and maximum.
+        keep: layer name patterns to leave in float, in addition to what the preset leaves.
+        overrides: layer name pattern -> scheme such as `W8A8`, strongest rule last.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    preset: Preset = "w4a8"
+    format: Literal["dcomp", "quanto", "bnb"] = "dcomp"
+    step_bins: Annotated[int, Field(ge=1, le=1_000)] = 25
+    weight_range: Literal["mse", "minmax"] = "mse"
+    input_range: Literal["mse", "minmax"] = "mse"
+    keep: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()
+    overrides: Annotated[dict[Pattern, str], Field(max_length=1_000)] = {}
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_schemes(cls, overrides: dict[str, str]) -> dict[str, str]:
+        for pattern, label in overrides.items():
+            if label.lower() not in PRESETS:
+                raise ValueError(f"'{label}' for '{pattern}' is not one of {', '.join(PRESETS)}")
+        return overrides
+
+
+Stage = QuantizeStage  # a union discriminated by `kind` as soon as there is a second stage
+
+
+class Recipe(_Frozen):
+    """A list of stages with the calibration that they share.
+
+    Attributes:
+        lora: adapters `PATH[:scale]`, fused into the weights before anything else.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Annotated[str, Field(max_length=100)] = "custom"
+    lora: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    calibration: Calibration = Calibration()
+    stages: Annotated[tuple[Stage, ...], Field(max_length=100)] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as JSON data, every default explicit."""
+        return self.model_dump(mode="json")
+
+    def hash(self) -> str:
+        """Return the sha256 of the resolved recipe."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
