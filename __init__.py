@@ -62,7 +62,5 @@ def __getattr__(name: str) -> Any:
 
 
 @wrapt.when_imported("diffusers.quantizers.auto")  # type: ignore[untyped-decorator]
-def _register_with_diffusers(auto: "ModuleType") -> None:
-    loader = import_module("dcomp.compress.loader")
-    auto.AUTO_QUANTIZER_MAPPING[loader.QUANT_METHOD] = loader.DcompQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[loader.QUANT_METHOD] = loader.DcompQuantizationConfig
+def _register_with_diffusers(_: "ModuleType") -> None:
+    import_module("dcomp.compress.loader")  # registers itself, also when it is what imported diffusers

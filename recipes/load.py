@@ -56,7 +56,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), values: Mappi
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
-            raise RecipeError(f"'{item}' is not KEY=VALUE", where="--set", remedy="Write for example --set stages.0.step_bins=10.")
+            raise RecipeError(
+                f"'{item}' is not KEY=VALUE", where="--set", remedy="Write for example --set stages.0.step_bins=10."
+            )
         _set(data, key.strip(), _parse(text, where=f"--set {key}"), place=f"--set {key}")
     return parse_recipe(data, where=str(source))
 
@@ -88,18 +90,22 @@ def _read(source: str | Path) -> Any:
         )
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
-            f"The recipe has {path.stat().st_size:,} bytes", where=str(path), remedy=f"A recipe has at most {MAX_BYTES:,}."
+            f"The recipe has {path.stat().st_size:,} bytes",
+            where=str(path),
+            remedy=f"A recipe has at most {MAX_BYTES:,}.",
         )
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError("The recipe is not readable UTF-8 text", where=str(path), remedy="Give a YAML file.") from error
+        raise RecipeError(
+            "The recipe is not readable UTF-8 text", where=str(path), remedy="Give a YAML file."
+        ) from error
     return _parse(text, where=str(path))
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         mark = getattr(error, "problem_mark", None)
@@ -115,11 +121,15 @@ def _set(data: Any, key: str, value: Any, place: str) -> None:
         if isinstance(data, list):
             if not part.isdigit() or int(part) >= len(data):
                 raise RecipeError(
-                    f"'{part}' is not one of the {len(data)} items", where=place, remedy="Count the list's items from 0."
+                    f"'{part}' is not one of the {len(data)} items",
+                    where=place,
+                    remedy="Count the list's items from 0.",
                 )
             part = int(part)  # type: ignore[assignment]
         elif not isinstance(data, dict):
-            raise RecipeError(f"'{'.'.join(parts[:position])}' holds no further keys", where=place, remedy="Shorten the key.")
+            raise RecipeError(
+                f"'{'.'.join(parts[:position])}' holds no further keys", where=place, remedy="Shorten the key."
+            )
         if last:
             data[part] = value
         else:
@@ -140,7 +150,10 @@ def _explain(error: dict[str, Any]) -> str:
 def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
     """Return the field names of the model found by following an error's location into a model type."""
     if get_origin(model) in (Union, UnionType, tuple, list) or get_origin(model) is not None:
-        found = [_keys_at(a, location[1:] if location and isinstance(location[0], int) else location) for a in get_args(model)]
+        found = [
+            _keys_at(a, location[1:] if location and isinstance(location[0], int) else location)
+            for a in get_args(model)
+        ]
         return next((keys for keys in found if keys), [])
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return []

@@ -1,7 +1,7 @@
 """What a recipe may say: every key, its type, its bounds and its default.
 
-A recipe is data. It never holds a tensor, a path of its own output or anything that changes between two machines, so its
-hash names the work that it describes. Unknown keys are refused by `load.py` with the nearest known one.
+A recipe is data. It holds no tensor, no path of its own output, nothing that changes between two machines, so its hash
+names the work that it describes. Unknown keys are refused by `load.py` with the nearest known one.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ counts are multiples of 64 in some layers and not in others.
 
 import contextlib
 import functools
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import diffusers
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -49,6 +51,8 @@ from transformers import (
 )
 
 diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
 
 TEXT_WIDTH = 48  # channels of every tiny text encoder: no multiple of 64
 
@@ -217,7 +221,9 @@ def tiny_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
         )
     if name == "DiTTransformer2DModel":
         labels = {0: "tench, Tinca tinca", 1: "goldfish", 207: "golden retriever"}
-        return DiTPipeline(transformer=denoiser, vae=_vae(), scheduler=DDIMScheduler(clip_sample=False), id2label=labels)
+        return DiTPipeline(
+            transformer=denoiser, vae=_vae(), scheduler=DDIMScheduler(clip_sample=False), id2label=labels
+        )
     if name == "PixArtTransformer2DModel":
         return PixArtAlphaPipeline(
             tokenizer=_t5_tokenizer(),
@@ -235,8 +241,8 @@ def tiny_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
             tokenizer=_clip_tokenizer(),
             text_encoder_2=_clip(CLIPTextModelWithProjection),
             tokenizer_2=_clip_tokenizer(),
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=_t5(2 * TEXT_WIDTH),
+            tokenizer_3=_t5_tokenizer(),
         )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -254,6 +260,9 @@ def save_tiny_pipeline(name: str, folder: str | Path, seed: int = 0) -> Path:
     folder = Path(folder)
     with _quiet():
         tiny_pipeline(name, seed).save_pretrained(folder, safe_serialization=True)
+    if name == "DiTTransformer2DModel":  # published folders carry the names, `save_pretrained` drops them
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": _CLASS_NAMES}, indent=2))
     return folder
 
 
@@ -265,6 +274,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
     return pipeline
 
 
+_CLASS_NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 207: "golden retriever"}
 _STABLE_DIFFUSION_BETAS: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

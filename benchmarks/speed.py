@@ -1,0 +1,116 @@
+"""Speed of one denoiser call at Stable Diffusion 1.5's shape: integers against fp32, interleaved, as ratios.
+
+    python benchmarks/speed.py [--preset w8a8 --preset w4a8] [--batch 2] [--repeats 7] [--json speed.json]
+
+Weights are random: speed does not depend on them. Each round times the fp32 call and every quantized call once, in turn,
+so that a drift of the machine's speed hits all of them; the ratio of a round is what counts, its median is what is quoted.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+class _Calls:
+    """A calibration set of one call that is never written to disk."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        from dcomp.calibrate.record import RecordedCall
+
+        self._call = RecordedCall(args, kwargs, None, trajectory=0, call=0, step=0, timestep=500.0, contexts=("cond",))
+
+    def __len__(self) -> int:
+        return 1
+
+    def calls(self) -> Iterator[Any]:
+        yield self._call
+
+
+def main(
+    preset: Annotated[list[str] | None, typer.Option(help="Presets to time.")] = None,
+    batch: int = 2,
+    latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
+    repeats: int = 7,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Print the table and, if asked, write it as JSON."""
+    from diffusers import UNet2DConditionModel
+
+    from dcomp.calibrate.clock import StepBins
+    from dcomp.calibrate.structure import probe_structure
+    from dcomp.compress.quantize import quantize_denoiser
+    from dcomp.compress.scheme import choose_schemes
+
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    reference = UNet2DConditionModel(**SD15).eval()
+    args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    small = (args[0][:, :, :16, :16], args[1], args[2])
+    models = {"fp32": reference}
+    for name in preset or ["w8a8", "w4a8"]:
+        started = time.perf_counter()
+        model = copy.deepcopy(reference)
+        structure = probe_structure(model, small, {})
+        decisions = choose_schemes(model, structure, name)
+        schemes = {layer: d.scheme for layer, d in decisions.items() if d.scheme is not None}
+        schemes = {layer: s.replace(weight_range="minmax", input_range="minmax") for layer, s in schemes.items()}
+        with tempfile.TemporaryDirectory() as work:
+            quantize_denoiser(model, _Calls(small, {}), schemes, StepBins((500.0,), (0,), ()), Path(work))
+        models[name] = model
+        print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
+
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for round_number in range(repeats + 1):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model(*args)
+            if round_number:  # the first round packs weights and fills caches
+                seconds[name].append(time.perf_counter() - started)
+    rows = []
+    for name, times in seconds.items():
+        ratios = [fp32 / own for fp32, own in zip(seconds["fp32"], times, strict=True)]
+        rows.append(
+            {
+                "model": name,
+                "speedup": round(statistics.median(ratios), 2),
+                "speedup_min": round(min(ratios), 2),
+                "speedup_max": round(max(ratios), 2),
+                "bytes": sum(t.nbytes for t in (*models[name].parameters(), *models[name].buffers())),
+            }
+        )
+    print(
+        f"\nSD 1.5 shape, batch {batch}, {latent}x{latent} latents, {repeats} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print("| model | speed ratio to fp32 (min - max) | bytes in memory, ratio |\n|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['model']} | {row['speedup']:.2f} ({row['speedup_min']:.2f} - {row['speedup_max']:.2f}) "
+            f"| {row['bytes'] / rows[0]['bytes']:.3f} |"
+        )
+    if json_file:
+        facts = {"batch": batch, "latent": latent, "repeats": repeats, "threads": torch.get_num_threads()}
+        machine = {"machine": platform.machine(), "torch": torch.__version__}
+        json_file.write_text(json.dumps(facts | machine | {"rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(main)

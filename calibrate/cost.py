@@ -1,0 +1,127 @@
+"""What a denoiser costs: multiply-accumulates of one call, parameters, and bytes at a precision.
+
+Bytes follow from shapes alone, so that a plan can be printed before a weight is touched or even loaded; they are those
+of the buffers, not of file headers. Time is not measured here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dcomp.kernels.packing import storage
+
+
+class Precision(Protocol):
+    """The part of a quantization scheme that decides about bytes."""
+
+    @property
+    def weight_bits(self) -> int:
+        """4 or 8."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Input channels that share a multiplier; None for 8 bits."""
+
+    @property
+    def input_granularity(self) -> str | None:
+        """With `tensor` (static) input scales there is a table of them."""
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates of one call of a denoiser.
+
+    Attributes:
+        layers: of each `nn.Linear` and `nn.Conv2d` that ran, by name, in order of execution.
+        attention: of the products of activations with activations (queries with keys, weights with values).
+    """
+
+    layers: dict[str, int]
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self.layers.values()) + self.attention
+
+
+def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Macs:
+    """Run one call and count; also works on meta tensors, where nothing is computed.
+
+    Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original.
+    """
+    layers: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Linear | nn.Conv2d, _: Any, output: Tensor) -> None:
+            layers[name] = layers.get(name, 0) + output.numel() * macs_per_output(module)
+
+        return add
+
+    products = _Products()
+    with ExitStack() as stack, torch.no_grad(), products:
+        for name, module in denoiser.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                stack.callback(module.register_forward_hook(hook(name)).remove)
+        denoiser(*args, **kwargs)
+    return Macs(layers, products.macs)
+
+
+def macs_per_output(layer: nn.Linear | nn.Conv2d) -> int:
+    """Multiply-accumulates behind one element of a layer's output."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels // layer.groups * prod(layer.kernel_size)
+    return layer.in_features
+
+
+def layer_bytes(layer: nn.Linear | nn.Conv2d, scheme: Precision | None, step_bins: int = 1) -> int:
+    """Bytes of a layer's parameters and tables, exactly as stored.
+
+    Args:
+        layer: a float layer; only its shapes and dtypes are read, so it may be on the meta device.
+        scheme: its precision; None leaves it as it is.
+        step_bins: entries of the table of input scales, for layers with static ones.
+    """
+    if scheme is None:
+        return sum(parameter.nbytes for parameter in layer.parameters())
+    if isinstance(layer, nn.Conv2d):
+        shape = (layer.out_channels, tuple(layer.kernel_size), layer.in_channels // layer.groups)
+    else:
+        shape = (layer.out_features, (), layer.in_features)
+    buffers = storage(*shape, scheme.weight_bits, scheme.group_size)
+    weight = sum(prod(size) * dtype.itemsize for size, dtype in buffers.values())
+    bias = 0 if layer.bias is None else 4 * shape[0]
+    table = step_bins * (4 + 1) if scheme.input_granularity == "tensor" else 0  # float32 scales and uint8 zeros
+    return weight + bias + table
+
+
+class _Products(TorchFunctionMode):
+    """Counts matrix products in which no layer's weight takes part."""
+
+    macs = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function and count what it multiplies."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key = _arguments(("query", "key"), args, kwargs)
+            # Scores and their product with the values; heads and batch are those of the output.
+            self.macs += key.shape[-2] * (prod(output.shape[:-1]) * query.shape[-1] + output.numel())
+        elif func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm):
+            self.macs += output.numel() * args[0].shape[-1]
+        elif func in (torch.baddbmm, Tensor.baddbmm):
+            self.macs += output.numel() * _arguments(("input", "batch1"), args, kwargs)[1].shape[-1]
+        return output
+
+
+def _arguments(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names)]

@@ -1,0 +1,452 @@
+"""Every command: parse, call one library function, print its result.
+
+Results go to stdout (`--json` for the machine form), everything else to stderr. Exit codes: 0 good, 1 failed, 2 wrong
+use or input, 3 valid but not good enough, 130 interrupted. Heavy libraries are imported inside the commands, so that
+`--help` answers at once.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dcomp import DcompError, UsageError, __version__
+
+NOT_GOOD_ENOUGH = 3
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="dcomp",
+    help="Compress diffusion models: quantize to int4/int8, run in integers, prove that the pictures are still good.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Start with:  [bold]dcomp demo[/]   ·   then:  [bold]dcomp quantize --w4a8 MODEL[/]",
+)
+
+Model = Annotated[str, typer.Argument(help="A diffusers folder, or a hub id.", metavar="MODEL")]
+Checkpoint = Annotated[Path, typer.Argument(help="A folder that dcomp wrote (or any diffusers folder).", metavar="OUT")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder to write; default: MODEL's name and the recipe's.")
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A built-in recipe or a YAML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any field of the recipe, KEY=VALUE, repeatable.")]
+Prompts = Annotated[str | None, typer.Option(help="FILE.txt|csv|json|jsonl|parquet, or a datasets name.")]
+Column = Annotated[str | None, typer.Option(help="Column of a table that holds the prompts.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Number of prompts used.")]
+Steps = Annotated[int | None, typer.Option(help="Scheduler steps, the number you deploy.")]
+Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the pipeline's own.")]
+Scheduler = Annotated[str | None, typer.Option(help="diffusers scheduler class, e.g. DPMSolverMultistepScheduler.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Base seed; every sample's seed follows from it and its number.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures that are made together.")]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh/--resume", help="Throw away the work of an interrupted run, or go on with it.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved recipe, the plan and its cost; write nothing.")
+]
+Lora = Annotated[
+    list[str] | None, typer.Option(help="Adapter PATH[:scale] to fuse into the weights first, repeatable.")
+]
+
+
+def main() -> None:
+    """Run the program; a `DcompError` becomes one screen and its exit code."""
+    if sys.stdout.encoding and sys.stdout.encoding.lower() != "utf-8":
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        app()
+    except DcompError as error:
+        if os.environ.get("DCOMP_DEBUG"):
+            raise
+        from dcomp.recipes.console import print_error
+
+        print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"dcomp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _resolve(
+    preset_flags: dict[str, bool], recipe: str | None, overrides: list[str] | None, values: dict[str, Any]
+) -> Any:
+    from dcomp.recipes.load import load_recipe
+
+    chosen = [name for name, wanted in preset_flags.items() if wanted]
+    if len(chosen) + (recipe is not None) > 1:
+        named = [f"--{name}" for name in chosen] + (["--recipe"] if recipe else [])
+        raise UsageError(f"{' and '.join(named)} exclude each other", remedy="Give one of them.")
+    source = recipe or (chosen[0] if chosen else "w4a8")
+    return load_recipe(source, overrides or (), values)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output = None,
+    w8a8: Annotated[
+        bool, typer.Option("--w8a8", help="8-bit weights, 8-bit activations.", rich_help_panel="Recipe")
+    ] = False,
+    w4a8: Annotated[
+        bool, typer.Option("--w4a8", help="4-bit weights, 8-bit activations (default).", rich_help_panel="Recipe")
+    ] = False,
+    w4a16: Annotated[
+        bool, typer.Option("--w4a16", help="4-bit weights, float activations.", rich_help_panel="Recipe")
+    ] = False,
+    w8a16: Annotated[
+        bool, typer.Option("--w8a16", help="8-bit weights, float activations.", rich_help_panel="Recipe")
+    ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="A built-in recipe or a YAML file.", rich_help_panel="Recipe")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any field of the recipe, KEY=VALUE, repeatable.", rich_help_panel="Recipe"),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="dcomp (integers), or quanto, bnb (those packages' weights).", rich_help_panel="Recipe"),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Layer name pattern to leave in float, repeatable.", rich_help_panel="Recipe"),
+    ] = None,
+    lora: Lora = None,
+    prompts: Prompts = None,
+    column: Column = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    calibration: Annotated[Path | None, typer.Option(help="A calibration set that `dcomp calibrate` recorded.")] = None,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Quantize MODEL's denoiser on its own trajectories and write a checkpoint that runs in integers.
+
+    Examples:
+      dcomp quantize --w4a8 my-model/
+
+      dcomp quantize --w8a8 my-model/ -o small/ --prompts captions.csv --steps 25 --guidance 5
+
+      dcomp quantize my-model/ --recipe my.yaml --set stages.0.step_bins=10 --dry-run
+    """
+    resolved = _resolve(
+        {"w8a8": w8a8, "w4a8": w4a8, "w4a16": w4a16, "w8a16": w8a16},
+        recipe,
+        overrides,
+        {
+            "lora": lora,
+            "stages.0.format": format,
+            "stages.0.keep": keep,
+            "calibration.prompts": prompts,
+            "calibration.column": column,
+            "calibration.samples": samples,
+            "calibration.steps": steps,
+            "calibration.guidance": guidance,
+            "calibration.scheduler": scheduler,
+            "calibration.seed": seed,
+            "calibration.batch_size": batch_size,
+        },
+    )
+    _compress(model, resolved, output, calibration, device, dry_run, fresh, overwrite, json)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe or a YAML file.")],
+    model: Model,
+    output: Output = None,
+    overrides: Set = None,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Run all stages of RECIPE on MODEL; interrupted runs go on where they stopped."""
+    _compress(model, _resolve({}, recipe, overrides, {}), output, None, device, dry_run, fresh, overwrite, json)
+
+
+def _compress(
+    model: str,
+    recipe: Any,
+    output: Path | None,
+    calibration: Path | None,
+    device: str,
+    dry_run: bool,
+    fresh: bool,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    from dcomp.recipes import console, screens
+    from dcomp.recipes.run import default_output, plan_recipe, run_recipe
+
+    output = output or default_output(model, recipe)
+    if dry_run:
+        plan = plan_recipe(model, recipe, device=device)
+        console.print_json(plan.to_dict()) if json else screens.print_plan(plan, full=True)
+        return
+    with console.progress() as progress:
+        result = run_recipe(
+            model,
+            recipe,
+            output,
+            calibration=calibration,
+            device=device,
+            fresh=fresh,
+            overwrite=overwrite,
+            on_plan=screens.print_plan,
+            progress=progress,
+        )
+    console.print_json(result.to_dict()) if json else screens.print_result(result)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the calibration set.")],
+    prompts: Prompts = None,
+    column: Column = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Record what MODEL's denoiser sees on its own trajectories, for `dcomp quantize --calibration`."""
+    from dcomp.recipes import console
+    from dcomp.recipes.load import load_recipe
+    from dcomp.recipes.run import record_calibration
+
+    options = {
+        "prompts": prompts,
+        "column": column,
+        "samples": samples,
+        "steps": steps,
+        "guidance": guidance,
+        "scheduler": scheduler,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    recipe = load_recipe("float", (), {f"calibration.{key}": value for key, value in options.items()})
+    with console.progress() as progress:
+        summary = record_calibration(model, recipe.calibration, output, device=device, progress=progress)
+    console.print_json(summary) if json else console.print_facts("Calibration set", summary)
+
+
+@app.command()
+def validate(
+    out: Checkpoint,
+    against: Annotated[str, typer.Option(help="The original model.")],
+    prompts: Prompts = None,
+    column: Column = None,
+    samples: Samples = 16,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    min_psnr: Annotated[float | None, typer.Option(help="Mean PSNR in dB.", rich_help_panel="Thresholds")] = None,
+    min_ssim: Annotated[float | None, typer.Option(help="Mean SSIM.", rich_help_panel="Thresholds")] = None,
+    max_latent_error: Annotated[
+        float | None, typer.Option(help="Mean relative error of the final latents.", rich_help_panel="Thresholds")
+    ] = None,
+    max_fid_change: Annotated[
+        float | None,
+        typer.Option(help="FID against the original's pictures; needs --features.", rich_help_panel="Thresholds"),
+    ] = None,
+    max_bytes_ratio: Annotated[
+        float | None, typer.Option(help="Denoiser bytes against fp32.", rich_help_panel="Thresholds")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Denoiser speed against the original.", rich_help_panel="Thresholds")
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="Feature network for FID: random-conv or pixel.")] = None,
+    bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure the speed ratio too.")] = True,
+    device: Device = "cpu",
+    json: Json = False,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a self-contained page with pictures into this folder.")
+    ] = None,
+) -> None:
+    """Run the same seeds through OUT and the original and measure the difference; exit code 3 when not good enough."""
+    from dcomp.recipes import console
+    from dcomp.recipes.report import write_html, write_json, write_junit
+    from dcomp.recipes.validate import validate as run_validation
+
+    thresholds = {
+        "min_psnr": min_psnr,
+        "min_ssim": min_ssim,
+        "max_latent_error": max_latent_error,
+        "max_fid_change": max_fid_change,
+        "max_bytes_ratio": max_bytes_ratio,
+        "min_speedup": min_speedup,
+    }
+    with console.progress() as progress:
+        result = run_validation(
+            out,
+            against,
+            prompts=prompts,
+            column=column,
+            samples=samples,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            seed=seed,
+            batch_size=batch_size,
+            thresholds={key: value for key, value in thresholds.items() if value is not None},
+            features=features,
+            bench=bench,
+            device=device,
+            progress=progress,
+        )
+    if junit:
+        write_junit(result, junit)
+    if html:
+        write_html(result, html)
+        write_json(result, html / "report.json")
+    console.print_json(result.to_dict()) if json else console.print_validation(result, html)
+    if not result.passed:
+        raise typer.Exit(NOT_GOOD_ENOUGH)
+
+
+@app.command()
+def generate(
+    out: Checkpoint,
+    prompts: Annotated[
+        list[str], typer.Argument(help="Prompts (class ids for a class-conditional model).", metavar="PROMPT...")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path("pictures"),
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    batch_size: BatchSize = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Make one picture a prompt, with the compressed pipeline."""
+    from dcomp.recipes import console
+    from dcomp.recipes.generate import generate as run_generation
+
+    with console.progress() as progress:
+        result = run_generation(
+            out,
+            prompts,
+            output,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+    console.print_json(result) if json else console.print_facts("Pictures", result)
+
+
+@app.command()
+def bench(
+    out: Checkpoint,
+    against: Annotated[str, typer.Option(help="The original model.")],
+    repeats: Annotated[int, typer.Option(min=3, help="Interleaved runs of each.")] = 9,
+    batch: Annotated[int, typer.Option(min=1, help="Samples in a denoiser call.")] = 1,
+    generations: Annotated[int, typer.Option(min=0, help="Whole generations timed too.")] = 0,
+    steps: Steps = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Time OUT against the original in turns: ratio with its spread, peak memory, bytes."""
+    from dcomp.recipes import console
+    from dcomp.recipes.bench import bench as run_bench
+
+    with console.progress() as progress:
+        result = run_bench(
+            out,
+            against,
+            repeats=repeats,
+            batch=batch,
+            generations=generations,
+            steps=steps,
+            device=device,
+            progress=progress,
+        )
+    console.print_json(result.to_dict()) if json else console.print_facts("Speed", result.to_dict())
+
+
+@app.command()
+def inspect(
+    out: Checkpoint,
+    layers: Annotated[bool, typer.Option("--layers/--summary", help="Every layer, or one line for each role.")] = True,
+    json: Json = False,
+) -> None:
+    """Explain a checkpoint: layers with role, bits, bytes and error; what stayed in float and why."""
+    from dcomp.recipes import console, screens
+    from dcomp.recipes.inspect import inspect as read
+
+    report = read(out)
+    console.print_json(report.to_dict()) if json else screens.print_inspection(report, layers)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine will use for each operation, and why."""
+    from dcomp.recipes import console
+    from dcomp.recipes.doctor import examine
+
+    report = examine()
+    console.print_json(report) if json else console.print_doctor(report)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo's results.")] = Path("demo-out"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps: a smoke test.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Compress the embedded text-to-image pipeline to W4A8, validate it and write a page with its pictures."""
+    from dcomp.recipes import console, screens
+    from dcomp.recipes.demo import run_demo
+
+    with console.progress() as progress:
+        result, page = run_demo(output, quick=quick, fresh=fresh, on_plan=screens.print_plan, progress=progress)
+    console.print_validation(result, page)
+    if not result.passed:
+        raise typer.Exit(NOT_GOOD_ENOUGH)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The one table (operation, format, device) -> implementation, and the operations `torch.ops.dcomp.*` that go by it.
+
+Rows in order of preference; `emulated` is always there and always last. A row that is passed over says why, and
+`explain` shows it: nothing falls back unseen. The operations take plain tensors in the layout of `packing` (4 bits when
+`qweight` is uint8), have shapes for tracing, and no gradients.
+
+Operations are registered here and nowhere else, once per process.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dcomp import DcompError
+from dcomp.kernels import cpu, qparams, reference
+from dcomp.kernels.packing import int8_image
+
+Backend = Literal["auto", "cpu", "emulated"]
+OPERATIONS = ("quantize_static", "quantize_token", "linear_a8", "conv2d_a8", "linear_a16", "conv2d_a16")
+
+_NO_CUDA = "this version has no CUDA kernels of its own"
+_forced: ContextVar[Backend] = ContextVar("dcomp_backend", default="auto")
+
+
+class KernelError(DcompError):
+    """An implementation that was demanded cannot run here."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    operation: str
+    device: str
+    bits: int
+    reduction: int  # products that are summed into one output
+    groups: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation of an operation.
+
+    Attributes:
+        row: "cpu", "emulated", or "torch" where torch's float operation is the only one.
+        reason: why this one, and why not a faster one.
+        run: the implementation.
+    """
+
+    row: str
+    reason: str
+    run: Callable[..., Any]
+
+
+def choose(operation: str, *, device: str = "cpu", bits: int = 8, reduction: int = 1, groups: int = 1) -> Choice:
+    """Return the implementation that an operation uses.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        device: type of the device, as "cpu" or "cuda".
+        bits: of the weight; no matter where there is none.
+        reduction: number of products in a sum.
+        groups: of a convolution.
+
+    Raises:
+        KernelError: `use_backend` demands a row that cannot run this.
+    """
+    return _choose(_Request(operation, device, bits, reduction, groups), _forced.get())
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(request: _Request, forced: Backend) -> Choice:
+    run, text = _LAST_ROW[request.operation]
+    if request.operation.endswith("a16"):
+        return Choice("torch", text, run)
+    fast = _CPU_ROW[request.operation, request.bits if request.operation == "conv2d_a8" else 8]
+    refusal = _refuse_cpu(request)
+    if forced == "cpu" and refusal is not None:
+        raise KernelError(
+            f"The cpu row cannot run {request.operation}: {refusal}",
+            where=f"{request.bits}-bit weight on {request.device}",
+            remedy="Leave use_backend out to let dcomp choose.",
+        )
+    if forced == "emulated":
+        return Choice("emulated", f"demanded by use_backend; {text}", run)
+    if refusal is not None:
+        return Choice("emulated", f"{refusal}; {text}", run)
+    return Choice("cpu", *fast)
+
+
+def _refuse_cpu(request: _Request) -> str | None:
+    if request.device == "cuda":
+        return _NO_CUDA
+    if request.device != "cpu":
+        return f"there is no row for {request.device}"
+    if request.operation.startswith("quantize"):
+        return None
+    if request.groups > 1:
+        return "grouped convolutions have no integer kernel"
+    if request.reduction > cpu.MAX_REDUCTION:
+        return f"a sum of {request.reduction} products could overflow int32"
+    return cpu.defect()
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Demand a row within a `with` block, in this thread; "auto" is the table's own order."""
+    if backend not in ("auto", "cpu", "emulated"):
+        raise KernelError(f"There is no row {backend!r}", remedy="Use auto, cpu or emulated.")
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
+    """Return operation, format, device, row and reason of each line of the table, as `dcomp doctor` prints it."""
+    lines = []
+    for device in devices:
+        for operation in OPERATIONS:
+            for bits in (8, 4):
+                weightless = operation.startswith("quantize")
+                if weightless and bits == 4:
+                    continue
+                fmt = "any" if weightless else f"W{bits}A{operation.removeprefix('linear_a').removeprefix('conv2d_a')}"
+                choice = choose(operation, device=device, bits=bits)
+                lines.append(
+                    {
+                        "operation": operation,
+                        "format": fmt,
+                        "device": device,
+                        "row": choice.row,
+                        "reason": choice.reason,
+                    }
+                )
+    return lines
+
+
+_CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
+    ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
+    ("quantize_token", 8): ("one pass in cache-sized blocks", cpu.quantize_token),
+    ("linear_a8", 8): ("oneDNN int8 matrix product; 4-bit weights are unpacked for each call", cpu.linear_a8),
+    ("conv2d_a8", 8): ("oneDNN int8 convolution, weight reordered once and kept", cpu.conv2d_prepacked),
+    ("conv2d_a8", 4): ("weight unpacked for each call, oneDNN int8 matrix product over patches", cpu.conv2d_patches),
+}
+_EXACT = "exact integers in float64"
+_FLOAT = "weight dequantized for each call, torch's float operation"
+_LAST_ROW: dict[str, tuple[Callable[..., Any], str]] = {
+    "quantize_static": (qparams.quantize_static, "plain torch"),
+    "quantize_token": (qparams.quantize_token, "plain torch"),
+    "linear_a8": (reference.linear_a8, _EXACT),
+    "conv2d_a8": (reference.conv2d_a8, _EXACT),
+    "linear_a16": (reference.linear_a16, _FLOAT),
+    "conv2d_a16": (reference.conv2d_a16, _FLOAT),
+}
+
+
+@torch.library.custom_op("dcomp::quantize_static", mutates_args=())
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`."""
+    codes: Tensor = choose("quantize_static", device=x.device.type).run(x, scale, zero)
+    return codes.contiguous(memory_format=_format_of(x))
+
+
+@quantize_static.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8, memory_format=_format_of(x))
+
+
+def _format_of(x: Tensor) -> torch.memory_format:
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+@torch.library.custom_op("dcomp::quantize_token", mutates_args=())
+def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of the rows of `x` `[M, I]` and their scales fp32 `[M]`."""
+    codes, scale = choose("quantize_token", device=x.device.type).run(x)
+    return codes.contiguous(), scale
+
+
+@quantize_token.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::linear_a8", mutates_args=())
+def linear_a8(
+    q: Tensor,
+    x_scale: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    """Return fp32 `[M, O]` of int8 codes `[M, I]` with a scale for each row `[M]` and a packed weight."""
+    choice = choose("linear_a8", device=q.device.type, bits=_bits(qweight), reduction=in_features)
+    y: Tensor = choice.run(q, x_scale, int8_image(qweight, multiplier, in_features), scale, bias)
+    return y
+
+
+@linear_a8.register_fake
+def _(
+    q: Tensor,
+    x_scale: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+) -> Tensor:
+    return q.new_empty((q.shape[0], qweight.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::linear_a16", mutates_args=())
+def linear_a16(
+    x: Tensor, qweight: Tensor, scale: Tensor, multiplier: Tensor | None, bias: Tensor | None, in_features: int
+) -> Tensor:
+    """Return `[..., O]` in the dtype of `x` `[..., I]`, computed with the dequantized weight."""
+    choice = choose("linear_a16", device=x.device.type, bits=_bits(qweight), reduction=in_features)
+    y: Tensor = choice.run(x, int8_image(qweight, multiplier, in_features), scale, bias)
+    return y.contiguous()
+
+
+@linear_a16.register_fake
+def _(
+    x: Tensor, qweight: Tensor, scale: Tensor, multiplier: Tensor | None, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+@torch.library.custom_op("dcomp::conv2d_a8", mutates_args=())
+def conv2d_a8(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return fp32 channels-last `[N, O, H', W']` of uint8 codes `[N, C, H, W]` with one scale and zero `[1]`."""
+    choice = choose(
+        "conv2d_a8",
+        device=q.device.type,
+        bits=_bits(qweight),
+        reduction=q.shape[1] // groups * qweight.shape[1] * qweight.shape[2],
+        groups=groups,
+    )
+    codes = int8_image(qweight, multiplier, q.shape[1] // groups)
+    shape = (list(stride), list(padding), list(dilation))
+    y: Tensor = choice.run(q, x_scale, x_zero, codes, scale, bias, *shape, groups)
+    return _channels_last(y)
+
+
+@conv2d_a8.register_fake
+def _(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return _empty_output(q, qweight, stride, padding, dilation, torch.float32)
+
+
+@torch.library.custom_op("dcomp::conv2d_a16", mutates_args=())
+def conv2d_a16(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return channels-last `[N, O, H', W']` in the dtype of `x`, computed with the dequantized weight."""
+    choice = choose("conv2d_a16", device=x.device.type, bits=_bits(qweight))
+    codes = int8_image(qweight, multiplier, x.shape[1] // groups)
+    y: Tensor = choice.run(x, codes, scale, bias, list(stride), list(padding), list(dilation), groups)
+    return _channels_last(y)
+
+
+@conv2d_a16.register_fake
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return _empty_output(x, qweight, stride, padding, dilation, x.dtype)
+
+
+def _bits(qweight: Tensor) -> int:
+    return 4 if qweight.dtype == torch.uint8 else 8
+
+
+def _empty_output(
+    x: Tensor,
+    qweight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    height, width = (
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, k, s, p, d in zip(x.shape[2:], qweight.shape[1:3], stride, padding, dilation, strict=True)
+    )
+    return x.new_empty((x.shape[0], height, width, qweight.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _channels_last(y: Tensor) -> Tensor:
+    # Axes of length 1 may have any stride; this gives them those that tracing was told.
+    return y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -1,0 +1,63 @@
+"""Each integer operation in a few lines of plain torch: the definition that every other implementation is tested by.
+
+Codes are multiplied and summed in float64, where sums of integers are exact (each product is below 2^15), so the result
+does not depend on an order and equals int64 arithmetic. Runs on every device. Weights come as the int8 image
+`[O, *taps, I]`, outputs are fp32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dcomp.kernels.qparams import dequantize_weight, rescale_
+
+
+def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `[M, O]` of int8 activations `[M, I]` with a scale for each row."""
+    sums = q.double() @ codes.double().t()
+    return rescale_(sums.float(), x_scale, weight_scale, bias)
+
+
+def conv2d_a8(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return channels-last `[N, O, H', W']` of uint8 activations `[N, C, H, W]`; padding is the real zero."""
+    # cuDNN may choose a transform (FFT, Winograd) that is not exact in integers; torch's own kernels do not.
+    with torch.backends.cudnn.flags(enabled=False):
+        sums = functional.conv2d(
+            q.double() - x_zero.double(), codes.permute(0, 3, 1, 2).double(), None, stride, padding, dilation, groups
+        )
+    rows = sums.permute(0, 2, 3, 1).float().contiguous()
+    rescale_(rows.view(-1, rows.shape[-1]), x_scale, weight_scale, bias)
+    return rows.permute(0, 3, 1, 2)
+
+
+def linear_a16(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the float operation with the dequantized weight, in the dtype of `x`."""
+    weight = dequantize_weight(codes, weight_scale).to(x.dtype)
+    return functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def conv2d_a16(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return the float operation with the dequantized weight, channels-last, in the dtype of `x`."""
+    weight = dequantize_weight(codes, weight_scale).to(x.dtype).permute(0, 3, 1, 2)
+    y = functional.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    return y.contiguous(memory_format=torch.channels_last)

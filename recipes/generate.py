@@ -1,0 +1,78 @@
+"""Pictures from a pipeline, compressed or not, one file a prompt."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from dcomp import UsageError
+from dcomp.calibrate.clock import StepClock
+from dcomp.calibrate.pipeline import open_pipeline
+from dcomp.recipes.console import Progress
+from dcomp.recipes.settings import generation_settings
+
+
+def generate(
+    model: str | Path,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Make one picture for each prompt and write PNG files.
+
+    Settings that are not given are those that the checkpoint was calibrated with, or the pipeline's own.
+
+    Returns:
+        The files, the seconds that making them took, and how many timesteps the calibration had not seen.
+    """
+    if not prompts or not all(p.strip() for p in prompts):
+        raise UsageError("A prompt is empty", remedy="Write what the picture should show.")
+    pipeline = open_pipeline(model, scheduler=scheduler, device=device)
+    settings = generation_settings(
+        model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, scheduler=scheduler
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    files: list[str] = []
+    started = time.perf_counter()
+    for first in range(0, len(prompts), settings.batch_size):
+        if progress:
+            progress("pictures", first, len(prompts))
+        indices = range(first, min(first + settings.batch_size, len(prompts)))
+        images = pipeline.run([prompts[i] for i in indices], indices, settings).images
+        assert images is not None  # run() decodes unless told not to
+        for i, image in zip(indices, images, strict=True):
+            file = output / f"{i:04d}-{_slug(prompts[i])}.png"
+            to_picture(image).save(file)
+            files.append(str(file))
+    if progress:
+        progress("pictures", len(prompts), len(prompts))
+    clock: StepClock | None = getattr(pipeline.denoiser, "dcomp_clock", None)
+    return {
+        "files": files,
+        "seconds": round(time.perf_counter() - started, 2),
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed": settings.seed,
+        "unseen_timesteps": clock.unseen if clock else 0,
+    }
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Turn `[3, H, W]` (or `[1, H, W]`) in [0, 1] into an 8-bit picture."""
+    array = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"

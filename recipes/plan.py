@@ -1,0 +1,186 @@
+"""What a recipe will do to a model, found out before any weight is touched: layers, sizes, time and memory."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from torch import nn
+
+from dcomp.calibrate.cost import count_macs, layer_bytes
+from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.structure import Role, Structure, probe_structure
+from dcomp.compress.scheme import Coverage, Decision, choose_schemes, coverage, preset_named
+from dcomp.recipes.schema import QuantizeStage, Recipe
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Weights searched per second on one busy core, measured; only for the estimate that the plan prints.
+WEIGHTS_PER_SECOND = 1_000_000
+FIXED_SECONDS = 15.0  # opening, writing, and the fresh process that checks what was written
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do.
+
+    Attributes:
+        model: folder of the model.
+        denoiser: class of its denoiser.
+        kind: what a picture is conditioned on.
+        structure: what probing found.
+        decisions: layer name -> scheme and reason, in order of execution.
+        layer_bytes: layer name -> bytes before, in fp32, and after.
+        coverage: size of the whole, and what stays in float.
+        macs: multiply-accumulates of one denoiser call for one prompt, all contexts.
+        seconds: estimated time of the whole run.
+        memory_bytes: estimated peak memory of the run.
+        notes: what a person should know before the work starts.
+    """
+
+    model: str
+    denoiser: str
+    kind: str
+    recipe: Recipe
+    structure: Structure
+    decisions: dict[str, Decision]
+    layer_bytes: dict[str, tuple[int, int]]
+    coverage: Coverage
+    macs: int
+    seconds: float
+    memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON data."""
+        layers = {
+            name: {
+                "role": str(self.structure.layers[name].role),
+                "scheme": decision.scheme.label if decision.scheme else None,
+                "reason": decision.reason,
+                "bytes_before": self.layer_bytes[name][0],
+                "bytes_after": self.layer_bytes[name][1],
+            }
+            for name, decision in self.decisions.items()
+        }
+        return {
+            "schema_version": 1,
+            "model": self.model,
+            "denoiser": self.denoiser,
+            "kind": self.kind,
+            "recipe": self.recipe.to_dict(),
+            "layers": layers,
+            "left_in_float": [asdict(part) for part in self.coverage.left_in_float],
+            "bytes_before": self.coverage.bytes_before,
+            "bytes_after": self.coverage.bytes_after,
+            "bits_per_param": self.coverage.bits_per_param,
+            "macs": self.macs,
+            "seconds": round(self.seconds, 1),
+            "memory_bytes": self.memory_bytes,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    pipeline: OpenPipeline, recipe: Recipe, prompts: Sequence[str], notes: Sequence[str] = ()
+) -> tuple[Plan, Call]:
+    """Probe an open pipeline with the first denoiser call of its own trajectory.
+
+    Returns:
+        The plan, and the arguments of that call.
+    """
+    options = recipe.calibration
+    args, kwargs = first_call(pipeline, prompts[:1], Generation(options.steps, options.guidance, options.seed))
+    denoiser = pipeline.denoiser
+    started = time.perf_counter()
+    macs = count_macs(denoiser, args, kwargs).total
+    call_seconds = time.perf_counter() - started
+    structure = probe_structure(denoiser, args, kwargs)
+    stage = recipe.stages[0] if recipe.stages else None
+    decisions = _decide(denoiser, structure, stage)
+    bins = min(stage.step_bins, options.steps) if stage else 1
+    sizes = {
+        name: (
+            layer_bytes(_layer(denoiser, name), None),
+            layer_bytes(_layer(denoiser, name), decision.scheme, bins),
+        )
+        for name, decision in decisions.items()
+    }
+    total = coverage(denoiser, decisions, bins)
+    foreign = stage is not None and stage.format != "dcomp"
+    seconds, memory = FIXED_SECONDS, psutil.Process().memory_info().rss + total.bytes_after
+    if total.bytes_after != total.bytes_before and not foreign:
+        replays = min(options.max_calls, options.steps)
+        seconds += call_seconds * len(prompts) * (options.steps + replays)
+        seconds += total.parameters / WEIGHTS_PER_SECOND
+    plan = Plan(
+        model=str(pipeline.source),
+        denoiser=type(denoiser).__name__,
+        kind=pipeline.kind,
+        recipe=recipe,
+        structure=structure,
+        decisions=decisions,
+        layer_bytes=sizes,
+        coverage=total,
+        macs=macs,
+        seconds=seconds,
+        memory_bytes=int(memory),
+        notes=(*notes, *_notes(structure)),
+    )
+    return plan, (args, kwargs)
+
+
+def weight_bits(stage: QuantizeStage) -> int:
+    """Return the weight bits that a stage's preset stands for."""
+    return 4 if stage.preset.startswith("w4") else 8
+
+
+class _CallSeen(Exception):  # noqa: N818 - not an error: it ends a trajectory that has shown what was wanted
+    pass
+
+
+def first_call(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generation) -> Call:
+    """Return the arguments of the first denoiser call of a trajectory, and run no further."""
+    seen: list[Call] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _CallSeen
+
+    handle = pipeline.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        pipeline.run(prompts, range(len(prompts)), settings, decode=False)
+    except _CallSeen:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _decide(denoiser: nn.Module, structure: Structure, stage: QuantizeStage | None) -> dict[str, Decision]:
+    if stage is None or stage.preset == "float":
+        keep = stage.keep if stage else ()
+        overrides = _overrides(stage) if stage else {}
+        return choose_schemes(denoiser, structure, dict.fromkeys(Role), keep, overrides)
+    preset = preset_named(stage.preset, weight_range=stage.weight_range, input_range=stage.input_range)
+    return choose_schemes(denoiser, structure, preset, stage.keep, _overrides(stage))
+
+
+def _overrides(stage: QuantizeStage) -> dict[str, str | None]:
+    return {pattern: None if label.lower() == "float" else label for pattern, label in stage.overrides.items()}
+
+
+def _layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    layer = denoiser.get_submodule(name)
+    assert isinstance(layer, nn.Linear | nn.Conv2d)  # structure probing describes no others
+    return layer
+
+
+def _notes(structure: Structure) -> list[str]:
+    unused = structure.named(Role.UNUSED)
+    if not unused:
+        return []
+    return [
+        f"{len(unused)} layers were not executed in the probed call and stay in float: {', '.join(sorted(unused)[:4])}."
+    ]

@@ -1,0 +1,356 @@
+"""Execute a recipe: a model in, a checked checkpoint out, every step resumable.
+
+The only place that knows the order of things: open the model, fuse adapters, probe, show the plan, record the
+calibration set, quantize, write. Work that took time lies in a hidden folder beside the output, under a name made of
+everything that it depends on; the next run goes on with it, and a successful one removes it.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import nn
+
+from dcomp import DcompError, UsageError
+from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
+from dcomp.calibrate.calibration_set import CalibrationSet
+from dcomp.calibrate.clock import StepBins
+from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline, prediction_of
+from dcomp.calibrate.prompts import read_prompts
+from dcomp.calibrate.record import record_calibration_set
+from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
+from dcomp.compress.foreign import check_foreign, quantize_foreign
+from dcomp.compress.manifest import LayerRecord, Manifest
+from dcomp.compress.quantize import LayerErrors, quantize_denoiser
+from dcomp.compress.scheme import QScheme
+from dcomp.recipes.console import Progress, say
+from dcomp.recipes.load import load_recipe
+from dcomp.recipes.plan import Call, Plan, make_plan, weight_bits
+from dcomp.recipes.schema import Calibration, Recipe
+
+__all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
+
+SAME_MODEL = 1e-3  # relative difference of a recorded prediction that two builds of torch may cause
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        output: folder of the checkpoint.
+        manifest: what was written into it.
+        errors: of each quantized layer; empty for foreign formats and float recipes.
+        seconds: wall time.
+        notes: what a person should know, the plan's included.
+    """
+
+    output: Path
+    manifest: Manifest
+    errors: dict[str, LayerErrors]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def load_line(self) -> str:
+        """The Python that opens the result."""
+        return f'import dcomp; pipe = dcomp.load("{self.output}")'
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON data."""
+        return {
+            "schema_version": 1,
+            "output": str(self.output),
+            **self.manifest.totals.model_dump(),
+            "layer_errors": {name: asdict(errors) for name, errors in self.errors.items()},
+            "files": dict(self.manifest.files),
+            "seconds": round(self.seconds, 1),
+            "load": self.load_line,
+            "notes": list(self.notes),
+        }
+
+
+def quantize(
+    model: str | Path, output: str | Path | None = None, recipe: str | Path | Recipe = "w4a8", **options: Any
+) -> RunResult:
+    """Quantize a pipeline and write the checkpoint; the Python form of `dcomp quantize`.
+
+    Args:
+        model: diffusers folder or hub id.
+        output: folder to write; default: the model's name and the recipe's, in the working folder.
+        recipe: built-in name, file or `Recipe`.
+        options: see `run_recipe`.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    return run_recipe(model, resolved, Path(output) if output else default_output(model, resolved), **options)
+
+
+def default_output(model: str | Path, recipe: Recipe) -> Path:
+    """Return the folder that a run writes when none is named."""
+    return Path(f"{Path(model).resolve().name}-{recipe.name}")
+
+
+def plan_recipe(model: str | Path, recipe: Recipe, *, device: str = "cpu") -> Plan:
+    """Probe a model and return what the recipe would do; writes nothing."""
+    pipeline, _, prompts, notes = _open(model, recipe, device)
+    return make_plan(pipeline, recipe, prompts, notes)[0]
+
+
+def record_calibration(
+    model: str | Path, options: Calibration, output: Path, *, device: str = "cpu", progress: Progress | None = None
+) -> dict[str, Any]:
+    """Record a calibration set for reuse by `run_recipe(..., calibration=output)` and return facts about it."""
+    pipeline, _, prompts, notes = _open(model, Recipe(calibration=options), device)
+    recorded = _record(pipeline, prompts, options, output, progress)
+    return {
+        "folder": str(output),
+        "calls": len(recorded),
+        "prompts": len(recorded.prompts),
+        "timesteps": len(recorded.timesteps),
+        "bytes": recorded.nbytes,
+        "sha256": recorded.hash,
+        "notes": [*notes, *recorded.notes],
+    }
+
+
+def run_recipe(
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    calibration: Path | None = None,
+    device: str = "cpu",
+    fresh: bool = False,
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run the stages of a recipe and write the checkpoint.
+
+    Args:
+        model: diffusers folder or hub id.
+        recipe: what to do.
+        output: folder to write; must not exist unless `overwrite`.
+        calibration: a set that `record_calibration` made of this very model; none: recorded now.
+        device: where the model runs.
+        fresh: throw away the work of an interrupted run instead of going on with it.
+        overwrite: replace an existing checkpoint, in one step at the end.
+        on_plan: called with the plan before any weight is touched.
+        progress: called with a text, the count done and the total.
+
+    Raises:
+        DcompError: anything that a person can solve; the output folder is then as it was.
+    """
+    started = time.perf_counter()
+    report = progress or (lambda text, done, total: None)
+    stage = recipe.stages[0] if recipe.stages else None
+    check_output(output, overwrite)
+    if stage and stage.format != "dcomp":
+        check_foreign(stage.format, weight_bits(stage), device)
+    given = CalibrationSet.open(calibration) if calibration else None
+    if given:
+        known = {key: given.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=known)})
+    root = output.parent / f".{output.name}.dcomp-work"
+    with _alone(root, output, fresh):
+        pipeline, adapters, prompts, notes = _open(model, recipe, device)
+        plan, probe = make_plan(pipeline, recipe, prompts, notes)
+        if on_plan:
+            on_plan(plan)
+        schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
+        work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", *prompts)
+        changed = _changed_components(pipeline, recipe, adapters, work / "changed")
+        recorded: CalibrationSet | None = None
+        errors: dict[str, LayerErrors] = {}
+        if stage and stage.format != "dcomp":
+            report(f"{stage.format} weights", 0, 1)
+            bits = weight_bits(stage)
+            changed[pipeline.denoiser_name] = quantize_foreign(pipeline, stage.format, bits, work / "foreign").folder
+            report(f"{stage.format} weights", 1, 1)
+        elif stage and schemes:
+            recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
+            _require_same_model(recorded, pipeline)
+            errors = _quantize(pipeline, recorded, schemes, stage.step_bins, work, report)
+        report("writing and checking", 0, 1)
+        manifest = write_checkpoint(
+            pipeline,
+            output,
+            ManifestFields(
+                recipe=recipe.to_dict(),
+                layers=_records(plan, errors) if stage is None or stage.format == "dcomp" else {},
+                calibration_sha256=recorded.hash if recorded else None,
+                loras=[asdict(adapter) for adapter in adapters],
+            ),
+            overwrite=overwrite,
+            replaced=changed,
+            probe=probe,
+        )
+        report("writing and checking", 1, 1)
+        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
+    all_notes = (*plan.notes, *(recorded.notes if recorded else ()))
+    return RunResult(output, manifest, errors, time.perf_counter() - started, all_notes)
+
+
+@contextmanager
+def _alone(root: Path, output: Path, fresh: bool) -> Iterator[None]:
+    """Keep a second run of the same output out, and tell an interrupted person how to go on."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The output's folder cannot be written: {error.strerror}", where=str(root.parent), remedy="Use --output."
+        ) from error
+    lock = FileLock(root / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DcompError(
+            "Another process is making this checkpoint",
+            where=str(output),
+            remedy="Wait until it is done, or choose another output.",
+        ) from error
+    try:
+        if fresh:
+            for entry in root.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+        yield
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. What is finished is kept in {root}; the same command goes on with it.")
+        raise
+    except OSError as error:
+        raise DcompError(
+            f"The work folder cannot be written: {error.strerror or error}",
+            where=str(root),
+            remedy="Free some space and run the same command again; it goes on where it stopped.",
+        ) from error
+    finally:
+        lock.release()
+
+
+def _open(
+    model: str | Path, recipe: Recipe, device: str
+) -> tuple[OpenPipeline, tuple[FusedAdapter, ...], list[str], tuple[str, ...]]:
+    options = recipe.calibration
+    pipeline = open_pipeline(model, scheduler=options.scheduler, device=device)
+    if any(isinstance(m, nn.Module) and getattr(m, "is_quantized", False) for m in (pipeline.denoiser,)):
+        raise UsageError(
+            "The model is quantized already", where=str(model), remedy="Start from the original, unquantized model."
+        )
+    prompts = read_prompts(
+        options.prompts,
+        options.samples,
+        pipeline.kind,
+        options.column,
+        model=pipeline.source,
+        classes=num_classes(pipeline.denoiser),
+    )
+    notes: tuple[str, ...] = ()
+    if len(prompts) < options.samples:
+        notes = (f"There are only {len(prompts)} prompts; {options.samples} samples were asked for.",)
+    pipeline.check(prompts, _generation(options))
+    adapters = fuse_lora(pipeline.pipe, recipe.lora)
+    notes += tuple(
+        f"{adapter.ignored} matrix pairs of {adapter.name} belong to no layer of this model and were left out."
+        for adapter in adapters
+        if adapter.ignored
+    )
+    return pipeline, adapters, prompts, notes
+
+
+def _generation(options: Calibration) -> Generation:
+    return Generation(
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        height=options.height,
+        width=options.width,
+        batch_size=options.batch_size,
+    )
+
+
+def _record(
+    pipeline: OpenPipeline, prompts: Sequence[str], options: Calibration, folder: Path, progress: Progress | None
+) -> CalibrationSet:
+    return record_calibration_set(
+        pipeline,
+        prompts,
+        _generation(options),
+        folder,
+        max_calls=options.max_calls,
+        max_bytes=options.max_megabytes << 20,
+        progress=(lambda done, total: progress("calibration set", done, total)) if progress else None,
+    )
+
+
+def _require_same_model(recorded: CalibrationSet, pipeline: OpenPipeline) -> None:
+    """Repeat a recorded call: a set of another model gives itself away, whatever its files say."""
+    call: Call = next(recorded.calls(pipeline.pipe.device))
+    difference = float("nan")
+    try:
+        prediction = prediction_of(pipeline.denoiser(*call.args, **call.kwargs))
+        difference = ((prediction - call.output).norm() / call.output.norm()).item()
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        pass  # arguments that this denoiser does not take: the difference stays undefined, and is refused
+    if not difference <= SAME_MODEL:
+        raise UsageError(
+            f"The calibration set was recorded with another model: its predictions differ by {difference:.2g}",
+            where=str(recorded.folder),
+            remedy="Record one with `dcomp calibrate` for this model.",
+        )
+
+
+def _quantize(
+    pipeline: OpenPipeline,
+    recorded: CalibrationSet,
+    schemes: dict[str, QScheme],
+    step_bins: int,
+    work: Path,
+    report: Progress,
+) -> dict[str, LayerErrors]:
+    bins = StepBins.uniform(recorded.timesteps, step_bins, pipeline.scheduler, others=recorded.all_timesteps)
+    return quantize_denoiser(pipeline.denoiser, recorded, schemes, bins, work, report)
+
+
+def _changed_components(
+    pipeline: OpenPipeline, recipe: Recipe, adapters: Sequence[FusedAdapter], folder: Path
+) -> dict[str, Path]:
+    """Save components that are no longer what the source folder holds, the denoiser aside; name -> folder."""
+    names = {name for adapter in adapters for name in adapter.components} - {pipeline.denoiser_name}
+    if recipe.calibration.scheduler:
+        names.add("scheduler")
+    saved = {}
+    for name in sorted(names):
+        saved[name] = folder / name
+        getattr(pipeline.pipe, name).save_pretrained(saved[name])
+    return saved
+
+
+def _records(plan: Plan, errors: dict[str, LayerErrors]) -> dict[str, LayerRecord]:
+    records = {}
+    for name, decision in plan.decisions.items():
+        before, after = plan.layer_bytes[name]
+        scheme, error = decision.scheme, errors.get(name)
+        records[name] = LayerRecord(
+            role=str(plan.structure.layers[name].role),
+            scheme=scheme.label if scheme else None,
+            weight_bits=scheme.weight_bits if scheme else 32,
+            input_bits=scheme.input_bits if scheme else 32,
+            bytes_before=before,
+            bytes_after=after,
+            weight_error=error.weight if error else None,
+            output_error=error.output if error else None,
+            reason=decision.reason,
+        )
+    return records
+
+
+def _key(*parts: str) -> str:
+    return sha256("\n".join(parts).encode()).hexdigest()[:16]

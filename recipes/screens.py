@@ -1,0 +1,120 @@
+"""What `quantize` and `inspect` show: the plan before the work, the result after it, a checkpoint explained."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+from dcomp.recipes.console import bytes_text, print_table, say, time_text
+from dcomp.recipes.inspect import Inspection
+from dcomp.recipes.plan import Plan
+from dcomp.recipes.run import RunResult
+
+SHOWN_FLOAT = 6  # parts left in float that are listed by name
+
+
+def print_plan(plan: Plan, *, full: bool = False) -> None:
+    """Print size, memory, time and coverage of a plan; `full` adds the resolved recipe and every layer."""
+    on = "stdout" if full else "stderr"
+    if full:
+        print(yaml.safe_dump(plan.recipe.to_dict(), sort_keys=False).rstrip() + "\n")
+        rows = [
+            (name, _role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason)
+            for name, decision in plan.decisions.items()
+        ]
+        print_table("Layers", ("layer", "role", "scheme", "reason"), rows, on=on)
+    else:
+        groups: dict[tuple[str, str, str], int] = defaultdict(int)
+        for name, decision in plan.decisions.items():
+            groups[_role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason] += 1
+        rows = [(role, count, label, reason) for (role, label, reason), count in groups.items()]
+        print_table("Plan", ("role", "layers", "scheme", "reason"), rows, right=(1,), on=on)
+    sizes = plan.coverage
+    facts = [
+        ("denoiser", f"{plan.denoiser}, {plan.macs / 1e9:.3g} GMAC a call and sample"),
+        ("size", f"{bytes_text(sizes.bytes_after)}, {sizes.ratio:.3f} of fp32"),
+        ("bits per parameter", f"{sizes.bits_per_param:.2f}, all parameters counted"),
+        ("this run", f"about {time_text(plan.seconds)} and {bytes_text(plan.memory_bytes)} of memory"),
+        ("left in float", _left_in_float(sizes.left_in_float)),
+    ]
+    print_table("", ("", ""), facts, on=on)
+    for note in plan.notes:
+        say(f"Note: {note}")
+
+
+def print_result(result: RunResult) -> None:
+    """Print what was written; the line that loads it comes last."""
+    totals = result.manifest.totals
+    worst = sorted(result.errors.items(), key=lambda item: -item[1].output)[:3]
+    facts = [
+        ("folder", str(result.output)),
+        (
+            "denoiser",
+            f"{totals.denoiser_bytes_ratio:.3f} of its fp32 bytes, {totals.bits_per_param:.2f} bits per parameter",
+        ),
+        ("pipeline", f"{bytes_text(totals.bytes_compressed)} of {bytes_text(totals.bytes_original)} on disk"),
+        ("checked", "reopened by a fresh process: same bytes, same output"),
+        ("time", time_text(result.seconds)),
+    ]
+    if worst:
+        facts.insert(3, ("largest layer errors", ", ".join(f"{name} {e.output:.1%}" for name, e in worst)))
+    for note in result.notes:
+        say(f"Note: {note}")
+    print_table("Written", ("", ""), facts)
+    print(f"\n{result.load_line}")
+
+
+def print_inspection(report: Inspection, layers: bool) -> None:
+    """Print the tree of layers, or one line for each role and scheme; then totals and what stayed in float."""
+    title = f"{report.folder}  ({report.denoiser}, dcomp {report.dcomp_version}, recipe {report.recipe['name']})"
+    if layers:
+        rows = [
+            (
+                entry.name,
+                entry.role,
+                entry.scheme or "float",
+                bytes_text(entry.bytes_after),
+                _percent(entry.weight_error),
+                _percent(entry.output_error),
+                entry.reason or "",
+            )
+            for entry in report.layers
+        ]
+        columns = ("layer", "role", "scheme", "bytes", "weight error", "output error", "why")
+        print_table(title, columns, rows, right=(3, 4, 5))
+    else:
+        groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for entry in report.layers:
+            groups[entry.role, entry.scheme or "float"].append(entry)
+        rows = [
+            (
+                role,
+                scheme,
+                len(members),
+                bytes_text(sum(m.bytes_after for m in members)),
+                _percent(max((m.output_error or 0.0 for m in members), default=None)),
+            )
+            for (role, scheme), members in groups.items()
+        ]
+        print_table(title, ("role", "scheme", "layers", "bytes", "largest output error"), rows, right=(2, 3, 4))
+    print_table("", ("", ""), list(report.facts()))
+
+
+def _role(plan: Plan, name: str) -> str:
+    return str(plan.structure.layers[name].role)
+
+
+def _left_in_float(parts: Iterable[Any]) -> str:
+    listed = list(parts)
+    if not listed:
+        return "nothing"
+    texts = [f"{part.name} ({part.parameters:,}, {part.reason})" for part in listed[:SHOWN_FLOAT]]
+    rest = listed[SHOWN_FLOAT:]
+    if rest:
+        texts.append(f"{len(rest)} smaller ones ({sum(p.parameters for p in rest):,} parameters)")
+    return "; ".join(texts)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"

@@ -1,0 +1,10 @@
+import sys
+from pathlib import Path
+
+# In the checkout's root, Hugging Face libraries would mistake our `kernels` folder for their package of that name.
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _ROOT]
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

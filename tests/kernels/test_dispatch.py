@@ -1,0 +1,163 @@
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from dcomp.kernels import cpu, dispatch, reference
+from dcomp.kernels.packing import pack_weight
+
+needs_vnni = pytest.mark.skipif(cpu.defect() is not None, reason=str(cpu.defect()))
+
+
+def _weight(shape, bits, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(shape[0], generator=generator) + 0.01
+    if bits == 8:
+        return pack_weight(torch.randint(-127, 128, shape, generator=generator), scale)
+    groups = (*shape[:-1], -(-shape[-1] // 8))
+    codes = torch.randint(-8, 8, shape, generator=generator)
+    return pack_weight(codes, scale, torch.randint(1, 16, groups, generator=generator), group_size=8)
+
+
+def _stored(packed):
+    return packed.qweight, packed.scale, packed.multiplier
+
+
+def _linear(bits, bias=True):
+    packed = _weight((11, 21), bits)
+    q = torch.randint(-127, 128, (5, 21), dtype=torch.int8)
+    return q, torch.rand(5) + 0.1, *_stored(packed), torch.randn(11) if bias else None, 21
+
+
+def _conv(bits, groups=1, bias=True):
+    packed = _weight((6, 3, 2, 12 // groups), bits)
+    q = torch.randint(0, 256, (2, 12, 7, 6), dtype=torch.uint8)
+    static = (torch.tensor([0.1]), torch.tensor([100], dtype=torch.uint8))
+    return q, *static, *_stored(packed), torch.randn(6) if bias else None, [1, 2], [1, 0], [1, 1], groups
+
+
+def _all_calls():
+    calls = [
+        (
+            dispatch.quantize_static,
+            (torch.randn(2, 3, 4, 5), torch.tensor([0.1]), torch.tensor([9], dtype=torch.uint8)),
+        ),
+        (dispatch.quantize_token, (torch.randn(4, 5),)),
+    ]
+    for bits in (8, 4):
+        _, _, *weight = _linear(bits)
+        calls += [(dispatch.linear_a8, _linear(bits)), (dispatch.linear_a16, (torch.randn(2, 5, 21), *weight))]
+        _, _, _, *weight = _conv(bits)
+        calls += [(dispatch.conv2d_a8, _conv(bits)), (dispatch.conv2d_a16, (torch.randn(2, 12, 7, 6), *weight))]
+    _, _, _, *weight = _conv(8, groups=2, bias=False)
+    calls += [(dispatch.conv2d_a8, _conv(8, groups=2, bias=False)), (dispatch.linear_a8, _linear(8, bias=False))]
+    return calls
+
+
+@pytest.mark.parametrize("call", range(len(_all_calls())))
+def test_operations_are_registered_as_torch_demands(call):
+    operation, arguments = _all_calls()[call]
+    torch.library.opcheck(operation, arguments)
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("operation", "make"), [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv)])
+def test_all_rows_give_the_same_result(bits, operation, make):
+    arguments = make(bits)
+    results = {}
+    for backend in ("auto", "cpu", "emulated"):
+        with dispatch.use_backend(backend):
+            results[backend] = operation(*arguments)
+    assert torch.equal(results["auto"], results["cpu"])
+    assert torch.allclose(results["cpu"], results["emulated"], rtol=1e-6, atol=1e-5 * float(results["cpu"].std()))
+    assert results["cpu"].stride() == results["emulated"].stride()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_operations_are_the_definition_on_the_int8_image(bits):
+    q, x_scale, qweight, scale, multiplier, bias, in_features = _linear(bits)
+    codes = _weight((11, 21), bits).codes()
+    with dispatch.use_backend("emulated"):
+        found = dispatch.linear_a8(q, x_scale, qweight, scale, multiplier, bias, in_features)
+    assert torch.equal(found, reference.linear_a8(q, x_scale, codes, scale, bias))
+
+
+def test_grouped_convolutions_are_emulated_and_say_so():
+    choice = dispatch.choose("conv2d_a8", groups=2)
+    assert choice.row == "emulated"
+    assert "grouped" in choice.reason
+    q, x_scale, x_zero, qweight, scale, _, bias, *shape = _conv(8, groups=3)
+    expected = reference.conv2d_a8(q, x_scale, x_zero, qweight, scale, bias, *shape)
+    assert torch.equal(dispatch.conv2d_a8(q, x_scale, x_zero, qweight, scale, None, bias, *shape), expected)
+
+
+def test_sums_that_could_overflow_are_emulated_and_exact():
+    inner = cpu.MAX_REDUCTION + 1
+    choice = dispatch.choose("linear_a8", reduction=inner)
+    assert choice.row == "emulated"
+    assert "overflow" in choice.reason
+    inner = 140_000  # 127 * 127 * 140,000 is above 2^31
+    q, packed = torch.full((1, inner), 127, dtype=torch.int8), pack_weight(torch.full((2, inner), 127), torch.ones(2))
+    y = dispatch.linear_a8(q, torch.ones(1), packed.qweight, packed.scale, None, None, inner)
+    assert y.tolist() == [[torch.tensor(127.0 * 127 * inner).item()] * 2]
+
+
+@needs_vnni
+def test_the_largest_allowed_sum_does_not_overflow():
+    q = torch.full((1, cpu.MAX_REDUCTION, 1, 1), 255, dtype=torch.uint8)
+    packed = pack_weight(torch.full((2, 1, 1, cpu.MAX_REDUCTION), 127), torch.ones(2))
+    assert dispatch.choose("conv2d_a8", reduction=cpu.MAX_REDUCTION).row == "cpu"
+    shape = ([1, 1], [0, 0], [1, 1], 1)
+    static = (torch.ones(1), torch.zeros(1, dtype=torch.uint8))
+    y = dispatch.conv2d_a8(q, *static, packed.qweight, packed.scale, None, None, *shape)
+    assert y.flatten().tolist() == [torch.tensor(255.0 * 127 * cpu.MAX_REDUCTION).item()] * 2
+
+
+def test_demanding_a_row_that_cannot_run_is_an_error():
+    with dispatch.use_backend("cpu"), pytest.raises(dispatch.KernelError, match="grouped"):
+        dispatch.choose("conv2d_a8", groups=2)
+    with pytest.raises(dispatch.KernelError), dispatch.use_backend("cuda"):
+        pass
+
+
+def test_a_demanded_row_ends_with_its_block_and_stays_in_its_thread():
+    seen = []
+    with dispatch.use_backend("emulated"):
+        assert dispatch.choose("quantize_token").row == "emulated"
+        thread = threading.Thread(target=lambda: seen.append(dispatch.choose("quantize_token").row))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+    assert dispatch.choose("quantize_token").row == "cpu"
+
+
+def test_every_operation_and_format_is_explained_for_every_device():
+    lines = dispatch.explain()
+    assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
+    assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 20
+    assert all(line["reason"] for line in lines)
+    for line in lines:
+        if line["device"] == "cuda" and not line["operation"].endswith("a16"):
+            assert line["row"] == "emulated"
+            assert "no CUDA kernels" in line["reason"]
+
+
+def test_backward_through_an_operation_is_refused():
+    _, _, *weight = _linear(8)
+    y = dispatch.linear_a16(torch.randn(2, 21, requires_grad=True), *weight)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        y.sum().backward()
+
+
+def test_importing_probes_nothing():
+    code = (
+        "import torch; torch._int_mm = None\n"
+        "from dcomp.kernels import cpu, dispatch\n"
+        "print(cpu.defect.cache_info().currsize, dispatch._choose.cache_info().currsize)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0"]

@@ -1,0 +1,124 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dcomp import UsageError
+from dcomp.calibrate.pipeline import Generation, open_pipeline
+from dcomp.recipes import bench as module
+from dcomp.recipes.bench import bench, fill_prompts, record_calls, tensor_bytes, time_in_turns
+from dcomp.recipes.peak_memory import PeakMemoryError, measure_peak
+from tests.support.tiny import save_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_pipeline("UNet2DConditionModel", tmp_path_factory.mktemp("bench") / "model")
+
+
+class Workshop:
+    """Two functions that take known times on a clock of their own."""
+
+    def __init__(self, original: float, compressed: float) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        self.seconds = {"a": original, "b": compressed}
+
+    def run(self, name: str) -> None:
+        self.log.append(name)
+        self.now += self.seconds[name]
+
+    def time(self, repeats: int, **options: int) -> list[tuple[float, float]]:
+        return time_in_turns(lambda: self.run("a"), lambda: self.run("b"), repeats, clock=lambda: self.now, **options)
+
+
+def test_runs_are_interleaved_and_who_goes_first_alternates() -> None:
+    shop = Workshop(3.0, 1.0)
+    pairs = shop.time(4, warm_ups=1)
+    assert "".join(shop.log) == "ab" + "abbaabba"
+    assert pairs == [(3.0, 1.0)] * 4
+
+
+def test_short_functions_run_several_times_both_equally_often() -> None:
+    quick = 2**-5  # exact in binary
+    shop = Workshop(2 * quick, quick)
+    pairs = shop.time(3, warm_ups=2)
+    loops = -(-module.MIN_SECONDS // quick)
+    assert shop.log.count("a") == shop.log.count("b") == 2 + 3 * loops
+    assert [value for pair in pairs for value in pair] == pytest.approx([2 * quick, quick] * 3)
+
+
+def test_nothing_is_timed_cold() -> None:
+    shop = Workshop(1.0, 1.0)
+    assert len(shop.time(3)) == 3
+    assert len(shop.log) == 2 * (module.WARM_UPS + 3)
+
+
+def test_shared_memory_counts_once_and_buffers_count() -> None:
+    layer = nn.Linear(4, 4)
+    tied = nn.Linear(4, 4)
+    tied.weight = layer.weight
+    both = nn.Sequential(layer, tied)
+    both.register_buffer("table", torch.zeros(10, dtype=torch.int8), persistent=False)
+    both.register_buffer("none", torch.zeros(0))
+    assert tensor_bytes(both) == 4 * (16 + 4 + 4) + 10
+
+
+def test_recorded_calls_are_those_of_the_pipeline_and_repeat(model: Path) -> None:
+    pipeline = open_pipeline(model)
+    settings = Generation(steps=5, height=16, width=16)
+    calls = record_calls(pipeline, ["a", "b"], settings)
+    assert len(calls) == module.RECORDED_STEPS
+    again = record_calls(pipeline, ["a", "b"], settings)
+    for (args, kwargs), (args_again, kwargs_again) in zip(calls, again, strict=True):
+        assert args[0].shape[0] == 4  # two samples, each with and without its prompt
+        assert torch.equal(args[0], args_again[0])
+        assert torch.equal(kwargs["encoder_hidden_states"], kwargs_again["encoder_hidden_states"])
+    assert not torch.equal(calls[0][0][0], calls[1][0][0])
+
+
+def test_pipeline_against_itself_has_ratios_of_one_where_nothing_is_timed(model: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    result = bench(
+        model, model, repeats=3, generations=1, steps=2, peak=False, progress=lambda *report: seen.append(report)
+    )
+    assert result.macs_ratio == result.denoiser_bytes_ratio == 1.0
+    assert result.macs > 0
+    assert result.denoiser_bytes == sum(p.nbytes for p in open_pipeline(model).denoiser.parameters())
+    assert result.speedup_min <= result.speedup <= result.speedup_max
+    assert result.generation_speedup is not None
+    assert (result.repeats, result.batch, result.threads, result.calls) == (3, 1, torch.get_num_threads(), 2)
+    assert result.peak_bytes is result.peak_bytes_original is None
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert type(result).model_validate(result.to_dict()) == result
+
+
+def test_peak_of_a_process_does_not_include_its_parents() -> None:
+    ballast = torch.ones(1 << 28)  # 1 GiB: exec() keeps the parent's peak in getrusage
+    program = "from dcomp.recipes.peak_memory import _peak_resident; print(_peak_resident())"
+    peak = int(subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, check=True).stdout)
+    assert 1 << 25 < peak < ballast.nbytes
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_pipeline_is_above_that_of_the_imports(model: Path) -> None:
+    peak = measure_peak(model, ["a"], Generation(steps=1, batch_size=1))
+    assert 0 < peak.imports < peak.peak
+
+
+@pytest.mark.slow
+def test_process_that_fails_is_reported_with_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(PeakMemoryError, match="does not exist"):
+        measure_peak(tmp_path / "nothing", ["a"], Generation(steps=1))
+
+
+def test_single_shots_are_refused(model: Path) -> None:
+    with pytest.raises(UsageError, match="spread"):
+        bench(model, model, repeats=1)
+
+
+def test_prompts_go_round() -> None:
+    assert fill_prompts(["a", "b"], 5) == ["a", "b", "a", "b", "a"]
