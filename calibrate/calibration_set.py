@@ -8,7 +8,7 @@ business of `dcomp.calibrate.record`.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dcomp import UsageError
+from dcomp.calibrate.pipeline import Generation
 from dcomp.calibrate.safetensors_file import read_json_object
 from dcomp.calibrate.tree_file import decode, file_sha256, open_tensors, read_description
 
@@ -171,7 +172,8 @@ def _consistent(index: Mapping[str, Any]) -> bool:
     numbers = {"number", "first", "end", "calls", "bytes"}
     return (
         index["schema"] == SCHEMA
-        and type(index["settings"].get("steps")) is int
+        and set(index["settings"]) == {field.name for field in fields(Generation)}
+        and type(index["settings"]["steps"]) is int
         and all(isinstance(text, str) for text in (*index["prompts"], *index["notes"]))
         and all(isinstance(t, int | float) for t in index["timesteps"])
         and all(type(call) is int and 0 <= call < len(index["timesteps"]) for call in index["kept_calls"])

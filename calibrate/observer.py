@@ -23,7 +23,7 @@ LEVELS = 255
 SMALLEST_SCALE = 2.0**-100  # its inverse, which kernels multiply by, is still finite in float32
 
 _HALF = BINS // 2
-_SMALLEST_EXPONENT, _LARGEST_EXPONENT = -90, 128
+_SMALLEST_EXPONENT = -90
 _CHUNK = 1 << 16  # elements: the bin numbers of a chunk stay in the second-level cache
 _K = torch.arange(BINS) - _HALF
 
@@ -60,13 +60,16 @@ class HistogramObserver:
         if x.numel() == 0:
             return
         flat = _flatten(x.detach())
-        lowest, highest = (float(end) for end in torch.aminmax(flat.float() if not x.is_floating_point() else flat))
+        if flat.dtype not in (torch.float16, torch.bfloat16):
+            flat = flat.float()
+        lowest, highest = (float(end) for end in torch.aminmax(flat))
         if not max(abs(lowest), abs(highest)) <= torch.finfo(torch.float32).max:
             raise ObserverError(
                 f"A tensor of shape {tuple(x.shape)} holds NaN or infinite values",
                 remedy="Run the model in float32 and find the first layer whose output is not finite.",
             )
-        self._widen(math.frexp(max(abs(lowest), abs(highest)))[1])
+        if lowest or highest:  # zeros need no width; frexp would give them that of 1
+            self._widen(math.frexp(max(abs(lowest), abs(highest)))[1])
         self.minimum, self.maximum = min(self.minimum, lowest), max(self.maximum, highest)
         # A product with a power of two and a conversion that truncates are exact. int16 holds every bin number, and
         # with this chunk size an update takes a quarter of the time of torch.histc.

@@ -1,4 +1,4 @@
-"""Integer rows of the dispatch table on x86 processors, through the oneDNN that torch carries.
+"""Rows of the dispatch table on x86 processors, through the oneDNN that torch carries.
 
 Signatures and results are those of `reference`; sums are equal, and the float32 steps after them agree to a few ulp.
 Everything works in blocks whose temporaries stay in the second-level cache, because fresh memory of a large output
@@ -26,6 +26,7 @@ MAX_REDUCTION = (2**31 - 1) // (255 * 128)
 
 _BLOCK_ELEMENTS = 1 << 18  # of a float32 temporary: 1 MiB
 _BLOCK_BYTES = 1 << 21  # of an output or patch matrix
+_FLOAT_WEIGHT_ELEMENTS = 1 << 20  # of a dequantized weight: 4 MiB, far below what is given back to the system
 
 
 @functools.cache
@@ -286,3 +287,43 @@ def _blocks(patches: Tensor, budget: int) -> Iterator[tuple[int, int, Tensor]]:
         for row in range(0, out_h, rows):
             block = group[:, row : row + rows]
             yield first * out_h + row, first * out_h + row + block.shape[1], block
+
+
+def linear_a16(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `reference.linear_a16`, with the weight dequantized for a block of output channels at a time."""
+    blocks = _output_blocks(codes)
+    if len(blocks) == 1:
+        return reference.linear_a16(x, codes, weight_scale, bias)
+    out = x.new_empty((*x.shape[:-1], len(codes)))
+    for part in blocks:
+        out[..., part] = reference.linear_a16(x, codes[part], weight_scale[part], None if bias is None else bias[part])
+    return out
+
+
+def conv2d_a16(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """Return `reference.conv2d_a16`, with the weight dequantized for a block of output channels at a time."""
+    blocks = _output_blocks(codes)
+    shape = (stride, padding, dilation, groups)
+    if len(blocks) == 1 or groups > 1:
+        return reference.conv2d_a16(x, codes, weight_scale, bias, *shape)
+    x = x.contiguous(memory_format=torch.channels_last)
+    parts = (
+        reference.conv2d_a16(x, codes[part], weight_scale[part], None if bias is None else bias[part], *shape)
+        for part in blocks
+    )
+    return torch.cat([*parts], 1)
+
+
+def _output_blocks(codes: Tensor) -> list[slice]:
+    """Cut the output channels so that the float weight of a block is memory that the allocator hands out again."""
+    rows = max(16, _FLOAT_WEIGHT_ELEMENTS * len(codes) // max(1, codes.numel()) // 16 * 16)
+    return [slice(start, start + rows) for start in range(0, max(1, len(codes)), rows)]

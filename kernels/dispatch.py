@@ -1,6 +1,7 @@
 """The one table (operation, format, device) -> implementation, and the operations `torch.ops.dcomp.*` that go by it.
 
-Rows in order of preference; `emulated` is always there and always last. A row that is passed over says why, and
+Rows in order of preference; `emulated` (`torch` for
+float operations) is always there and always last. A row that is passed over says why, and
 `explain` shows it: nothing falls back unseen. The operations take plain tensors in the layout of `packing` (4 bits when
 `qweight` is uint8), have shapes for tracing, and no gradients.
 
@@ -46,7 +47,7 @@ class Choice:
     """The implementation of an operation.
 
     Attributes:
-        row: "cpu", "emulated", or "torch" where torch's float operation is the only one.
+        row: "cpu", or the row that is always there: "emulated", or "torch" for a float operation.
         reason: why this one, and why not a faster one.
         run: the implementation.
     """
@@ -74,10 +75,7 @@ def choose(operation: str, *, device: str = "cpu", bits: int = 8, reduction: int
 
 @functools.lru_cache(maxsize=4096)
 def _choose(request: _Request, forced: Backend) -> Choice:
-    run, text = _LAST_ROW[request.operation]
-    if request.operation.endswith("a16"):
-        return Choice("torch", text, run)
-    fast = _CPU_ROW[request.operation, request.bits if request.operation == "conv2d_a8" else 8]
+    last, text, run = _LAST_ROW[request.operation]
     refusal = _refuse_cpu(request)
     if forced == "cpu" and refusal is not None:
         raise KernelError(
@@ -86,10 +84,10 @@ def _choose(request: _Request, forced: Backend) -> Choice:
             remedy="Leave use_backend out to let dcomp choose.",
         )
     if forced == "emulated":
-        return Choice("emulated", f"demanded by use_backend; {text}", run)
+        return Choice(last, f"demanded by use_backend; {text}", run)
     if refusal is not None:
-        return Choice("emulated", f"{refusal}; {text}", run)
-    return Choice("cpu", *fast)
+        return Choice(last, f"{refusal}; {text}", run)
+    return Choice("cpu", *_CPU_ROW[request.operation, request.bits if request.operation == "conv2d_a8" else 8])
 
 
 def _refuse_cpu(request: _Request) -> str | None:
@@ -97,7 +95,7 @@ def _refuse_cpu(request: _Request) -> str | None:
         return _NO_CUDA
     if request.device != "cpu":
         return f"there is no row for {request.device}"
-    if request.operation.startswith("quantize"):
+    if request.operation.startswith("quantize") or request.operation.endswith("a16"):
         return None
     if request.groups > 1:
         return "grouped convolutions have no integer kernel"
@@ -141,22 +139,25 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
     return lines
 
 
+_BLOCKS = "weight dequantized a block of output channels at a time, torch's float operation"
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
     ("quantize_token", 8): ("one pass in cache-sized blocks", cpu.quantize_token),
     ("linear_a8", 8): ("oneDNN int8 matrix product; 4-bit weights are unpacked for each call", cpu.linear_a8),
     ("conv2d_a8", 8): ("oneDNN int8 convolution, weight reordered once and kept", cpu.conv2d_prepacked),
     ("conv2d_a8", 4): ("weight unpacked for each call, oneDNN int8 matrix product over patches", cpu.conv2d_patches),
+    ("linear_a16", 8): (_BLOCKS, cpu.linear_a16),
+    ("conv2d_a16", 8): (_BLOCKS, cpu.conv2d_a16),
 }
 _EXACT = "exact integers in float64"
 _FLOAT = "weight dequantized for each call, torch's float operation"
-_LAST_ROW: dict[str, tuple[Callable[..., Any], str]] = {
-    "quantize_static": (qparams.quantize_static, "plain torch"),
-    "quantize_token": (qparams.quantize_token, "plain torch"),
-    "linear_a8": (reference.linear_a8, _EXACT),
-    "conv2d_a8": (reference.conv2d_a8, _EXACT),
-    "linear_a16": (reference.linear_a16, _FLOAT),
-    "conv2d_a16": (reference.conv2d_a16, _FLOAT),
+_LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
+    "quantize_static": ("emulated", "plain torch", qparams.quantize_static),
+    "quantize_token": ("emulated", "plain torch", qparams.quantize_token),
+    "linear_a8": ("emulated", _EXACT, reference.linear_a8),
+    "conv2d_a8": ("emulated", _EXACT, reference.conv2d_a8),
+    "linear_a16": ("torch", _FLOAT, reference.linear_a16),
+    "conv2d_a16": ("torch", _FLOAT, reference.conv2d_a16),
 }
 
 

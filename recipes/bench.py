@@ -45,7 +45,8 @@ class BenchResult(BaseModel):
         peak_bytes, peak_bytes_original: largest resident memory of a fresh process that loads the pipeline and makes
             one batch of pictures; None when not measured.
         peak_bytes_imports: what that process held before it opened the compressed pipeline.
-        denoiser_bytes, denoiser_bytes_original: parameters and buffers in memory as loaded.
+        denoiser_bytes, denoiser_bytes_original: parameters and buffers in memory as loaded; what kernels keep beside
+            them, such as reordered weights, is in `peak_bytes` alone.
         macs, macs_original: multiply-accumulates of the recorded calls, one batch.
         repeats: number of pairs.
         calls: recorded denoiser calls in one run.

@@ -27,6 +27,7 @@ class Comparison:
         distance: FID and KID; None without a feature extractor.
         health: of the compressed pictures.
         blanked: pictures that a safety checker replaced on either side; only their latents were compared.
+        unseen: timesteps of the compressed side that its calibration had not seen, counted once a batch.
         finite: all latents and pictures of the compressed side are finite.
     """
 
@@ -36,6 +37,7 @@ class Comparison:
     distance: quality.FeatureDistance | None
     health: quality.Health
     blanked: int
+    unseen: int
     finite: bool
 
 
@@ -48,7 +50,7 @@ def compare(
     """Reduce two sample folders to figures, a chunk at a time."""
     errors, psnrs, mses, ssims, curves, shown = [], [], [], [], [], []
     features: tuple[list[Tensor], list[Tensor]] = ([], [])
-    health = quality.Health()
+    health, unseen = quality.Health(), 0
     total = len(original.prompts)
     for number, indices in enumerate(original.ranges):
         report("comparing", indices.start, total)
@@ -60,6 +62,7 @@ def compare(
         psnrs.append(quality.decibels(mses[-1]))
         ssims.append(quality.structural_similarities(a.images, b.images))
         health += quality.examine(b.images[kept])
+        unseen += b.unseen
         if a.step_latents is not None and b.step_latents is not None:
             curves.append(_step_errors(a.step_latents, b.step_latents))
         if extractor:
@@ -98,6 +101,7 @@ def compare(
         else None,
         health=health,
         blanked=int((~kept).sum()),
+        unseen=unseen,
         finite=health.non_finite == 0 and bool(latent_errors.isfinite().all()),
     )
 

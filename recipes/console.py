@@ -123,7 +123,12 @@ def print_table(
 ) -> None:
     """Print a table; columns whose numbers are in `right` are aligned to the right."""
     table = Table(
-        title=Text(visible(title), style="bold"), title_justify="left", box=None, pad_edge=False, header_style="dim"
+        title=Text(visible(title), style="bold") if title else None,
+        title_justify="left",
+        show_header=any(columns),
+        header_style="dim",
+        box=None,
+        pad_edge=False,
     )
     for number, column in enumerate(columns):
         table.add_column(Text(visible(column)), justify="right" if number in right else "left", overflow="fold")
@@ -140,7 +145,8 @@ def print_facts(title: str, facts: Mapping[str, Any], *, on: Literal["stdout", "
 def print_validation(result: Any, html: Path | None = None) -> None:
     """Print the verdict, the thresholds and the figures of a `ValidationResult`."""
     screen = _stdout()
-    verdict = ("PASSED", "bold green") if result.passed else ("NOT GOOD ENOUGH", "bold red")
+    good = ("PASSED", "bold green") if result.thresholds else ("MEASURED, no thresholds given", "bold")
+    verdict = good if result.passed else ("NOT GOOD ENOUGH", "bold red")
     screen.print(
         Text.assemble(verdict, f"  {visible(result.compressed)}  against  {visible(result.original)}"), soft_wrap=True
     )
@@ -224,7 +230,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
                 yield from _flatten(item if isinstance(item, Mapping) else {"": item}, f"{name} {number} · ")
         elif isinstance(value, list | tuple):
             yield name, ", ".join(value_text(v) for v in value) or "-"
-        elif key.split("_")[-1] == "bytes" and _is_number(value):
+        elif "bytes" in key.split("_") and type(value) is int:
             yield name, bytes_text(value)
         else:
             yield name, value_text(value)

@@ -3,8 +3,8 @@
 A chunk is a pure function of (model, prompts, settings, index range): it is written atomically under a name that its
 fingerprint is part of, skipped when its file exists, and recomputed when that file is damaged. Samples are never all in
 memory. Files are safetensors: `latents` fp32 [n, ...], `images` fp32 [n, C, H, W], `blanked` bool [n] (pictures that
-the pipeline's own safety checker replaced), and for the first samples `step_latents` fp32 [n', S, ...], the latents
-after each of S scheduler steps.
+the pipeline's own safety checker replaced), `unseen` int64 (timesteps that a quantized denoiser was not calibrated
+for), and for the first samples `step_latents` fp32 [n', S, ...], the latents after each of S scheduler steps.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dcomp import DcompError, __version__
+from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 
 CURVE_SAMPLES = 16  # samples whose latents are kept after every step
@@ -32,6 +33,7 @@ class Chunk:
     latents: Tensor
     images: Tensor
     blanked: Tensor
+    unseen: int
     step_latents: Tensor | None
 
 
@@ -100,12 +102,14 @@ class SampleFolder:
         curve = max(0, min(indices.stop, CURVE_SAMPLES) - indices.start)
         prompts = [self.prompts[i] for i in indices]
         numbers = [self.first_index + i for i in indices]
+        before = _unseen(pipeline)
         trajectory = pipeline.run(prompts, numbers, self.settings, keep_steps=curve > 0)
         assert trajectory.images is not None  # run() decodes unless told not to
         tensors = {
             "latents": trajectory.latents.float().cpu(),
             "images": trajectory.images.float().cpu(),
             "blanked": torch.tensor([place in trajectory.blanked for place in range(len(prompts))]),
+            "unseen": torch.tensor(_unseen(pipeline) - before),
         }
         if trajectory.step_latents:
             tensors["step_latents"] = torch.stack([latents[:curve].float() for latents in trajectory.step_latents], 1)
@@ -122,9 +126,15 @@ class SampleFolder:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError):
             return None
-        if not {"latents", "images", "blanked"} <= set(tensors) or len(tensors["images"]) != len(indices):
+        if not {"latents", "images", "blanked", "unseen"} <= set(tensors) or len(tensors["images"]) != len(indices):
             return None
-        return Chunk(tensors["latents"], tensors["images"], tensors["blanked"], tensors.get("step_latents"))
+        return Chunk(
+            latents=tensors["latents"],
+            images=tensors["images"],
+            blanked=tensors["blanked"],
+            unseen=int(tensors["unseen"]),
+            step_latents=tensors.get("step_latents"),
+        )
 
     def _write(self, indices: range, tensors: dict[str, Tensor]) -> None:
         file = self._file(indices)
@@ -141,3 +151,8 @@ class SampleFolder:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _unseen(pipeline: OpenPipeline) -> int:
+    clock: StepClock | None = getattr(pipeline.denoiser, "dcomp_clock", None)
+    return clock.unseen if clock else 0

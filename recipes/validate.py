@@ -197,11 +197,9 @@ class _Side:
     tensor_bytes: int
     file_bytes: int
     macs: int
-    unseen_timesteps: int
 
     @classmethod
     def of(cls, pipeline: OpenPipeline, folder: SampleFolder, macs: int) -> Self:
-        clock = getattr(pipeline.denoiser, "dcomp_clock", None)
         return cls(
             folder=folder,
             kind=pipeline.kind,
@@ -211,7 +209,6 @@ class _Side:
             tensor_bytes=tensor_bytes(pipeline.denoiser),
             file_bytes=check_model_folder(pipeline.source, match_weights=False).nbytes,
             macs=macs,
-            unseen_timesteps=clock.unseen if clock else 0,
         )
 
 
@@ -246,8 +243,11 @@ def _warnings(original: _Side, compressed: _Side, comparison: Comparison) -> lis
     unlike = sorted(k for k in keys if original.scheduler_config.get(k) != compressed.scheduler_config.get(k))
     if unlike:
         warnings.append(f"The two schedulers are configured differently: {', '.join(unlike)}.")
-    if compressed.unseen_timesteps:
-        warnings.append(f"{compressed.unseen_timesteps} timesteps were not calibrated; the nearest ranges were used.")
+    if comparison.unseen:
+        warnings.append(
+            f"{comparison.unseen} times the compressed denoiser met a timestep that was not calibrated and used the "
+            "nearest ranges."
+        )
     distance = comparison.distance
     if distance and distance.samples < 1000:
         warnings.append(f"FID of {distance.samples} samples is biased upwards; compare it at equal numbers only.")

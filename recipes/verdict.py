@@ -73,7 +73,8 @@ class ValidationResult(_Data):
         extractor: id of the feature extractor; numbers of different ones must not be compared.
         bits_per_param: bits of the compressed denoiser in memory for each parameter of the original one.
         bytes_original, bytes_compressed: all files of the two pipelines on disk.
-        denoiser_bytes_original, denoiser_bytes_compressed, denoiser_bytes_ratio: parameters and buffers in memory.
+        denoiser_bytes_original, denoiser_bytes_compressed, denoiser_bytes_ratio: parameters and buffers in memory; what
+            kernels keep beside them, such as reordered weights, is in `peak_bytes` alone.
         macs_ratio: multiply-accumulates of the same denoiser calls, compressed over original.
         speedup, speedup_min, speedup_max, peak_bytes, peak_bytes_original: see `bench`.
         flat_images, non_finite_images: broken pictures of the compressed side.

@@ -173,6 +173,21 @@ def test_a_lone_variant_is_found_and_listed_under_its_plain_name(model: Path) ->
     assert set(folder.denoiser.files) == {"config.json", hostile.WEIGHTS}
 
 
+def test_names_of_older_diffusers_are_understood(tmp_path: Path) -> None:
+    model = save_tiny_pipeline("DiTTransformer2DModel", tmp_path / "model")
+    hostile.edit_json(model / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    hostile.edit_json(model / "transformer" / "config.json", norm_type="ada_norm_zero")
+    path = model / "vae" / hostile.WEIGHTS
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        old = next((name.replace(new, old) for new, old in older.items() if f"attentions.0.{new}." in name), name)
+        renamed[old] = tensor
+    assert sum("query" in name for name in renamed) == 4
+    save_file(renamed, path)
+    check_model_folder(model)
+
+
 def test_shards_are_read_through_their_index(model: Path) -> None:
     path = model / "unet" / hostile.WEIGHTS
     tensors = sorted(load_file(path).items())

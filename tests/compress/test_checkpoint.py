@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -172,6 +173,20 @@ def test_shards_open_in_plain_diffusers(pipeline: OpenPipeline, tmp_path: Path) 
     assert sum(name.endswith(".safetensors") for name in manifest.files) > 3
     after = open_pipeline(tmp_path / "out").denoiser.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in pipeline.denoiser.state_dict().items())
+
+
+def test_finished_folders_take_the_place_of_components(pipeline: OpenPipeline, tmp_path: Path) -> None:
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    replaced = {"scheduler": tmp_path / "scheduler", "unet": pipeline.source / "unet"}
+    write_checkpoint(pipeline, tmp_path / "out", FIELDS, replaced=replaced)
+    after = hashes(tmp_path / "out")
+    for name, folder in replaced.items():
+        assert {f"{name}/{key}": value for key, value in hashes(folder).items()}.items() <= after.items()
+    opened = open_pipeline(tmp_path / "out")
+    assert type(opened.scheduler) is DDIMScheduler
+    assert not hasattr(opened.denoiser, "hf_quantizer")
+    check_manifest(tmp_path / "out")
 
 
 def test_an_existing_output_is_kept(pipeline: OpenPipeline, checkpoint: Path, tmp_path: Path) -> None:

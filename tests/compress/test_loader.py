@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dcomp
-from dcomp import DcompError
+from dcomp import DcompError, UsageError
 from dcomp.compress.checkpoint import CheckpointError, ManifestFields, write_checkpoint
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
 from dcomp.compress.loader import DcompQuantizationConfig, load
@@ -236,6 +236,11 @@ def test_a_pipeline_that_dcomp_did_not_make_is_explained(written: Path, tmp_path
         load(tmp_path)
     with pytest.raises(CheckpointError, match="no compressed checkpoint"):
         load(tmp_path / "nowhere")
+
+
+def test_a_device_that_is_not_there_is_a_wrong_use(written: Path) -> None:
+    with pytest.raises(UsageError, match="device nowhere"):
+        load(written, device="nowhere")
 
 
 def test_load_is_what_the_package_offers() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,6 +39,7 @@ VALID = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(VALID)
 def test_schemes_survive_json(scheme: QScheme) -> None:
     assert QScheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
@@ -315,7 +316,7 @@ def test_presets_shrink_every_architecture_in_their_order(name: str) -> None:
     total = sum(p.numel() for p in denoiser.parameters())
     assert all(size.parameters == total for size in sizes.values())
     assert sizes["float"].ratio == 1
-    assert sizes["w4a16"].ratio < sizes["w8a16"].ratio <= sizes["w8a8"].ratio < 0.4
+    assert sizes["w4a16"].ratio < sizes["w8a16"].ratio <= sizes["w8a8"].ratio < 0.6  # DiT: embeddings of 1000 classes
     assert sizes["w4a8"].ratio < sizes["w8a8"].ratio
     undecided = {part.name for part in sizes["w4a8"].left_in_float} & set(structure.layers)
     assert undecided == set()

@@ -269,6 +269,22 @@ def test_token_codes_of_many_blocks_and_strided_rows_are_those_of_the_definition
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_dequantized_in_blocks_gives_the_result_of_the_whole(monkeypatch, dtype):
+    codes, scale, bias = _draw((70, 3, 3, 16), -127, 127, 0), torch.rand(70), torch.randn(70)
+    x, rows = torch.randn(2, 16, 6, 7).to(dtype), torch.randn(3, 5, 16).to(dtype)
+    shape = ([1, 1], [1, 1], [1, 1], 1)
+    monkeypatch.setattr(cpu, "_FLOAT_WEIGHT_ELEMENTS", 20 * codes[0].numel())
+    assert len(cpu._output_blocks(codes)) == 5
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # a sum of 144 terms in another order
+    for b in (bias, None):
+        whole = reference.conv2d_a16(x, codes, scale, b, *shape)
+        assert (cpu.conv2d_a16(x, codes, scale, b, *shape) - whole).abs().max() <= tolerance * whole.abs().max()
+        monkeypatch.setattr(cpu, "_FLOAT_WEIGHT_ELEMENTS", 16 * 16)
+        whole = reference.linear_a16(rows, codes[:, 0, 0], scale, b)
+        assert (cpu.linear_a16(rows, codes[:, 0, 0], scale, b) - whole).abs().max() <= tolerance * whole.abs().max()
+
+
 PROBE = """
 import torch
 from dcomp.kernels import cpu, dispatch

@@ -141,8 +141,8 @@ def test_every_operation_and_format_is_explained_for_every_device():
     assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 20
     assert all(line["reason"] for line in lines)
     for line in lines:
-        if line["device"] == "cuda" and not line["operation"].endswith("a16"):
-            assert line["row"] == "emulated"
+        if line["device"] == "cuda":
+            assert line["row"] == ("torch" if line["operation"].endswith("a16") else "emulated")
             assert "no CUDA kernels" in line["reason"]
 
 

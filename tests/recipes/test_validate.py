@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from dcomp import UsageError
 from dcomp.calibrate import quality
 from dcomp.calibrate.pipeline import Generation, open_pipeline
+from dcomp.compress.manifest import MANIFEST, LayerRecord, Manifest, Source, Totals
+from dcomp.recipes.load import load_recipe
 from dcomp.recipes.trajectories import SampleFolder
 from dcomp.recipes.validate import FIRST_INDEX, ValidationResult, validate
 from dcomp.recipes.verdict import RULES, check, check_thresholds
@@ -93,6 +95,34 @@ def test_pictures_come_worst_first_in_eight_bits(different: ValidationResult) ->
     assert psnrs == sorted(psnrs)
     assert different.pictures[0].original.shape == (16, 16, 3)
     assert "pictures" not in different.to_dict()
+
+
+def test_settings_and_layers_come_from_the_checkpoints_manifest(models: dict[str, Path], tmp_path: Path) -> None:
+    """A manifest beside float weights: what it says is taken over, whatever it says."""
+    checkpoint = shutil.copytree(models["text"], tmp_path / "checkpoint")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red house\na blue house\n")
+    values = {"calibration.steps": 3, "calibration.seed": 7, "calibration.prompts": str(prompts)}
+    sizes = {"bytes_before": 400, "bytes_after": 100}
+    layers = {
+        "conv_in": LayerRecord(role="input", scheme="W8A16", weight_bits=8, input_bits=16, weight_error=0.01, **sizes),
+        "conv_out": LayerRecord(role="output", weight_bits=32, input_bits=32, reason="kept by hand", **sizes),
+    }
+    manifest = Manifest(
+        dcomp_version="0",
+        packages={},
+        source=Source(name="text", sha256="0" * 64),
+        recipe=load_recipe("w8a8", (), values).to_dict(),
+        layers=layers,
+        totals=Totals(bytes_original=2, bytes_compressed=1, denoiser_bytes_ratio=0.5, bits_per_param=16.0),
+        files={},
+    )
+    (checkpoint / MANIFEST).write_text(manifest.sealed().to_json())
+    result = validate(checkpoint, models["text"], samples=3, batch_size=2, bench=False)
+    assert (result.settings["steps"], result.seed, len(result.error_by_step)) == (3, 7, 3)
+    assert [p.prompt for p in result.per_prompt] == ["a red house", "a blue house", "a red house"]
+    assert [(layer["name"], layer["scheme"]) for layer in result.layers] == [("conv_in", "W8A16"), ("conv_out", None)]
+    assert result.left_in_float == [{"name": "conv_out", "role": "output", "reason": "kept by hand"}]
 
 
 def test_noise_is_held_out_from_calibration(models: dict[str, Path], different: ValidationResult) -> None:
