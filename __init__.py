@@ -61,6 +61,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'dcomp' has no attribute {name!r}")
 
 
-@wrapt.when_imported("diffusers.quantizers.auto")  # type: ignore[untyped-decorator]
+@wrapt.when_imported("diffusers.quantizers.auto")
 def _register_with_diffusers(_: "ModuleType") -> None:
     import_module("dcomp.compress.loader")  # registers itself, also when it is what imported diffusers

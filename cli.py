@@ -304,7 +304,7 @@ def validate(
 ) -> None:
     """Run the same seeds through OUT and the original and measure the difference; exit code 3 when not good enough."""
     from dcomp.recipes import console
-    from dcomp.recipes.report import write_html, write_json, write_junit
+    from dcomp.recipes.report import write_github, write_html, write_json, write_junit
     from dcomp.recipes.validate import validate as run_validation
 
     thresholds = {
@@ -338,6 +338,7 @@ def validate(
     if html:
         write_html(result, html)
         write_json(result, html / "report.json")
+    write_github(result, html)
     console.print_json(result.to_dict()) if json else console.print_validation(result, html)
     if not result.passed:
         raise typer.Exit(NOT_GOOD_ENOUGH)

@@ -1,12 +1,14 @@
 """Speed of one denoiser call at Stable Diffusion 1.5's shape: integers against fp32, interleaved, as ratios.
 
-    python benchmarks/speed.py [--preset w8a8 --preset w4a8] [--batch 2] [--repeats 7] [--json speed.json]
+    python benchmarks/speed.py [--preset w8a8 --preset w4a8] [--batch 2] [--repeats 7]
 
-Weights are random: speed does not depend on them. Each round times the fp32 call and every quantized call once, in turn,
-so that a drift of the machine's speed hits all of them; the ratio of a round is what counts, its median is what is quoted.
+Weights are random: speed does not depend on them. Each round times the fp32 call and every quantized call once, in
+turn, so that a drift of the machine's speed hits all of them; the ratio of a round is what counts, its median is what
+is quoted. Prints a table and writes `benchmarks/results/speed.json`.
 """
 
 import copy
+import dataclasses
 import json
 import platform
 import statistics
@@ -29,6 +31,8 @@ SD15 = {
     "attention_head_dim": 8,
 }
 
+RESULTS = Path(__file__).parent / "results"
+
 
 class _Calls:
     """A calibration set of one call that is never written to disk."""
@@ -50,9 +54,8 @@ def main(
     batch: int = 2,
     latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
     repeats: int = 7,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Print the table and, if asked, write it as JSON."""
+    """Measure, print the table, write the JSON."""
     from diffusers import UNet2DConditionModel
 
     from dcomp.calibrate.clock import StepBins
@@ -72,7 +75,7 @@ def main(
         structure = probe_structure(model, small, {})
         decisions = choose_schemes(model, structure, name)
         schemes = {layer: d.scheme for layer, d in decisions.items() if d.scheme is not None}
-        schemes = {layer: s.replace(weight_range="minmax", input_range="minmax") for layer, s in schemes.items()}
+        schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
         with tempfile.TemporaryDirectory() as work:
             quantize_denoiser(model, _Calls(small, {}), schemes, StepBins((500.0,), (0,), ()), Path(work))
         models[name] = model
@@ -97,19 +100,30 @@ def main(
                 "bytes": sum(t.nbytes for t in (*models[name].parameters(), *models[name].buffers())),
             }
         )
-    print(
-        f"\nSD 1.5 shape, batch {batch}, {latent}x{latent} latents, {repeats} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print("| model | speed ratio to fp32 (min - max) | bytes in memory, ratio |\n|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['speedup']:.2f} ({row['speedup_min']:.2f} - {row['speedup_max']:.2f}) "
-            f"| {row['bytes'] / rows[0]['bytes']:.3f} |"
-        )
-    if json_file:
-        facts = {"batch": batch, "latent": latent, "repeats": repeats, "threads": torch.get_num_threads()}
-        machine = {"machine": platform.machine(), "torch": torch.__version__}
-        json_file.write_text(json.dumps(facts | machine | {"rows": rows}, indent=2))
+    report = {
+        "batch": batch,
+        "latent": latent,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    print("\n" + table(report))
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the rows as Markdown."""
+    fp32 = report["rows"][0]["bytes"]
+    lines = ["| | speed / fp32 (range over rounds) | bytes in memory / fp32 |", "|---|---:|---:|"]
+    lines += [
+        f"| {row['model']} | {row['speedup']:.2f} ({row['speedup_min']:.2f} to {row['speedup_max']:.2f}) "
+        f"| {row['bytes'] / fp32:.3f} |"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What is learned about a model before it is changed: pipeline, structure, clock, calibration set, ranges, cost, quality."""
+"""What is learned about a model before it is changed: its structure, trajectories, ranges, cost and quality."""

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
@@ -40,7 +39,14 @@ from dcomp.compress.manifest import (
     read_manifest,
 )
 from dcomp.compress.verify import verify_checkpoint
-from dcomp.compress.weight_files import HashingFile, weights_nbytes, write_text, write_weights
+from dcomp.compress.weight_files import (
+    MAX_SHARD_BYTES,
+    HashingFile,
+    narrowed,
+    weights_nbytes,
+    write_text,
+    write_weights,
+)
 
 __all__ = [
     "CheckpointError",
@@ -58,7 +64,6 @@ __all__ = [
     "write_checkpoint",
 ]
 
-MAX_SHARD_BYTES = 5 << 30
 _COPY_BYTES = 4 << 20
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("dcomp", "torch", "diffusers", "transformers", "safetensors")
@@ -218,18 +223,9 @@ def _tensors_of(denoiser: nn.Module, part: Component) -> dict[str, Tensor]:
     ours = tuple(f"{name}." for name, layer in denoiser.named_modules() if isinstance(layer, QuantLayer))
     stored = {name: tensor.dtype for name, tensor in part.tensors.items()}
     return {
-        name: tensor if name.startswith(ours) else _narrowed(tensor, stored.get(name))
+        name: tensor if name.startswith(ours) else narrowed(tensor, stored.get(name))
         for name, tensor in denoiser.state_dict().items()
     }
-
-
-def _narrowed(tensor: Tensor, stored: str | None) -> Tensor:
-    """Store a layer that stayed in float as narrow as it was, if that loses nothing."""
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored or "")
-    if dtype is None or tensor.dtype != torch.float32:
-        return tensor
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _write_denoiser(

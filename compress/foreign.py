@@ -23,18 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dcomp import DcompError, UsageError
 from dcomp.calibrate.components import quiet
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline
-from dcomp.compress.weight_files import write_text, write_weights
+from dcomp.compress.weight_files import MAX_SHARD_BYTES, narrowed, write_text, write_weights
 
 WEIGHT_BITS = {"quanto": (8, 4), "bnb": (8, 4)}
 PROBE_SECONDS = 300  # quanto compiles an extension at its first 4-bit product: 80 s on one slow core
 _MODULES = {"quanto": ("optimum.quanto", "optimum-quanto"), "bnb": ("bitsandbytes", "bitsandbytes")}
-MAX_SHARD_BYTES = 5 << 30
 _VECTOR_BYTES = 16
 _INSTEAD = "Use --format dcomp, which runs everywhere"
 
@@ -189,14 +188,6 @@ def _sort_layers(before: nn.Module, after: nn.Module) -> tuple[int, tuple[str, .
     return len(names) - len(left_float), left_float
 
 
-def _exactly_as(tensor: Tensor, stored: str | None) -> Tensor:
-    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored or "")
-    if dtype is None or tensor.dtype != torch.float32:
-        return tensor
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.float(), tensor) else tensor
-
-
 def _rewrite(saved: Path, folder: Path, narrow: dict[str, str]) -> None:
     """Write what diffusers saved again: aligned, in a fixed order, and without this machine's paths."""
     from safetensors.torch import load_file
@@ -206,7 +197,7 @@ def _rewrite(saved: Path, folder: Path, narrow: dict[str, str]) -> None:
     config.pop("_name_or_path", None)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     tensors = {name: x for file in sorted(saved.glob("*.safetensors")) for name, x in load_file(file).items()}  # mapped
-    tensors = {name: _exactly_as(x, narrow.get(name)) for name, x in tensors.items()}
+    tensors = {name: narrowed(x, narrow.get(name)) for name, x in tensors.items()}
     write_weights(folder, tensors, MAX_SHARD_BYTES, {"format": "pt"})
 
 

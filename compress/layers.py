@@ -55,7 +55,7 @@ class QuantLayer(nn.Module, ABC):
         qweight, scale, multiplier: see `kernels/packing.py`; `multiplier` is None for 8 bits.
         input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. A table of one row serves
             every bin.
-        bias: fp32 `[O]` or None, without gradient.
+        bias: parameter `[O]` without gradient, or None. Unlike the buffers it takes the model's float dtype.
         scheme: the rule that it was quantized by.
         clock: tells the step bin; without one, bin 0 is used.
         execution: "int", or "fake" for the float arithmetic that the integers stand for.
@@ -211,13 +211,18 @@ class QuantLayer(nn.Module, ABC):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move tensors to a device but never change their dtype, whatever `fn` does."""
+        """Move buffers to a device but never change their dtype, whatever `fn` does."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            kept = moved.dtype == tensor.dtype or isinstance(tensor, nn.Parameter)
+            return moved if kept else tensor.to(moved.device)
 
         return cast(Self, super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias.float()
 
     def extra_repr(self) -> str:
         """Return the geometry and the scheme."""
@@ -242,7 +247,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def int_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in integers to `[..., I]`."""
         self._check_channels(x.shape[-1], self.in_features)
-        weight = (self.qweight, self.scale, self.multiplier, self.bias, self.in_features)
+        weight = (self.qweight, self.scale, self.multiplier, self._bias, self.in_features)
         if self.scheme.input_bits == 16:
             return cast(Tensor, dispatch.linear_a16(x, *weight))
         q, x_scale = dispatch.quantize_token(x.reshape(-1, self.in_features))
@@ -252,7 +257,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
         values = qparams.fake_quant_token(x) if self.scheme.input_bits == 8 else x.float()
-        return functional.linear(values, self.dequantize(), self.bias).to(x.dtype)
+        return functional.linear(values, self.dequantize(), self._bias).to(x.dtype)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
@@ -307,7 +312,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
                 scale, zero = scale.view(-1, 1, 1, 1), zero.view(-1, 1, 1, 1)
             values = qparams.fake_quant_static(x, scale, zero)
         shape = (self.stride, self.padding, self.dilation, self.groups)
-        return functional.conv2d(values, self.dequantize(), self.bias, *shape).to(x.dtype)
+        return functional.conv2d(values, self.dequantize(), self._bias, *shape).to(x.dtype)
 
     def _int_rows(self, x: Tensor, step_bin: int) -> Tensor:
         assert self.input_scale is not None
@@ -324,7 +329,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         return y.to(x.dtype)
 
     def _weight_and_shape(self) -> tuple[Any, ...]:
-        weight = (self.qweight, self.scale, self.multiplier, self.bias)
+        weight = (self.qweight, self.scale, self.multiplier, self._bias)
         return (*weight, self.stride, self.padding, self.dilation, self.groups)
 
     def _bins(self, x: Tensor) -> int | Tensor:

@@ -209,7 +209,7 @@ class DcompQuantizer(DiffusersQuantizer):
         module = model.get_submodule(path)
         expected = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
         stored = state_dict[param_name]
-        if isinstance(module, QuantLayer):
+        if isinstance(module, QuantLayer) and leaf in module._buffers:
             if stored.dtype != expected.dtype:
                 raise _broken(f"Tensor {param_name!r} is {stored.dtype} instead of {expected.dtype}", "weights")
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):

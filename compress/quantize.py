@@ -20,6 +20,7 @@ from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
 from dcomp.calibrate.record import CalibrationSet
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
+from dcomp.compress.loader import attach_clock
 from dcomp.compress.scheme import QScheme
 from dcomp.kernels.packing import PackedWeight
 
@@ -28,6 +29,7 @@ SNAPSHOT_SECONDS = 15.0
 ERROR_CALLS = 4  # recorded calls on which layer errors are measured
 
 Progress = Callable[[str, int, int], None]
+Layer = nn.Linear | nn.Conv2d
 
 
 class QuantizationError(DcompError):
@@ -73,29 +75,36 @@ def quantize_denoiser(
     Raises:
         QuantizationError: weights or activations are not finite, or integer and fake execution disagree.
     """
-    layers = {name: denoiser.get_submodule(name) for name in schemes}
+    layers = {name: _float_layer(denoiser, name) for name in schemes}
     packed, weight_errors = _pack_weights(layers, schemes, work / "weights", progress)
     originals = {name: layer.weight for name, layer in layers.items()}
     static = [name for name, scheme in schemes.items() if scheme.input_granularity == "tensor"]
     clock = StepClock(bins)
-    attached = clock.attach(denoiser)
-    try:
+    with clock.attach(denoiser):
         for name, layer in layers.items():
-            layer.weight = nn.Parameter(_to_torch(packed[name].dequantize()).to(layer.weight), requires_grad=False)
+            layer.weight = nn.Parameter(_to_torch(packed[name].dequantize()).to(originals[name]), requires_grad=False)
         tables = _observe(denoiser, calibration, {n: schemes[n] for n in static}, clock, bins, work, progress)
-        for name, layer in layers.items():
-            layer.weight = originals[name]
-            scale, zero = tables.get(name, (None, None))
-            kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-            replacement = kind.from_float(
-                layer, packed[name], schemes[name], input_scale=scale, input_zero=zero, clock=clock
-            )
-            parent, _, child = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), child, replacement.eval())
-        output_errors = _compare(denoiser, layers, calibration, progress)
-    finally:
-        attached.remove()
+    for name, layer in layers.items():
+        layer.weight = originals[name]
+        scale, zero = tables.get(name, (None, None))
+        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+        replacement = kind.from_float(layer, packed[name], schemes[name], input_scale=scale, input_zero=zero)
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, replacement.eval())
+    attach_clock(denoiser, bins)
+    output_errors = _compare(denoiser, layers, calibration, progress)
     return {name: LayerErrors(weight_errors[name], *output_errors.get(name, (float("nan"), 0.0))) for name in schemes}
+
+
+def _float_layer(denoiser: nn.Module, name: str) -> Layer:
+    layer = denoiser.get_submodule(name)
+    if not isinstance(layer, Layer) or isinstance(layer, QuantLayer):
+        raise QuantizationError(
+            f"{type(layer).__name__} is no float linear or convolution layer",
+            where=name,
+            remedy="Leave it out of the schemes, or start from the original model.",
+        )
+    return layer
 
 
 def _to_canonical(weight: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ def _to_torch(weight: Tensor) -> Tensor:
 
 
 def _pack_weights(
-    layers: Mapping[str, nn.Module], schemes: Mapping[str, QScheme], folder: Path, progress: Progress
+    layers: Mapping[str, Layer], schemes: Mapping[str, QScheme], folder: Path, progress: Progress
 ) -> tuple[dict[str, PackedWeight], dict[str, float]]:
     folder.mkdir(parents=True, exist_ok=True)
     packed, errors = {}, {}
@@ -116,12 +125,6 @@ def _pack_weights(
         progress("weights", done, len(layers))
         scheme = schemes[name]
         weight = _to_canonical(layer.weight.detach().float())
-        if not torch.isfinite(weight).all():
-            raise QuantizationError(
-                "A weight is NaN or infinite",
-                where=name,
-                remedy="Repair or download the model again; nothing was written.",
-            )
         file = folder / f"{name}.safetensors"
         if file.exists():
             stored = load_file(file)
@@ -134,11 +137,9 @@ def _pack_weights(
                 in_channels=weight.shape[-1],
             )
         else:
-            packed[name] = search_weight(weight, scheme.weight_bits, scheme.group_size, scheme.weight_range)
-            tensors = {"qweight": packed[name].qweight, "scale": packed[name].scale}
-            if packed[name].multiplier is not None:
-                tensors["multiplier"] = packed[name].multiplier
-            _save_atomically({k: v.contiguous() for k, v in tensors.items()}, file)
+            packed[name] = search_weight(weight, scheme.weight_bits, scheme.group_size, scheme.weight_range, name=name)
+            buffers = {key: getattr(packed[name], key) for key in ("qweight", "scale", "multiplier")}
+            _save_atomically({key: value.contiguous() for key, value in buffers.items() if value is not None}, file)
         errors[name] = _relative(packed[name].dequantize(), weight)
     progress("weights", len(layers), len(layers))
     return packed, errors
@@ -229,15 +230,15 @@ def _restore(observers: Mapping[str, list[HistogramObserver]], file: Path) -> in
     states: dict[tuple[str, int], dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key != "finished":
-            name, i, field = key.rsplit(":", 2)
-            states.setdefault((name, int(i)), {})[field] = value
-    for (name, i), state in states.items():
-        observers[name][i].load_state_dict(state)
+            name, position, field = key.rsplit(":", 2)
+            states.setdefault((name, int(position)), {})[field] = value
+    for (name, step_bin), state in states.items():
+        observers[name][step_bin].load_state_dict(state)
     return int(tensors["finished"])
 
 
 def _compare(
-    denoiser: nn.Module, originals: Mapping[str, nn.Module], calibration: CalibrationSet, progress: Progress
+    denoiser: nn.Module, originals: Mapping[str, Layer], calibration: CalibrationSet, progress: Progress
 ) -> dict[str, tuple[float, float]]:
     """Run recorded calls through the quantized denoiser and compare each layer with its fake and its float form.
 
@@ -281,7 +282,7 @@ def _compare(
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
 def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:

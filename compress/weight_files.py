@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+MAX_SHARD_BYTES = 5 << 30
 _NAMES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -90,6 +91,20 @@ def write_weights(
     name = "diffusion_pytorch_model.safetensors.index.json"
     hashes[name] = write_text(folder / name, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return hashes
+
+
+def narrowed(tensor: Tensor, stored: str | None) -> Tensor:
+    """Return a float tensor in the 16-bit dtype that its source file had, if that loses nothing.
+
+    Args:
+        tensor: as it is in memory.
+        stored: dtype in the source's safetensors header, such as "F16"; None for a tensor that was not there.
+    """
+    dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored or "")
+    if dtype is None or tensor.dtype != torch.float32:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
 def weights_nbytes(tensors: Mapping[str, Tensor]) -> int:

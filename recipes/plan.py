@@ -159,16 +159,10 @@ def first_call(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generat
 
 
 def _decide(denoiser: nn.Module, structure: Structure, stage: QuantizeStage | None) -> dict[str, Decision]:
-    if stage is None or stage.preset == "float":
-        keep = stage.keep if stage else ()
-        overrides = _overrides(stage) if stage else {}
-        return choose_schemes(denoiser, structure, dict.fromkeys(Role), keep, overrides)
+    if stage is None:
+        return choose_schemes(denoiser, structure, "float")
     preset = preset_named(stage.preset, weight_range=stage.weight_range, input_range=stage.input_range)
-    return choose_schemes(denoiser, structure, preset, stage.keep, _overrides(stage))
-
-
-def _overrides(stage: QuantizeStage) -> dict[str, str | None]:
-    return {pattern: None if label.lower() == "float" else label for pattern, label in stage.overrides.items()}
+    return choose_schemes(denoiser, structure, preset, stage.keep, stage.overrides)
 
 
 def _layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:

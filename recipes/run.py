@@ -31,7 +31,7 @@ from dcomp.compress.quantize import LayerErrors, quantize_denoiser
 from dcomp.compress.scheme import QScheme
 from dcomp.recipes.console import Progress, say
 from dcomp.recipes.load import load_recipe
-from dcomp.recipes.plan import Call, Plan, make_plan, weight_bits
+from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.schema import Calibration, Recipe
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
@@ -292,7 +292,7 @@ def _record(
 
 def _require_same_model(recorded: CalibrationSet, pipeline: OpenPipeline) -> None:
     """Repeat a recorded call: a set of another model gives itself away, whatever its files say."""
-    call: Call = next(recorded.calls(pipeline.pipe.device))
+    call = next(recorded.calls(pipeline.pipe.device))
     difference = float("nan")
     try:
         prediction = prediction_of(pipeline.denoiser(*call.args, **call.kwargs))

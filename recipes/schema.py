@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-SCHEMA_VERSION = 1
-
 Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "float"]
 PRESETS: tuple[Preset, ...] = ("w8a8", "w4a8", "w4a16", "w8a16", "float")
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
@@ -90,7 +88,7 @@ class Recipe(_Frozen):
         lora: adapters `PATH[:scale]`, fused into the weights before anything else.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: Annotated[str, Field(max_length=100)] = "custom"
     lora: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     calibration: Calibration = Calibration()

@@ -2,28 +2,27 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
+from dcomp.compress.scheme import FloatPart
 from dcomp.recipes.console import bytes_text, print_table, say, time_text
 from dcomp.recipes.inspect import Inspection
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
 
-SHOWN_FLOAT = 6  # parts left in float that are listed by name
-
 
 def print_plan(plan: Plan, *, full: bool = False) -> None:
     """Print size, memory, time and coverage of a plan; `full` adds the resolved recipe and every layer."""
-    on = "stdout" if full else "stderr"
+    on: Literal["stdout", "stderr"] = "stdout" if full else "stderr"
     if full:
         print(yaml.safe_dump(plan.recipe.to_dict(), sort_keys=False).rstrip() + "\n")
-        rows = [
+        layers = [
             (name, _role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason)
             for name, decision in plan.decisions.items()
         ]
-        print_table("Layers", ("layer", "role", "scheme", "reason"), rows, on=on)
+        print_table("Layers", ("layer", "role", "scheme", "reason"), layers, on=on)
     else:
         groups: dict[tuple[str, str, str], int] = defaultdict(int)
         for name, decision in plan.decisions.items():
@@ -69,7 +68,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
     """Print the tree of layers, or one line for each role and scheme; then totals and what stayed in float."""
     title = f"{report.folder}  ({report.denoiser}, dcomp {report.dcomp_version}, recipe {report.recipe['name']})"
     if layers:
-        rows = [
+        lines = [
             (
                 entry.name,
                 entry.role,
@@ -82,7 +81,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
             for entry in report.layers
         ]
         columns = ("layer", "role", "scheme", "bytes", "weight error", "output error", "why")
-        print_table(title, columns, rows, right=(3, 4, 5))
+        print_table(title, columns, lines, right=(3, 4, 5))
     else:
         groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
         for entry in report.layers:
@@ -105,15 +104,15 @@ def _role(plan: Plan, name: str) -> str:
     return str(plan.structure.layers[name].role)
 
 
-def _left_in_float(parts: Iterable[Any]) -> str:
-    listed = list(parts)
-    if not listed:
-        return "nothing"
-    texts = [f"{part.name} ({part.parameters:,}, {part.reason})" for part in listed[:SHOWN_FLOAT]]
-    rest = listed[SHOWN_FLOAT:]
-    if rest:
-        texts.append(f"{len(rest)} smaller ones ({sum(p.parameters for p in rest):,} parameters)")
-    return "; ".join(texts)
+def _left_in_float(parts: Iterable[FloatPart]) -> str:
+    groups: dict[tuple[str, str], list[FloatPart]] = defaultdict(list)
+    for part in parts:
+        groups[part.kind, part.reason].append(part)
+    texts = [
+        f"{len(members)} {kind} with {sum(m.parameters for m in members):,} parameters ({reason})"
+        for (kind, reason), members in groups.items()
+    ]
+    return "; ".join(texts) or "nothing"
 
 
 def _percent(value: float | None) -> str:

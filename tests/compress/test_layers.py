@@ -229,11 +229,22 @@ def test_no_conversion_changes_the_dtype_of_a_buffer(make, convert):
         "to_meta": lambda: layer.to("meta", torch.bfloat16),
     }[convert]()
     after = layer.state_dict()
-    assert {name: t.dtype for name, t in after.items()} == {name: t.dtype for name, t in before.items()}
+    float_dtype = {"half": torch.float16, "double": torch.float64, "type_float16": torch.float16}
+    assert after.pop("0.bias").dtype == float_dtype.get(convert, torch.bfloat16)
+    assert {name: t.dtype for name, t in after.items()} == {name: before[name].dtype for name in after}
     if convert == "to_meta":
         assert all(t.is_meta for t in after.values())
     else:
-        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+@pytest.mark.parametrize("make", [lambda: _linear(bits=4), lambda: _conv(bits=4), lambda: _conv(bits=8)])
+def test_a_narrow_bias_is_added_in_full_precision(make):
+    layer = make()
+    x = torch.randn(2, 24) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, 5, 5)
+    layer.bias.data = layer.bias.data.bfloat16().float()
+    expected = layer(x)
+    assert torch.equal(layer.to(torch.bfloat16)(x), expected)
 
 
 @pytest.mark.parametrize(

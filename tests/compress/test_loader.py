@@ -75,7 +75,8 @@ def test_codes_and_tables_keep_their_dtype_whatever_the_user_asks_for(written: P
         unet = load(written, torch_dtype=dtype).unet
         assert unet.conv_norm_out.weight.dtype == dtype
         for name, layer in quantized_layers(unet).items():
-            for key, tensor in layer.state_dict().items():
+            assert layer.bias is None or layer.bias.dtype == dtype
+            for key, tensor in layer.named_buffers():
                 assert tensor.dtype == stored[f"{name}.{key}"].dtype
                 assert torch.equal(tensor, stored[f"{name}.{key}"])
 
