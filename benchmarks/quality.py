@@ -1,10 +1,10 @@
-"""How good the embedded pipeline stays: every preset, and optimum-quanto's 4-bit weights, on the same prompts and seeds.
+"""How good the embedded pipeline stays: every preset and optimum-quanto's 4-bit weights, same prompts and seeds.
 
     python benchmarks/quality.py [--preset w8a8 ...] [--samples 64] [--steps 20] [--guidance 4]
 
-Each row is one compressed pipeline against the original, measured by `dcomp validate`. The quanto row has the same layers
-at the same bits and group size as our W4A16: only the way of choosing codes differs (quanto: asymmetric, min-max). Prints
-a table and writes `benchmarks/results/quality.json`.
+Each row is one compressed pipeline against the original, measured by `dcomp validate`. The quanto row has the same
+layers at the same bits and group size as our W4A16: only the way of choosing codes differs (quanto: asymmetric,
+min-max). Prints a table and writes `benchmarks/results/quality.json`.
 """
 
 import json
