@@ -34,7 +34,7 @@ class DcompError(Exception):
         super().__init__(problem, where, remedy)
         self.problem = problem
         self.where = where
-        self.remedy = remedy
+        self.remedy = remedy if remedy.endswith((".", "?")) else f"{remedy}."
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where else ""

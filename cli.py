@@ -5,6 +5,7 @@ use or input, 3 valid but not good enough, 130 interrupted. Heavy libraries are 
 `--help` answers at once.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,9 @@ Prompts = Annotated[str | None, typer.Option(help="FILE.txt|csv|json|jsonl|parqu
 Column = Annotated[str | None, typer.Option(help="Column of a table that holds the prompts.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="Number of prompts used.")]
 Steps = Annotated[int | None, typer.Option(help="Scheduler steps, the number you deploy.")]
+StepsAgain = Annotated[int | None, typer.Option(help="Scheduler steps; default: as OUT was calibrated.")]
 Guidance = Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: the pipeline's own.")]
+GuidanceAgain = Annotated[float | None, typer.Option(min=0, help="Guidance scale; default: as OUT was calibrated.")]
 Scheduler = Annotated[str | None, typer.Option(help="diffusers scheduler class, e.g. DPMSolverMultistepScheduler.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Base seed; every sample's seed follows from it and its number.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures that are made together.")]
@@ -59,6 +62,7 @@ def main() -> None:
     """Run the program; a `DcompError` becomes one screen and its exit code."""
     if sys.stdout.encoding and sys.stdout.encoding.lower() != "utf-8":
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _hush_imports()
     try:
         app()
     except DcompError as error:
@@ -73,6 +77,13 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _hush_imports() -> None:
+    """Keep the advice that other packages log while they are imported off the screen."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _version(wanted: bool) -> None:
@@ -99,7 +110,8 @@ def _resolve(
     if len(chosen) + (recipe is not None) > 1:
         named = [f"--{name}" for name in chosen] + (["--recipe"] if recipe else [])
         raise UsageError(f"{' and '.join(named)} exclude each other", remedy="Give one of them.")
-    source = recipe or (chosen[0] if chosen else "w4a8")
+    default = "w4a8" if values.get("stages.0.format") in (None, "dcomp") else "w8a16"
+    source = recipe or (chosen[0] if chosen else default)
     return load_recipe(source, overrides or (), values)
 
 
@@ -128,11 +140,16 @@ def quantize(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="dcomp (integers), or quanto, bnb (those packages' weights).", rich_help_panel="Recipe"),
+        typer.Option(
+            help="dcomp (integers), or quanto, bnb (those packages' weights; w8a16 or w4a16).", rich_help_panel="Recipe"
+        ),
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(help="Layer name pattern to leave in float, repeatable.", rich_help_panel="Recipe"),
+        typer.Option(
+            help="Layer name pattern to leave in float; the recipe's own list is replaced. Repeatable.",
+            rich_help_panel="Recipe",
+        ),
     ] = None,
     lora: Lora = None,
     prompts: Prompts = None,
@@ -192,7 +209,7 @@ def compress(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Run all stages of RECIPE on MODEL; interrupted runs go on where they stopped."""
+    """Run RECIPE on MODEL; an interrupted run goes on where it stopped."""
     _compress(model, _resolve({}, recipe, overrides, {}), output, None, device, dry_run, fresh, overwrite, json)
 
 
@@ -242,6 +259,7 @@ def calibrate(
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    lora: Lora = None,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -260,9 +278,9 @@ def calibrate(
         "seed": seed,
         "batch_size": batch_size,
     }
-    recipe = load_recipe("float", (), {f"calibration.{key}": value for key, value in options.items()})
+    recipe = load_recipe("float", (), {"lora": lora} | {f"calibration.{key}": v for key, v in options.items()})
     with console.progress() as progress:
-        summary = record_calibration(model, recipe.calibration, output, device=device, progress=progress)
+        summary = record_calibration(model, recipe, output, device=device, progress=progress)
     console.print_json(summary) if json else console.print_facts("Calibration set", summary)
 
 
@@ -273,8 +291,8 @@ def validate(
     prompts: Prompts = None,
     column: Column = None,
     samples: Samples = 16,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    steps: StepsAgain = None,
+    guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
@@ -295,6 +313,7 @@ def validate(
     ] = None,
     features: Annotated[str | None, typer.Option(help="Feature network for FID: random-conv or pixel.")] = None,
     bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure the speed ratio too.")] = True,
+    record: Annotated[bool, typer.Option("--record", help="Write the figures into OUT's manifest.")] = False,
     device: Device = "cpu",
     json: Json = False,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit XML file.")] = None,
@@ -330,6 +349,7 @@ def validate(
             thresholds={key: value for key, value in thresholds.items() if value is not None},
             features=features,
             bench=bench,
+            record=record,
             device=device,
             progress=progress,
         )
@@ -351,8 +371,8 @@ def generate(
         list[str], typer.Argument(help="Prompts (class ids for a class-conditional model).", metavar="PROMPT...")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path("pictures"),
-    steps: Steps = None,
-    guidance: Guidance = None,
+    steps: StepsAgain = None,
+    guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
@@ -386,7 +406,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=3, help="Interleaved runs of each.")] = 9,
     batch: Annotated[int, typer.Option(min=1, help="Samples in a denoiser call.")] = 1,
     generations: Annotated[int, typer.Option(min=0, help="Whole generations timed too.")] = 0,
-    steps: Steps = None,
+    steps: StepsAgain = None,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -437,6 +457,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo's results.")] = Path("demo-out"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps: a smoke test.")] = False,
     fresh: Fresh = False,
+    json: Json = False,
 ) -> None:
     """Compress the embedded text-to-image pipeline to W4A8, validate it and write a page with its pictures."""
     from dcomp.recipes import console, screens
@@ -444,7 +465,7 @@ def demo(
 
     with console.progress() as progress:
         result, page = run_demo(output, quick=quick, fresh=fresh, on_plan=screens.print_plan, progress=progress)
-    console.print_validation(result, page)
+    console.print_json(result.to_dict()) if json else console.print_validation(result, page)
     if not result.passed:
         raise typer.Exit(NOT_GOOD_ENOUGH)
 

@@ -25,6 +25,7 @@ INDEX = "calibration.json"
 _FIELDS: dict[str, type] = {
     "schema": int,
     "fingerprint": str,
+    "model": str,
     "settings": dict,
     "prompts": list,
     "timesteps": list,
@@ -68,6 +69,7 @@ class CalibrationSet:
 
     Attributes:
         folder: where it lies.
+        model: fingerprint of the pipeline that it was recorded with, see `OpenPipeline.fingerprint`.
         settings: the fields of `Generation` that it was recorded with.
         prompts: the prompts whose calls are kept.
         notes: what was left out to stay within bounds, as sentences; empty when nothing was.
@@ -80,6 +82,7 @@ class CalibrationSet:
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
         self.folder = folder
         self._chunks: list[dict[str, Any]] = index["chunks"]
+        self.model: str = index["model"]
         self.settings: dict[str, Any] = index["settings"]
         self.notes: tuple[str, ...] = tuple(index["notes"])
         self.prompts: list[str] = [

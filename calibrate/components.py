@@ -86,8 +86,9 @@ def other_scheduler(current: Any, name: str) -> Any:
     by_short = {key.lower().removesuffix("scheduler"): cls for key, cls in usable.items()}
     if short in by_short:
         return by_short[short].from_config(current.config)
-    near = difflib.get_close_matches(short, by_short, 1, cutoff=0.4)
-    hint = f"did you mean {by_short[near[0]].__name__}?" if near else "one of " + ", ".join(sorted(usable))
+    spelled = by_short | {f"{key}scheduler": cls for key, cls in by_short.items()}
+    near = difflib.get_close_matches(short, spelled, 1, cutoff=0.4)
+    hint = f"did you mean {spelled[near[0]].__name__}?" if near else "one of " + ", ".join(sorted(usable))
     raise UsageError(
         f"{name!r} is no scheduler that can sample a model made for {type(current).__name__}",
         where="scheduler",

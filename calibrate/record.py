@@ -106,7 +106,8 @@ def _record(
     max_bytes: int,
     progress: Callable[[int, int], None] | None,
 ) -> CalibrationSet:
-    fingerprint = sha256_of_json([SCHEMA, pipeline.fingerprint(), asdict(settings), prompts, max_calls, max_bytes])
+    model = pipeline.fingerprint()
+    fingerprint = sha256_of_json([SCHEMA, model, asdict(settings), prompts, max_calls, max_bytes])
     index = read_index(folder)
     if index is not None and index["fingerprint"] != fingerprint:
         raise CalibrationError(
@@ -125,6 +126,7 @@ def _record(
         index = {
             "schema": SCHEMA,
             "fingerprint": fingerprint,
+            "model": model,
             "settings": asdict(settings),
             "prompts": prompts,
             "timesteps": first.timesteps,

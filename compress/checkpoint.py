@@ -139,12 +139,7 @@ def write_checkpoint(
     """
     output = Path(os.path.abspath(output.expanduser()))
     source = check_model_folder(pipeline.source, match_weights=False)
-    if source.path.is_relative_to(output.resolve()) or output.resolve().is_relative_to(source.path):
-        raise OutputError(
-            "The output would overlap the model it is made from",
-            where=str(output),
-            remedy="Choose an output outside of the model folder",
-        )
+    _refuse_overlap(output, source.path)
     denoiser = pipeline.denoiser
     if pipeline.denoiser_name not in source.components:
         raise CheckpointError(
@@ -320,15 +315,24 @@ def _lock(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # While it is held: a process that waits for a removed lock file notices and starts over.
+        Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
-def check_output(output: Path, overwrite: bool = False) -> None:
+def check_output(output: Path, overwrite: bool = False, source: Path | None = None) -> None:
     """Refuse an output that exists, unless it is a dcomp checkpoint that may be replaced.
+
+    Args:
+        output: folder to make.
+        overwrite: whether a checkpoint may be replaced.
+        source: folder that it is made from; the two may not overlap.
 
     Raises:
         OutputError: says what is in the way.
     """
+    if source is not None and source.is_dir():
+        _refuse_overlap(output, source)
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError("The output is not a folder", where=str(output), remedy="Choose another output")
     if not output.exists() or not os.listdir(output):
@@ -340,6 +344,16 @@ def check_output(output: Path, overwrite: bool = False) -> None:
             "The output folder is no dcomp checkpoint, so it is not replaced",
             where=str(output),
             remedy="Remove it yourself or choose another output",
+        )
+
+
+def _refuse_overlap(output: Path, source: Path) -> None:
+    one, other = output.resolve(), source.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise OutputError(
+            "The output would overlap the model it is made from",
+            where=str(output),
+            remedy="Choose an output outside of the model folder",
         )
 
 

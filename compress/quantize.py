@@ -42,20 +42,20 @@ class LayerErrors:
 
     Attributes:
         weight: relative error of the weight, `|W - W^| / |W|`.
-        output: relative error of the output on recorded inputs, integer against float layer; NaN if never called.
-        int_vs_fake: largest difference of the two executions, as a part of the largest output.
+        output: relative error of the output on recorded inputs, integer against float layer; None if never called.
+        int_vs_fake: largest difference of the two executions, as a part of the largest output; None likewise.
     """
 
     weight: float
-    output: float
-    int_vs_fake: float
+    output: float | None
+    int_vs_fake: float | None
 
 
 def quantize_denoiser(
     denoiser: nn.Module,
     calibration: CalibrationSet,
     schemes: Mapping[str, QScheme],
-    bins: StepBins,
+    bins: StepBins | None,
     work: Path,
     progress: Progress = lambda text, done, total: None,
 ) -> dict[str, LayerErrors]:
@@ -65,7 +65,7 @@ def quantize_denoiser(
         denoiser: float model in eval mode.
         calibration: recorded calls of this very model.
         schemes: layer name -> scheme; layers that are not named stay as they are.
-        bins: which activation table serves which timestep.
+        bins: which activation table serves which timestep; None if no scheme has static inputs.
         work: folder of resumable results; must belong to this model, calibration set and schemes.
         progress: called with a text, the count done and the total.
 
@@ -80,10 +80,12 @@ def quantize_denoiser(
     originals = {name: layer.weight for name, layer in layers.items()}
     static = [name for name, scheme in schemes.items() if scheme.input_granularity == "tensor"]
     clock = StepClock(bins)
+    tables: dict[str, tuple[Tensor, Tensor]] = {}
     with clock.attach(denoiser):
         for name, layer in layers.items():
             layer.weight = nn.Parameter(_to_torch(packed[name].dequantize()).to(originals[name]), requires_grad=False)
-        tables = _observe(denoiser, calibration, {n: schemes[n] for n in static}, clock, bins, work, progress)
+        if bins is not None:
+            tables = _observe(denoiser, calibration, {n: schemes[n] for n in static}, clock, bins, work, progress)
     for name, layer in layers.items():
         layer.weight = originals[name]
         scale, zero = tables.get(name, (None, None))
@@ -93,7 +95,7 @@ def quantize_denoiser(
         setattr(denoiser.get_submodule(parent), child, replacement.eval())
     attach_clock(denoiser, bins)
     output_errors = _compare(denoiser, layers, calibration, progress)
-    return {name: LayerErrors(weight_errors[name], *output_errors.get(name, (float("nan"), 0.0))) for name in schemes}
+    return {name: LayerErrors(weight_errors[name], *output_errors.get(name, (None, None))) for name in schemes}
 
 
 def _float_layer(denoiser: nn.Module, name: str) -> Layer:

@@ -284,7 +284,9 @@ def _select(structure: Structure, patterns: Sequence[str] | Mapping[str, Any]) -
         near = dict.fromkeys(name for pattern in unknown for name in get_close_matches(pattern, known, 3, 0.4))
         raise SchemeError(
             f"No layer is called {' or '.join(map(repr, unknown))}",
-            remedy=f"Did you mean {', '.join(near)}?" if near else "List the layers with `dcomp inspect`.",
+            remedy=f"Did you mean {', '.join(near)}?"
+            if near
+            else "List the layers with `dcomp quantize MODEL --dry-run`.",
         )
     return selected
 

@@ -123,9 +123,7 @@ def bench(
     """
     if repeats < MIN_REPEATS:
         raise UsageError(f"{repeats} repeats tell nothing about the spread", remedy=f"Ask for at least {MIN_REPEATS}.")
-    settings = generation_settings(
-        compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch, scheduler=scheduler
-    )
+    settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch)
     scheduler = scheduler or scheduler_of(compressed)
     report = progress or (lambda text, done, total: None)
     models = (against, compressed)

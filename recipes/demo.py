@@ -12,7 +12,8 @@ from dcomp.recipes.report import write_html, write_json
 from dcomp.recipes.run import run_recipe
 from dcomp.recipes.validate import ValidationResult, validate
 
-# First bars of the embedded pipeline at W4A8; below them something is broken, not merely different.
+GUIDANCE = 4.0  # what the embedded pipeline looks best with
+# Below this something is broken, not merely different.
 THRESHOLDS = {"min_psnr": 24.0}
 
 
@@ -53,7 +54,10 @@ def run_demo(
         The validation's result and the folder of the page.
     """
     model = embedded_model()
-    recipe = load_recipe("w4a8", (), {"calibration.samples": 4, "calibration.steps": 6} if quick else {})
+    values: dict[str, float] = {"calibration.guidance": GUIDANCE}
+    if quick:
+        values |= {"calibration.samples": 4, "calibration.steps": 6}
+    recipe = load_recipe("w4a8", (), values)
     compressed = output / "emoji-sd-w4a8"
     run_recipe(model, recipe, compressed, fresh=fresh, overwrite=True, on_plan=on_plan, progress=progress)
     result = validate(
@@ -62,6 +66,7 @@ def run_demo(
         samples=2 if quick else 16,
         thresholds={} if quick else THRESHOLDS,
         bench=not quick,
+        record=True,
         progress=progress,
     )
     page = output / "report"

@@ -28,6 +28,7 @@ def examine() -> dict[str, Any]:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     interesting = ("avx2", "avx512_f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
     return {
+        "schema_version": 1,
         "dcomp": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},

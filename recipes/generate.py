@@ -39,10 +39,14 @@ def generate(
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError("A prompt is empty", remedy="Write what the picture should show.")
     pipeline = open_pipeline(model, scheduler=scheduler, device=device)
-    settings = generation_settings(
-        model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, scheduler=scheduler
-    )
-    output.mkdir(parents=True, exist_ok=True)
+    settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
+    pipeline.check(prompts, settings)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"The folder of the pictures cannot be made: {error.strerror}", where=str(output), remedy="Use --output."
+        ) from error
     files: list[str] = []
     started = time.perf_counter()
     for first in range(0, len(prompts), settings.batch_size):
@@ -59,6 +63,7 @@ def generate(
         progress("pictures", len(prompts), len(prompts))
     clock: StepClock | None = getattr(pipeline.denoiser, "dcomp_clock", None)
     return {
+        "schema_version": 1,
         "files": files,
         "seconds": round(time.perf_counter() - started, 2),
         "steps": settings.steps,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcomp.calibrate.model_files import check_model_folder
-from dcomp.compress.manifest import check_manifest
+from dcomp.compress.manifest import MANIFEST, check_manifest
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Inspection:
     """What a checkpoint holds.
 
     Attributes:
-        layers: in order of execution.
+        layers: by name.
         left_in_float: the layers among them that kept their float weights.
         step_bins: number of activation tables; 0 without static activations.
+        quality: what `dcomp validate --record` measured, if it did.
     """
 
     folder: str
@@ -44,6 +45,7 @@ class Inspection:
     step_bins: int
     loras: list[dict[str, Any]]
     totals: dict[str, Any]
+    quality: dict[str, Any] | None
     layers: list[InspectedLayer]
 
     @property
@@ -65,6 +67,15 @@ class Inspection:
         )
         if self.loras:
             yield "adapters", ", ".join(f"{lora['name']} x {lora['scale']}" for lora in self.loras)
+        if self.quality:
+            measured = self.quality
+            yield (
+                "measured",
+                (
+                    f"PSNR {measured['psnr_db']:.1f} dB, latent error {measured['latent_rel_error']:.3f} "
+                    f"on {measured['samples']} samples"
+                ),
+            )
         kept = [layer.name for layer in self.left_in_float]
         yield "layers in float", ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "") or "none"
 
@@ -80,6 +91,8 @@ def inspect(folder: str | Path) -> Inspection:
         CheckpointError: not a dcomp checkpoint, or changed since it was written.
         ModelError: the files of the pipeline are damaged.
     """
+    if not (Path(folder) / MANIFEST).is_file():
+        check_model_folder(folder, match_weights=False)  # says it better when there is no model at all
     manifest = check_manifest(folder, deep=False)
     model = check_model_folder(folder, match_weights=False)
     section = model.denoiser.config.get("quantization_config") or {}
@@ -94,5 +107,6 @@ def inspect(folder: str | Path) -> Inspection:
         step_bins=len(bins.get("boundaries", ())) + 1 if bins else 0,
         loras=manifest.loras,
         totals=manifest.totals.model_dump(),
+        quality=manifest.quality,
         layers=[InspectedLayer(name=name, **record.model_dump()) for name, record in manifest.layers.items()],
     )

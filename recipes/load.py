@@ -24,13 +24,21 @@ class RecipeError(UsageError):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few bytes of them can stand for gigabytes."""
+    """YAML without aliases, a few bytes of which can stand for gigabytes, and without keys that are given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"alias in line {event.start_mark.line + 1}; write the value out")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"key '{key.value[:80]}' given twice, in line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def builtin_names() -> list[str]:
@@ -119,7 +127,7 @@ def _set(data: Any, key: str, value: Any, place: str) -> None:
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
         if isinstance(data, list):
-            if not part.isdigit() or int(part) >= len(data):
+            if not part.isdecimal() or len(part) > 9 or int(part) >= len(data):
                 raise RecipeError(
                     f"'{part}' is not one of the {len(data)} items",
                     where=place,

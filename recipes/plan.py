@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -91,14 +91,17 @@ def make_plan(
         The plan, and the arguments of that call.
     """
     options = recipe.calibration
-    args, kwargs = first_call(pipeline, prompts[:1], Generation(options.steps, options.guidance, options.seed))
+    args, kwargs = first_call(
+        pipeline, prompts[:1], Generation(options.steps, options.guidance, options.seed, options.height, options.width)
+    )
     denoiser = pipeline.denoiser
     started = time.perf_counter()
     macs = count_macs(denoiser, args, kwargs).total
     call_seconds = time.perf_counter() - started
     structure = probe_structure(denoiser, args, kwargs)
     stage = recipe.stages[0] if recipe.stages else None
-    decisions = _decide(denoiser, structure, stage)
+    foreign = stage is not None and stage.format != "dcomp"
+    decisions = _decide_foreign(structure, stage) if stage and foreign else _decide(denoiser, structure, stage)
     bins = min(stage.step_bins, options.steps) if stage else 1
     sizes = {
         name: (
@@ -108,7 +111,8 @@ def make_plan(
         for name, decision in decisions.items()
     }
     total = coverage(denoiser, decisions, bins)
-    foreign = stage is not None and stage.format != "dcomp"
+    if stage and foreign:
+        total = _shrink_linears(total, denoiser, structure, weight_bits(stage))
     seconds, memory = FIXED_SECONDS, psutil.Process().memory_info().rss + total.bytes_after
     if total.bytes_after != total.bytes_before and not foreign:
         replays = min(options.max_calls, options.steps)
@@ -163,6 +167,28 @@ def _decide(denoiser: nn.Module, structure: Structure, stage: QuantizeStage | No
         return choose_schemes(denoiser, structure, "float")
     preset = preset_named(stage.preset, weight_range=stage.weight_range, input_range=stage.input_range)
     return choose_schemes(denoiser, structure, preset, stage.keep, stage.overrides)
+
+
+def _decide_foreign(structure: Structure, stage: QuantizeStage) -> dict[str, Decision]:
+    words = {
+        "linear": f"left to {stage.format}: {weight_bits(stage)}-bit weights, float input",
+        "conv2d": f"diffusers' {stage.format} quantizer knows linear layers only",
+    }
+    return {name: Decision(None, words[facts.kind]) for name, facts in structure.layers.items()}
+
+
+def _shrink_linears(total: Coverage, denoiser: nn.Module, structure: Structure, bits: int) -> Coverage:
+    """Count the weights of linear layers at `bits` each; a foreign format's scales are not known here."""
+    linears = {name for name, facts in structure.layers.items() if facts.kind == "linear"}
+    saved = sum(_layer(denoiser, name).weight.numel() * (32 - bits) // 8 for name in linears)
+    after = total.bytes_after - saved
+    return replace(
+        total,
+        bytes_after=after,
+        ratio=after / total.bytes_before,
+        bits_per_param=8 * after / max(1, total.parameters),
+        left_in_float=tuple(part for part in total.left_in_float if part.name not in linears),
+    )
 
 
 def _layer(denoiser: nn.Module, name: str) -> nn.Linear | nn.Conv2d:

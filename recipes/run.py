@@ -21,22 +21,20 @@ from dcomp import DcompError, UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
-from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline, prediction_of
+from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
-from dcomp.compress.foreign import check_foreign, quantize_foreign
+from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
 from dcomp.compress.quantize import LayerErrors, quantize_denoiser
 from dcomp.compress.scheme import QScheme
 from dcomp.recipes.console import Progress, say
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
-from dcomp.recipes.schema import Calibration, Recipe
+from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
-
-SAME_MODEL = 1e-3  # relative difference of a recorded prediction that two builds of torch may cause
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,13 @@ def plan_recipe(model: str | Path, recipe: Recipe, *, device: str = "cpu") -> Pl
 
 
 def record_calibration(
-    model: str | Path, options: Calibration, output: Path, *, device: str = "cpu", progress: Progress | None = None
+    model: str | Path, recipe: Recipe, output: Path, *, device: str = "cpu", progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Record a calibration set for reuse by `run_recipe(..., calibration=output)` and return facts about it."""
-    pipeline, _, prompts, notes = _open(model, Recipe(calibration=options), device)
-    recorded = _record(pipeline, prompts, options, output, progress)
+    """Record the calibration set of a recipe for reuse by `run_recipe(..., calibration=output)`; return its facts."""
+    pipeline, _, prompts, notes = _open(model, recipe, device)
+    recorded = _record(pipeline, prompts, recipe.calibration, output, progress)
     return {
+        "schema_version": 1,
         "folder": str(output),
         "calls": len(recorded),
         "prompts": len(recorded.prompts),
@@ -150,12 +149,13 @@ def run_recipe(
     started = time.perf_counter()
     report = progress or (lambda text, done, total: None)
     stage = recipe.stages[0] if recipe.stages else None
-    check_output(output, overwrite)
+    check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":
-        check_foreign(stage.format, weight_bits(stage), device)
+        _check_foreign(stage, device)
     given = CalibrationSet.open(calibration) if calibration else None
     if given:
         known = {key: given.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
+        known["samples"] = len(given.prompts)
         recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=known)})
     root = output.parent / f".{output.name}.dcomp-work"
     with _alone(root, output, fresh):
@@ -168,14 +168,18 @@ def run_recipe(
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
         errors: dict[str, LayerErrors] = {}
+        foreign: ForeignResult | None = None
         if stage and stage.format != "dcomp":
             report(f"{stage.format} weights", 0, 1)
-            bits = weight_bits(stage)
-            changed[pipeline.denoiser_name] = quantize_foreign(pipeline, stage.format, bits, work / "foreign").folder
+            foreign = quantize_foreign(pipeline, stage.format, weight_bits(stage), work / "foreign")
+            changed[pipeline.denoiser_name] = foreign.folder
             report(f"{stage.format} weights", 1, 1)
         elif stage and schemes:
+            if given:
+                _require_same_model(given, pipeline)
+            if not any(scheme.input_granularity == "tensor" for scheme in schemes.values()):
+                prompts = prompts[: recipe.calibration.batch_size]  # only to measure the errors of layers
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
-            _require_same_model(recorded, pipeline)
             errors = _quantize(pipeline, recorded, schemes, stage.step_bins, work, report)
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
@@ -183,7 +187,7 @@ def run_recipe(
             output,
             ManifestFields(
                 recipe=recipe.to_dict(),
-                layers=_records(plan, errors) if stage is None or stage.format == "dcomp" else {},
+                layers=_records(plan, errors) if foreign is None else _foreign_records(plan, foreign),
                 calibration_sha256=recorded.hash if recorded else None,
                 loras=[asdict(adapter) for adapter in adapters],
             ),
@@ -192,15 +196,27 @@ def run_recipe(
             probe=probe,
         )
         report("writing and checking", 1, 1)
-        shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
     all_notes = (*plan.notes, *(recorded.notes if recorded else ()))
     return RunResult(output, manifest, errors, time.perf_counter() - started, all_notes)
 
 
+def _check_foreign(stage: QuantizeStage, device: str) -> None:
+    if stage.keep or stage.overrides or stage.preset not in ("w8a16", "w4a16"):
+        raise UsageError(
+            f"The format {stage.format} stores 8-bit or 4-bit weights of all linear layers, and nothing else",
+            where=f"preset {stage.preset}, keep {list(stage.keep)}, overrides {stage.overrides}",
+            remedy="Use --w8a16 or --w4a16, without --keep and overrides.",
+        )
+    check_foreign(stage.format, weight_bits(stage), device)
+
+
 @contextmanager
 def _alone(root: Path, output: Path, fresh: bool) -> Iterator[None]:
-    """Keep a second run of the same output out, and tell an interrupted person how to go on."""
+    """Keep a second run of the same output out, and tell an interrupted person how to go on.
+
+    The work folder is removed again, lock file and all, unless finished work lies in it.
+    """
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -232,6 +248,9 @@ def _alone(root: Path, output: Path, fresh: bool) -> Iterator[None]:
             remedy="Free some space and run the same command again; it goes on where it stopped.",
         ) from error
     finally:
+        # While the lock is held: a process that waits for a removed lock file notices and starts over.
+        if not any(entry.is_dir() for entry in (root.iterdir() if root.exists() else ())):
+            shutil.rmtree(root, ignore_errors=True)
         lock.release()
 
 
@@ -291,19 +310,11 @@ def _record(
 
 
 def _require_same_model(recorded: CalibrationSet, pipeline: OpenPipeline) -> None:
-    """Repeat a recorded call: a set of another model gives itself away, whatever its files say."""
-    call = next(recorded.calls(pipeline.pipe.device))
-    difference = float("nan")
-    try:
-        prediction = prediction_of(pipeline.denoiser(*call.args, **call.kwargs))
-        difference = ((prediction - call.output).norm() / call.output.norm()).item()
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        pass  # arguments that this denoiser does not take: the difference stays undefined, and is refused
-    if not difference <= SAME_MODEL:
+    if recorded.model != pipeline.fingerprint():
         raise UsageError(
-            f"The calibration set was recorded with another model: its predictions differ by {difference:.2g}",
+            "The calibration set was recorded with another model, scheduler or adapter",
             where=str(recorded.folder),
-            remedy="Record one with `dcomp calibrate` for this model.",
+            remedy="Record one with `dcomp calibrate` and the same --scheduler and --lora.",
         )
 
 
@@ -315,7 +326,9 @@ def _quantize(
     work: Path,
     report: Progress,
 ) -> dict[str, LayerErrors]:
-    bins = StepBins.uniform(recorded.timesteps, step_bins, pipeline.scheduler, others=recorded.all_timesteps)
+    bins = None
+    if any(scheme.input_granularity == "tensor" for scheme in schemes.values()):
+        bins = StepBins.uniform(recorded.timesteps, step_bins, pipeline.scheduler, others=recorded.all_timesteps)
     return quantize_denoiser(pipeline.denoiser, recorded, schemes, bins, work, report)
 
 
@@ -348,6 +361,23 @@ def _records(plan: Plan, errors: dict[str, LayerErrors]) -> dict[str, LayerRecor
             weight_error=error.weight if error else None,
             output_error=error.output if error else None,
             reason=decision.reason,
+        )
+    return records
+
+
+def _foreign_records(plan: Plan, foreign: ForeignResult) -> dict[str, LayerRecord]:
+    records = {}
+    for name, facts in plan.structure.layers.items():
+        before, _ = plan.layer_bytes[name]
+        kept = name in foreign.left_float
+        records[name] = LayerRecord(
+            role=str(facts.role),
+            scheme=None if kept else f"{foreign.format} W{foreign.weight_bits}A16",
+            weight_bits=32 if kept else foreign.weight_bits,
+            input_bits=32 if kept else 16,
+            bytes_before=before,
+            bytes_after=before if kept else before * foreign.weight_bits // 32,
+            reason=f"diffusers' {foreign.format} quantizer left it" if kept else f"in the format of {foreign.format}",
         )
     return records
 

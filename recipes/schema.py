@@ -82,7 +82,7 @@ Stage = QuantizeStage  # a union discriminated by `kind` as soon as there is a s
 
 
 class Recipe(_Frozen):
-    """A list of stages with the calibration that they share.
+    """Stages, at most one of each kind, with the calibration that they share.
 
     Attributes:
         lora: adapters `PATH[:scale]`, fused into the weights before anything else.
@@ -92,7 +92,7 @@ class Recipe(_Frozen):
     name: Annotated[str, Field(max_length=100)] = "custom"
     lora: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     calibration: Calibration = Calibration()
-    stages: Annotated[tuple[Stage, ...], Field(max_length=100)] = ()
+    stages: Annotated[tuple[Stage, ...], Field(max_length=1)] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as JSON data, every default explicit."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from dcomp.compress.scheme import FloatPart
-from dcomp.recipes.console import bytes_text, print_table, say, time_text
+from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
 from dcomp.recipes.inspect import Inspection
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
@@ -45,7 +45,8 @@ def print_plan(plan: Plan, *, full: bool = False) -> None:
 def print_result(result: RunResult) -> None:
     """Print what was written; the line that loads it comes last."""
     totals = result.manifest.totals
-    worst = sorted(result.errors.items(), key=lambda item: -item[1].output)[:3]
+    measured = [(name, errors.output) for name, errors in result.errors.items() if errors.output is not None]
+    worst = sorted(measured, key=lambda item: -item[1])[:3]
     facts = [
         ("folder", str(result.output)),
         (
@@ -57,7 +58,7 @@ def print_result(result: RunResult) -> None:
         ("time", time_text(result.seconds)),
     ]
     if worst:
-        facts.insert(3, ("largest layer errors", ", ".join(f"{name} {e.output:.1%}" for name, e in worst)))
+        facts.insert(3, ("largest layer errors", ", ".join(f"{name} {error:.1%}" for name, error in worst)))
     for note in result.notes:
         say(f"Note: {note}")
     print_table("Written", ("", ""), facts)
@@ -66,7 +67,9 @@ def print_result(result: RunResult) -> None:
 
 def print_inspection(report: Inspection, layers: bool) -> None:
     """Print the tree of layers, or one line for each role and scheme; then totals and what stayed in float."""
-    title = f"{report.folder}  ({report.denoiser}, dcomp {report.dcomp_version}, recipe {report.recipe['name']})"
+    print(
+        f"{visible(report.folder)}: {report.denoiser}, recipe {report.recipe['name']}, dcomp {report.dcomp_version}\n"
+    )
     if layers:
         lines = [
             (
@@ -81,7 +84,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
             for entry in report.layers
         ]
         columns = ("layer", "role", "scheme", "bytes", "weight error", "output error", "why")
-        print_table(title, columns, lines, right=(3, 4, 5))
+        print_table("Layers", columns, lines, right=(3, 4, 5))
     else:
         groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
         for entry in report.layers:
@@ -96,7 +99,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
             )
             for (role, scheme), members in groups.items()
         ]
-        print_table(title, ("role", "scheme", "layers", "bytes", "largest output error"), rows, right=(2, 3, 4))
+        print_table("Roles", ("role", "scheme", "layers", "bytes", "largest output error"), rows, right=(2, 3, 4))
     print_table("", ("", ""), list(report.facts()))
 
 

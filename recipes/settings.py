@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from dcomp import UsageError
 from dcomp.calibrate.pipeline import Generation
 from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.recipes.load import parse_recipe
@@ -22,7 +21,6 @@ def generation_settings(
     *,
     steps: int | None = None,
     guidance: float | None = None,
-    scheduler: str | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
 ) -> Generation:
@@ -32,15 +30,10 @@ def generation_settings(
         model: a checkpoint, or any pipeline folder or hub id.
         steps: given value; None, here and below, asks for the calibration's, then for the default.
         guidance: guidance scale.
-        scheduler: only named when it differs from the model's own; then the calibration's steps are not taken over.
         seed: base seed.
         batch_size: samples made together.
     """
     known = calibration_of(model) or Calibration()
-    if scheduler is not None and scheduler != known.scheduler and steps is None:
-        raise UsageError(
-            f"The number of steps for {scheduler} is not known", where="scheduler", remedy="Give --steps as well."
-        )
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed, "batch_size": batch_size}
     values = {key: getattr(known, key) if value is None else value for key, value in given.items()}
     return Generation(**values, height=known.height, width=known.width)

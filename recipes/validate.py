@@ -23,6 +23,7 @@ from dcomp.calibrate import quality
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
+from dcomp.compress.checkpoint import update_quality
 from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.recipes import console
 from dcomp.recipes.bench import bench as run_bench
@@ -55,6 +56,7 @@ def validate(
     bench: bool = True,
     repeats: int = 5,
     device: str = "cpu",
+    record: bool = False,
     work: Path | None = None,
     progress: console.Progress | None = None,
 ) -> ValidationResult:
@@ -76,6 +78,7 @@ def validate(
         bench: measure speed and peak memory too.
         repeats: pairs of timed runs.
         device: where to run.
+        record: write the headline figures into the checkpoint's manifest.
         work: folder of finished samples, kept; default: one beside `compressed`, removed after success.
         progress: called with a text, the count done and the total.
 
@@ -88,11 +91,11 @@ def validate(
         raise UsageError(f"{count} samples", remedy=f"Ask for 1 to {MAX_SAMPLES:,}.")
     if features and count < 2:
         raise UsageError("FID and KID need at least 2 samples", where="--samples", remedy="Ask for more samples.")
+    if record:
+        read_manifest(compressed)  # refuses what is no checkpoint before the work
     extractor = quality.open_extractor(features) if features else None
     report = progress or (lambda text, done, total: None)
-    settings = generation_settings(
-        compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size, scheduler=scheduler
-    )
+    settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
     calibration = calibration_of(compressed)
     if calibration:
         scheduler = scheduler or calibration.scheduler
@@ -182,6 +185,8 @@ def validate(
         **figures,
     )
     result._pictures.extend(pictures)
+    if record:
+        update_quality(Path(compressed), result.headline())
     return result
 
 

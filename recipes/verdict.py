@@ -133,6 +133,12 @@ class ValidationResult(_Data):
         """Return the result as JSON data."""
         return self.model_dump(mode="json")
 
+    def headline(self) -> dict[str, Any]:
+        """Return the figures that a checkpoint's manifest keeps, with what they were measured on."""
+        keys = ("latent_rel_error", "psnr_db", "ssim", "fid", "extractor", "samples", "seed", "settings", "speedup")
+        data = self.to_dict()
+        return {key: data[key] for key in keys}
+
     def figures(self) -> list[tuple[str, str, str]]:
         """Return (name, value, explanation) of the headline figures, as a person wants to read them."""
         number, size = console.value_text, console.bytes_text

@@ -154,7 +154,7 @@ def stop_at(text: str, done: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("name", ["UNet2DModel", "SD3Transformer2DModel"])
+@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel"])
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["after a snapshot", "before any snapshot"])
 def test_a_restart_gives_the_same_bits(
     seconds: float, name: str, cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

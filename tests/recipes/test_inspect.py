@@ -1,0 +1,94 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dcomp import DcompError, UsageError
+from dcomp.compress.manifest import CheckpointError, read_manifest
+from dcomp.recipes import screens
+from dcomp.recipes.inspect import Inspection, inspect
+from tests.support import hostile
+from tests.support.checkpoints import short_recipe
+
+NAME = "UNet2DModel"
+Models = Callable[[str], Path]
+
+
+@pytest.fixture
+def report(tiny_checkpoint: Models) -> Inspection:
+    return inspect(tiny_checkpoint(NAME))
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Models, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint(NAME), tmp_path / "copy"))
+
+
+def test_every_layer_is_told_with_bits_bytes_and_error(report: Inspection, tiny_checkpoint: Models) -> None:
+    records = read_manifest(tiny_checkpoint(NAME)).layers
+    assert [layer.name for layer in report.layers] == list(records)
+    schemes = {layer.scheme for layer in report.layers}
+    assert schemes == {"W4A8", "W8A8", "W8A16"}
+    for layer in report.layers:
+        assert layer.scheme == f"W{layer.weight_bits:g}A{layer.input_bits:g}"
+        assert layer.bytes_after < layer.bytes_before * (0.3 if layer.weight_bits == 4 else 0.6)
+        assert 0 < (layer.weight_error or 0) < (0.12 if layer.weight_bits == 4 else 0.012)
+        assert 0 < (layer.output_error or 0) < 0.2
+        assert layer.reason
+    assert report.left_in_float == []
+
+
+def test_facts_come_from_the_recipe_and_the_files(report: Inspection) -> None:
+    assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 3, short_recipe(NAME).to_dict())
+    facts = dict(report.facts())
+    assert facts["calibrated"] == "2 trajectories of 3 steps, 3 bins"
+    assert facts["layers in float"] == "none"
+    assert facts["made from"].startswith("UNet2DModel (")
+
+
+def test_report_is_json(report: Inspection) -> None:
+    data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert data["schema_version"] == 1
+    assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in report.layers]
+    assert set(data["totals"]) == {"bytes_original", "bytes_compressed", "denoiser_bytes_ratio", "bits_per_param"}
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_screen_counts_every_layer(layers: bool, report: Inspection, capsys: pytest.CaptureFixture[str]) -> None:
+    screens.print_inspection(report, layers)
+    shown = capsys.readouterr().out
+    if layers:
+        assert all(layer.name in shown for layer in report.layers)
+    else:
+        rows = [line.split() for line in shown.splitlines()]
+        assert sum(int(row[2]) for row in rows if len(row) > 3 and row[1][:2] in ("W4", "W8")) == len(report.layers)
+
+
+def test_no_weight_is_read(copy: Path, report: Inspection) -> None:
+    path = copy / "unet" / hostile.WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert inspect(copy).layers == report.layers
+
+
+@pytest.mark.parametrize(
+    "name", ["dcomp.json", "unet/config.json", "model_index.json", "scheduler/scheduler_config.json"]
+)
+def test_a_changed_file_is_named(name: str, copy: Path) -> None:
+    text = (copy / name).read_text()
+    (copy / name).write_text(text.replace('"0.', '"1.', 1) if name == "dcomp.json" else text + " ")
+    with pytest.raises(CheckpointError, match=f"{name}: ") as caught:
+        inspect(copy)
+    assert caught.value.exit_code == 1
+
+
+def test_what_is_no_checkpoint_is_said_in_its_own_words(tiny_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(DcompError, match="not made by dcomp"):
+        inspect(tiny_model(NAME))
+    with pytest.raises(UsageError, match="does not exist"):
+        inspect(tmp_path / "missing")
+    with pytest.raises(UsageError, match="empty"):
+        inspect(tmp_path)

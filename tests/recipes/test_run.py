@@ -1,0 +1,466 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from filelock import FileLock
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import dcomp
+from dcomp import DcompError, UsageError
+from dcomp.calibrate.adapters import fuse_lora
+from dcomp.calibrate.clock import StepBins
+from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline
+from dcomp.calibrate.record import record_calibration_set
+from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
+from dcomp.compress.layers import QuantLayer
+from dcomp.compress.manifest import check_manifest
+from dcomp.compress.quantize import quantize_denoiser
+from dcomp.recipes.plan import Plan, make_plan
+from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
+from dcomp.recipes.schema import Recipe
+from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe
+from tests.support.tiny import load_pipeline, tiny_pipeline
+
+UNET, TEXT, DIT = "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"
+SIX = [UNET, TEXT, DIT, "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_check() -> Iterator[None]:
+    with checked_in_a_fork():
+        yield
+
+
+def prompts_for(pipeline: OpenPipeline) -> list[str]:
+    return {"class": ["1", "goldfish"], "text": ["a cat", "a red house"]}.get(pipeline.kind, ["", ""])
+
+
+def settings_for(name: str, **changes: Any) -> Generation:
+    size = 16 if name.startswith("Flux") else None
+    return Generation(**{"steps": 3, "batch_size": 2, "height": size, "width": size} | changes)
+
+
+def pictures(folder: Path, name: str, **options: Any) -> torch.Tensor:
+    pipeline = open_pipeline(folder, **options)
+    images = pipeline.run(prompts_for(pipeline), [0, 1], settings_for(name)).images
+    assert images is not None
+    return images
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_every_architecture_becomes_a_checkpoint_that_stays_close(
+    name: str, tiny_model: Models, tiny_checkpoint: Models
+) -> None:
+    manifest = check_manifest(tiny_checkpoint(name))
+    records = [record for record in manifest.layers.values() if record.scheme]
+    assert sum(r.bytes_after for r in records) < 0.35 * sum(r.bytes_before for r in records)
+    pipe = dcomp.load(tiny_checkpoint(name), check="full")
+    original, compressed = open_pipeline(tiny_model(name)), OpenPipeline(pipe, tiny_checkpoint(name))
+    quantized = [layer for layer in compressed.denoiser.modules() if isinstance(layer, QuantLayer)]
+    assert len(quantized) == sum(record.scheme is not None for record in manifest.layers.values()) > 10
+    # Other noise than the calibration's, the same timesteps.
+    settings, prompts = settings_for(name, seed=5), prompts_for(original)
+    expected = original.run(prompts, [8, 9], settings)
+    found = compressed.run(prompts, [8, 9], settings)
+    assert found.images is not None
+    assert expected.images is not None
+    assert found.images.shape == expected.images.shape
+    assert found.images.isfinite().all()
+    assert found.latents.isfinite().all()
+    error = (found.latents - expected.latents).norm() / expected.latents.norm()
+    # Four bits move every layer of a random model by about 7%; its trajectory must not add that up.
+    assert 0 < error < 0.15
+    assert compressed.denoiser.dcomp_clock.unseen == 0
+
+
+@pytest.mark.parametrize("preset", ["float", "no stages"])
+@pytest.mark.parametrize("name", [TEXT, DIT])
+def test_a_recipe_that_changes_no_layer_gives_the_very_same_pictures(
+    name: str, preset: str, tiny_model: Models, tmp_path: Path
+) -> None:
+    recipe = short_recipe(name, "float") if preset == "float" else Recipe(name="nothing")
+    result = run_recipe(tiny_model(name), recipe, tmp_path / "out")
+    assert torch.equal(pictures(tmp_path / "out", name), pictures(tiny_model(name), name))
+    assert result.errors == {}
+    assert all(record.scheme is None for record in result.manifest.layers.values())
+
+
+SAVED = """
+import sys
+import dcomp, torch
+from diffusers import DiffusionPipeline
+from dcomp.calibrate.pipeline import picture_generator
+torch.set_num_threads(1)
+for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    conditions = {"prompt": ["a cat", "a red house"]} if hasattr(pipe, "tokenizer") else {"class_labels": [1, 1]}
+    generators = [picture_generator(0, 0), picture_generator(0, 1)]
+    torch.save(pipe(**conditions, generator=generators, num_inference_steps=3, output_type="pt").images, out)
+"""
+
+
+def test_pictures_of_a_fresh_process_are_those_from_before_saving(tiny_model: Models, tmp_path: Path) -> None:
+    before, arguments = {}, []
+    for name in (TEXT, DIT):
+        pipeline, settings = open_pipeline(tiny_model(name)), settings_for(name)
+        prompts = prompts_for(pipeline)
+        plan, _ = make_plan(pipeline, short_recipe(name), prompts)
+        schemes = {key: decision.scheme for key, decision in plan.decisions.items() if decision.scheme}
+        recorded = record_calibration_set(pipeline, prompts, settings, tmp_path / name / "calibration")
+        bins = StepBins.uniform(recorded.timesteps, 25, pipeline.scheduler)
+        quantize_denoiser(pipeline.denoiser, recorded, schemes, bins, tmp_path / name / "work")
+        images = pipeline.run(prompts, [0, 1], settings).images
+        assert images is not None
+        before[tmp_path / f"{name}.pt"] = images
+        write_checkpoint(pipeline, tmp_path / name / "out", ManifestFields(recipe={}))
+        arguments += [str(tmp_path / name / "out"), str(tmp_path / f"{name}.pt")]
+    program = [sys.executable, "-P", "-W", "ignore", "-c", SAVED, *arguments]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for file, images in before.items():
+        after = torch.load(file)
+        assert torch.equal(torch.as_tensor(after).permute(0, 3, 1, 2) if after.shape[-1] == 3 else after, images)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """An uninterrupted run."""
+    return run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path_factory.mktemp("whole") / "out")
+
+
+def test_the_same_recipe_gives_the_same_bytes_wherever_it_is_written(
+    whole: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
+    again = run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "elsewhere" / "other")
+    assert file_hashes(again.output) == file_hashes(whole.output)
+    assert again.errors == whole.errors
+    other = run_recipe(tiny_model(UNET), short_recipe(UNET, seed=1), tmp_path / "seed")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert file_hashes(other.output)[weights] != file_hashes(whole.output)[weights]
+
+
+def test_the_resolved_recipe_in_the_manifest_makes_the_same_checkpoint(
+    whole: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(whole.manifest.recipe))
+    again = quantize(tiny_model(UNET), tmp_path / "out", tmp_path / "recipe.json")
+    assert file_hashes(again.output) == file_hashes(whole.output)
+
+
+def interrupt_at(text: str, done: int) -> Callable[[str, int, int], None]:
+    def progress(now: str, count: int, total: int) -> None:
+        if (now, count) == (text, done):
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_interrupted_runs_go_on_and_end_with_the_same_bytes(
+    whole: RunResult, tiny_model: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    for text, done in (("calibration set", 1), ("weights", 7), ("activation ranges", 2), ("writing and checking", 0)):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at(text, done))
+        assert not output.exists()
+        assert left_in(tmp_path) == [".out.dcomp-work"]
+        assert str(tmp_path / ".out.dcomp-work") in capsys.readouterr().err.replace("\n", "")
+    result = run_recipe(tiny_model(UNET), short_recipe(UNET), output)
+    assert file_hashes(output) == file_hashes(whole.output)
+    assert result.errors == whole.errors
+    assert [name for name in left_in(tmp_path) if name != "out"] == []
+
+
+def test_work_of_another_recipe_is_not_taken_over(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(
+            tiny_model(UNET), short_recipe(UNET, "w8a8"), tmp_path / "out", progress=interrupt_at("layer errors", 0)
+        )
+    run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out")
+    assert file_hashes(tmp_path / "out") == file_hashes(whole.output)
+
+
+def test_fresh_throws_the_work_away(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("layer errors", 0))
+    weights = {file: file.stat().st_ino for file in tmp_path.rglob("weights/*.safetensors")}
+    assert weights
+    seen = []
+
+    def progress(text: str, done: int, total: int) -> None:
+        if text == "weights" and done == 0:
+            seen.append([file for file in weights if file.exists()])
+
+    run_recipe(tiny_model(UNET), short_recipe(UNET), output, fresh=True, progress=progress)
+    assert seen == [[]]
+    assert file_hashes(output) == file_hashes(whole.output)
+
+
+def test_a_recorded_calibration_set_gives_the_same_bytes(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    options = short_recipe(UNET).calibration
+    facts = record_calibration(tiny_model(UNET), options, tmp_path / "set")
+    assert (facts["calls"], facts["prompts"], facts["timesteps"]) == (3, 2, 3)
+    assert facts["sha256"] == whole.manifest.calibration_sha256
+    before = file_hashes(tmp_path / "set")
+    seen = []
+    result = run_recipe(
+        tiny_model(UNET),
+        short_recipe(UNET),
+        tmp_path / "out",
+        calibration=tmp_path / "set",
+        progress=lambda text, done, total: seen.append(text),
+    )
+    assert "calibration set" not in seen
+    assert file_hashes(result.output) == file_hashes(whole.output)
+    assert file_hashes(tmp_path / "set") == before
+
+
+def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Models, tmp_path: Path) -> None:
+    record_calibration(tiny_model(UNET), short_recipe(UNET, seed=3).calibration, tmp_path / "set")
+    result = run_recipe(
+        tiny_model(UNET), short_recipe(UNET, samples=9, steps=5), tmp_path / "out", calibration=tmp_path / "set"
+    )
+    calibration = result.manifest.recipe["calibration"]
+    assert (calibration["steps"], calibration["seed"], calibration["samples"]) == (3, 3, 2)
+
+
+def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_path: Path) -> None:
+    other = tiny_pipeline(UNET, seed=1)
+    other.save_pretrained(tmp_path / "other")
+    record_calibration(tmp_path / "other", short_recipe(UNET).calibration, tmp_path / "set")
+    record_calibration(tiny_model(DIT), short_recipe(DIT).calibration, tmp_path / "set of another kind")
+    before = left_in(tmp_path)
+    for name in ("set", "set of another kind"):
+        with pytest.raises(UsageError, match="recorded with another model") as caught:
+            run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out", calibration=tmp_path / name)
+        assert "dcomp calibrate" in caught.value.remedy
+        assert left_in(tmp_path) == before
+
+
+def test_another_scheduler_is_part_of_the_checkpoint(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = short_recipe(TEXT, scheduler="EulerDiscrete")
+    run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert index["scheduler"] == ["diffusers", "EulerDiscreteScheduler"]
+    assert config["_class_name"] == "EulerDiscreteScheduler"
+    old = json.loads((tiny_model(TEXT) / "scheduler" / "scheduler_config.json").read_text())
+    assert config["beta_start"] == old["beta_start"]
+    check_manifest(tmp_path / "out")
+    opened = open_pipeline(tmp_path / "out")
+    assert type(opened.scheduler).__name__ == "EulerDiscreteScheduler"
+    found = opened.run(["a cat", "a red house"], [0, 1], settings_for(TEXT)).latents
+    assert opened.denoiser.dcomp_clock.unseen == 0
+    expected = open_pipeline(tiny_model(TEXT), scheduler="EulerDiscrete")
+    reference = expected.run(["a cat", "a red house"], [0, 1], settings_for(TEXT)).latents
+    assert (found - reference).norm() < 0.15 * reference.norm()
+
+
+def test_adapters_are_fused_into_what_is_written(tiny_model: Models, tmp_path: Path) -> None:
+    unet = save_lora(TEXT, tmp_path / "unet", "unet", ["to_q", "to_v"])
+    text = save_lora(TEXT, tmp_path / "text", "text_encoder", ["q_proj", "v_proj"])
+    specs = (f"{unet}:0.5", str(text))
+    fused = load_pipeline(tiny_model(TEXT))
+    fuse_lora(fused, specs)
+    recipe = short_recipe(TEXT, "float").model_copy(update={"lora": specs})
+    result = run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
+    for component, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before = load_file(tiny_model(TEXT) / component / f"{file}.safetensors")
+        stored = load_file(tmp_path / "out" / component / f"{file}.safetensors")
+        expected = getattr(fused, component).state_dict()
+        assert stored.keys() == before.keys()
+        assert any(not torch.equal(stored[name], before[name]) for name in stored)
+        assert all(torch.equal(stored[name], expected[name]) for name in stored)
+    loras = result.manifest.loras
+    assert [(lora["name"], lora["scale"], list(lora["components"])) for lora in loras] == [
+        (unet.name, 0.5, ["unet"]),
+        (text.name, 1.0, ["text_encoder"]),
+    ]
+    assert str(tmp_path) not in json.dumps(loras)
+
+
+def test_a_quantized_denoiser_holds_the_adapter_too(tiny_model: Models, tmp_path: Path) -> None:
+    file = save_lora(TEXT, tmp_path / "unet", "unet", ["to_q", "to_v"])
+    recipe = short_recipe(TEXT, "w8a16").model_copy(update={"lora": (str(file),)})
+    run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
+    fused, plain = load_pipeline(tiny_model(TEXT)), load_pipeline(tiny_model(TEXT))
+    fuse_lora(fused, [str(file)])
+    denoiser: Any = dcomp.load(tmp_path / "out").unet
+    adapted = [name for name, _ in denoiser.named_modules() if name.rpartition(".")[2] in ("to_q", "to_v")]
+    assert len(adapted) > 4
+    for name in adapted:
+        found = denoiser.get_submodule(name).dequantize()
+        wanted, old = (pipe.unet.get_submodule(name).weight for pipe in (fused, plain))
+        assert (found - wanted).norm() < 0.012 * wanted.norm() < (found - old).norm()
+
+
+def test_a_peft_adapter_can_be_put_on_a_loaded_checkpoint(tiny_checkpoint: Models) -> None:
+    pipe: Any = dcomp.load(tiny_checkpoint(TEXT))
+    pipeline = OpenPipeline(pipe, tiny_checkpoint(TEXT))
+
+    def latents() -> torch.Tensor:
+        return pipeline.run(["a cat", "a red house"], [0, 1], settings_for(TEXT), decode=False).latents
+
+    before = latents()
+    targets = ["to_q", "to_k", "to_v"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+    pipe.unet.requires_grad_(False)
+    changed = latents()
+    assert changed.isfinite().all()
+    assert (changed - before).norm() > 1e-2 * before.norm()
+    pipe.unet.disable_adapters()
+    assert torch.equal(latents(), before)
+    pipe.unet.enable_adapters()
+    assert torch.equal(latents(), changed)
+
+
+def test_an_adapter_that_starts_at_nothing_changes_nothing(tiny_checkpoint: Models) -> None:
+    sd3 = "SD3Transformer2DModel"
+    pipe: Any = dcomp.load(tiny_checkpoint(sd3))
+    pipeline = OpenPipeline(pipe, tiny_checkpoint(sd3))
+    before = pipeline.run(["a cat"], [0], settings_for(sd3), decode=False).latents
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"]))
+    pipe.transformer.requires_grad_(False)
+    assert torch.equal(pipeline.run(["a cat"], [0], settings_for(sd3), decode=False).latents, before)
+
+
+def test_layers_kept_by_hand_stay_in_float(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = short_recipe(UNET)
+    stage = recipe.stages[0].model_copy(update={"keep": ("mid_block",), "overrides": {"conv_in": "w8a8"}})
+    result = run_recipe(tiny_model(UNET), recipe.model_copy(update={"stages": (stage,)}), tmp_path / "out")
+    layers = result.manifest.layers
+    kept = [name for name in layers if name.startswith("mid_block.")]
+    assert kept
+    assert all(layers[name].scheme is None and "'mid_block'" in (layers[name].reason or "") for name in kept)
+    assert layers["conv_in"].scheme == "W8A8"
+    assert set(result.errors) == {name for name, record in layers.items() if record.scheme}
+
+
+def test_the_plan_comes_before_any_weight_is_touched(tiny_model: Models, tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def on_plan(plan: Plan) -> None:
+        order.append(f"plan of {plan.denoiser}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(
+            tiny_model(UNET),
+            short_recipe(UNET),
+            tmp_path / "out",
+            on_plan=on_plan,
+            progress=lambda text, done, total: order.append(text),
+        )
+    assert order == ["plan of UNet2DModel"]
+
+
+def test_an_existing_output_is_kept_unless_it_may_be_replaced(
+    whole: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(whole.output, tmp_path / "out"))
+    before = file_hashes(output)
+    with pytest.raises(UsageError, match="exists"):
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(
+            tiny_model(UNET),
+            short_recipe(UNET, "w8a8"),
+            output,
+            overwrite=True,
+            progress=interrupt_at("writing and checking", 0),
+        )
+    assert file_hashes(output) == before
+    run_recipe(tiny_model(UNET), short_recipe(UNET, "w8a8"), output, overwrite=True)
+    assert check_manifest(output).recipe["name"] == "w8a8"
+    assert [name for name in left_in(tmp_path) if name != "out"] == []
+
+
+def test_a_second_run_of_the_same_output_is_kept_out(tiny_model: Models, tmp_path: Path) -> None:
+    work = tmp_path / ".out.dcomp-work"
+    work.mkdir()
+    with FileLock(work / "lock"), pytest.raises(DcompError, match="Another process is making") as caught:
+        run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert work.exists()  # it belongs to the first
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "more steps than the schedule has": ({"steps": 1001}, "1001 steps"),
+    "guidance of an unconditional model": ({"guidance": 2.0}, "no guidance"),
+    "prompts of an unconditional model": ({"prompts": "words.txt"}, "takes no prompts"),
+    "a height that it does not take": ({"height": 64}, "no height"),
+    "a scheduler that does not exist": ({"scheduler": "DDIMSheduler"}, "did you mean DDIMScheduler"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_wrong_use_leaves_nothing_behind(case: str, tiny_model: Models, tmp_path: Path) -> None:
+    values, message = BAD[case]
+    with pytest.raises(UsageError) as caught:
+        run_recipe(tiny_model(UNET), short_recipe(UNET, **values), tmp_path / "out")
+    assert message in str(caught.value)
+    assert left_in(tmp_path) == []
+
+
+def test_missing_models_and_quantized_ones_leave_nothing_behind(tiny_checkpoint: Models, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        run_recipe(tmp_path / "model", short_recipe(UNET), tmp_path / "out")
+    with pytest.raises(UsageError, match="quantized already"):
+        run_recipe(tiny_checkpoint(UNET), short_recipe(UNET), tmp_path / "out")
+    assert left_in(tmp_path) == []
+
+
+def test_an_output_inside_of_the_model_is_refused_before_any_work(tiny_model: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model(UNET), tmp_path / "model"))
+    before = sorted(model.rglob("*"))
+    seen: list[str] = []
+    with pytest.raises(UsageError, match="overlap"):
+        run_recipe(model, short_recipe(UNET), model / "out", progress=lambda text, done, total: seen.append(text))
+    assert seen == []
+    assert sorted(model.rglob("*")) == before
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_model: Models, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model(UNET), tmp_path / "model"))
+    file = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["mid_block.resnets.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(DcompError, match="mid_block.resnets.0.conv1.weight"):
+        run_recipe(model, short_recipe(UNET), tmp_path / "out")
+    assert left_in(tmp_path) == ["model"]
+
+
+def test_result_says_how_to_load_it_and_is_json(whole: RunResult) -> None:
+    data = json.loads(json.dumps(whole.to_dict(), allow_nan=False))
+    assert data["load"] == f'import dcomp; pipe = dcomp.load("{whole.output}")'
+    found: dict[str, Any] = {}
+    exec(data["load"], found)
+    assert isinstance(found["pipe"], DiffusionPipeline)
+    assert set(data["layer_errors"]) == set(whole.errors)
+    assert data["files"] == {name: value for name, value in file_hashes(whole.output).items() if name != "dcomp.json"}
+
+
+def test_default_output_is_named_after_model_and_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path / "my-model")
+    assert default_output(".", short_recipe(UNET)) == Path("my-model-w4a8")
+    assert default_output("owner/name", short_recipe(UNET, "w8a8")) == Path("name-w8a8")
+    assert os.listdir(tmp_path / "my-model") == []

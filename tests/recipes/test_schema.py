@@ -1,0 +1,98 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dcomp.recipes.schema import PRESETS, Calibration, QuantizeStage, Recipe
+
+CALIBRATIONS = st.builds(
+    Calibration,
+    prompts=st.none() | st.text(max_size=20),
+    samples=st.integers(1, 65_536),
+    steps=st.integers(1, 10_000),
+    guidance=st.none() | st.floats(0, 100),
+    scheduler=st.none() | st.just("DDIMScheduler"),
+    height=st.none() | st.integers(8, 16_384),
+    seed=st.integers(0, 2**63 - 1),
+    batch_size=st.integers(1, 1024),
+)
+STAGES = st.builds(
+    QuantizeStage,
+    preset=st.sampled_from(PRESETS),
+    format=st.sampled_from(["dcomp", "quanto", "bnb"]),
+    step_bins=st.integers(1, 1000),
+    keep=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
+    overrides=st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from([*PRESETS, "W8A8"]), max_size=3),
+)
+RECIPES = st.builds(Recipe, calibration=CALIBRATIONS, stages=st.lists(STAGES, max_size=2).map(tuple))
+
+
+@given(RECIPES)
+def test_a_resolved_recipe_is_json_and_reads_back_as_itself(recipe: Recipe) -> None:
+    data = json.loads(json.dumps(recipe.to_dict(), allow_nan=False))
+    again = Recipe.model_validate(data)
+    assert again == recipe
+    assert again.hash() == recipe.hash()
+
+
+@given(RECIPES, RECIPES)
+def test_hashes_are_equal_for_equal_recipes_alone(one: Recipe, other: Recipe) -> None:
+    assert (one.hash() == other.hash()) == (one.to_dict() == other.to_dict())
+
+
+def test_every_default_is_spelled_out() -> None:
+    data = Recipe(stages=(QuantizeStage(),)).to_dict()
+    assert set(data) == {"schema_version", "name", "lora", "calibration", "stages"}
+    assert set(data["calibration"]) == set(Calibration.model_fields)
+    assert set(data["stages"][0]) == set(QuantizeStage.model_fields)
+    assert data["stages"][0]["kind"] == "quantize"
+
+
+def test_order_of_keys_does_not_change_the_hash() -> None:
+    data = Recipe(stages=(QuantizeStage(),)).to_dict()
+    assert Recipe.model_validate(dict(reversed(data.items()))).hash() == Recipe.model_validate(data).hash()
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [
+        *[
+            (Calibration, {key: bad})
+            for key in ("samples", "steps", "batch_size", "max_calls")
+            for bad in (0, -1, 10**9)
+        ],
+        (Calibration, {"samples": 1.5}),
+        (Calibration, {"steps": "many"}),
+        (Calibration, {"guidance": -0.1}),
+        (Calibration, {"guidance": float("nan")}),
+        (Calibration, {"guidance": float("inf")}),
+        (Calibration, {"seed": -1}),
+        (Calibration, {"seed": 2**63}),
+        (Calibration, {"height": 4}),
+        (Calibration, {"max_megabytes": 0}),
+        (Calibration, {"step": 3}),
+        (QuantizeStage, {"preset": "w2a2"}),
+        (QuantizeStage, {"format": "gguf"}),
+        (QuantizeStage, {"step_bins": 0}),
+        (QuantizeStage, {"step_bins": 1001}),
+        (QuantizeStage, {"weight_range": "best"}),
+        (QuantizeStage, {"keep": ("",)}),
+        (QuantizeStage, {"keep": "conv_in"}),
+        (QuantizeStage, {"overrides": {"conv_in": "w3a3"}}),
+        (QuantizeStage, {"kind": "prune"}),
+        (Recipe, {"schema_version": 2}),
+        (Recipe, {"name": "n" * 101}),
+        (Recipe, {"stages": ({"kind": "quantize"},) * 101}),
+    ],
+)
+def test_values_out_of_bounds_are_refused(part: Any, values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        part.model_validate(values)
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().name = "other"

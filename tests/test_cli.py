@@ -1,0 +1,492 @@
+"""The program as people meet it: exit codes, screens, JSON, and what is left on the disk."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import dcomp
+from dcomp import DcompError, cli
+from dcomp.calibrate.prompts import MAX_TEXT_BYTES
+from dcomp.compress.manifest import check_manifest
+from dcomp.recipes import console
+from tests.support import hostile
+from tests.support.checkpoints import checked_in_a_fork, file_hashes
+from tests.support.tiny import save_tiny_pipeline
+
+UNET, TEXT = "UNet2DModel", "UNet2DConditionModel"
+COMMANDS = ["quantize", "compress", "calibrate", "validate", "generate", "bench", "inspect", "doctor", "demo"]
+SHORT = ["--samples", "2", "--steps", "3", "--batch-size", "2"]
+SCREEN = 12  # lines that an error may take
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: save_tiny_pipeline(name, root / name) for name in (UNET, TEXT)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dcomp.recipes.run import run_recipe
+    from tests.support.checkpoints import short_recipe
+
+    with checked_in_a_fork():
+        return run_recipe(models[UNET], short_recipe(UNET), tmp_path_factory.mktemp("checkpoint") / "out").output
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Call `main` in this process, in an empty working folder; gives exit code, stdout and stderr."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("CI", "1")
+    console._stdout.cache_clear()
+    console._stderr.cache_clear()
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dcomp", *map(str, arguments)])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    with checked_in_a_fork():
+        yield call
+
+
+def program(*arguments: object, cwd: Path, **options: Any) -> "subprocess.Popen[str]":
+    """Start the installed script."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = Path(sys.executable).parent / "dcomp"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([script, *map(str, arguments)], cwd=cwd, env=environment, **(pipes | options))
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def assert_one_screen(code: int, out: str, err: str, *, code_wanted: int, words: str) -> None:
+    """One screen on stderr that names the problem and the remedy, and nothing on stdout."""
+    screen = err[err.index("Error: ") :]
+    assert code == code_wanted, err
+    assert words in screen, err
+    assert "   do: " in screen, err
+    assert "Traceback" not in err
+    assert out == ""
+    assert len(screen.splitlines()) <= SCREEN
+    assert len(screen) < 2_000
+
+
+# Help and parsing
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_options_that_the_command_takes(command: str, run: Run) -> None:
+    code, out, err = run(command, "--help")
+    assert (code, err) == (0, "")
+    known = {
+        option
+        for parameter in cli.typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+        for option in (*parameter.opts, *parameter.secondary_opts)
+        if option.startswith("--")
+    }
+    # A cut-off option would end in an ellipsis, so the names are whole.
+    assert set(re.findall(r"(?<![\w-])--[a-z0-9-]+", out)) >= known
+    assert "Examples" in out or len(out.splitlines()) < 80
+
+
+def test_help_of_the_program_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert set(COMMANDS) == set(cli.typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["quantize"],
+        ["quantize", "model", "--w2a2"],
+        ["quantize", "model", "--samples", "0"],
+        ["quantize", "model", "--samples", "many"],
+        ["quantize", "model", "--seed", "-1"],
+        ["validate", "out"],
+        ["generate", "out"],
+        ["bench", "out", "--against", "model", "--repeats", "1"],
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_parsed_is_wrong_use(arguments: list[str], run: Run) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage: dcomp" in err
+    assert "Traceback" not in err
+    assert left_in(Path.cwd()) == []
+
+
+def test_version_is_the_packages(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"dcomp {dcomp.__version__}\n")
+
+
+def test_debug_shows_where_an_error_comes_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DCOMP_DEBUG", "1")
+    with pytest.raises(DcompError, match="does not exist"):
+        run("inspect", "missing")
+
+
+# Wrong use and bad input
+
+
+def test_a_missing_or_empty_folder_is_refused_by_every_command(models: dict[str, Path], run: Run) -> None:
+    Path("empty").mkdir()
+    for folder, words in (("missing", "does not exist"), ("empty", "empty")):
+        for arguments in (
+            ["quantize", folder, "-o", "out", *SHORT],
+            ["compress", "w4a8", folder, "-o", "out"],
+            ["calibrate", folder, "-o", "out", *SHORT],
+            ["generate", folder, "a cat", "-o", "out"],
+            ["inspect", folder],
+            ["validate", models[UNET], "--against", folder, "--no-bench", *SHORT],
+            ["bench", models[UNET], "--against", folder],
+            ["bench", folder, "--against", models[UNET]],
+        ):
+            assert_one_screen(*run(*arguments), code_wanted=2, words=words)
+            assert left_in(Path.cwd()) == ["empty"]
+
+
+QUANTIZE: dict[str, tuple[list[str], str]] = {
+    "two presets": (["--w4a8", "--w8a8"], "--w8a8 and --w4a8 exclude each other"),
+    "a preset and a recipe": (["--w4a8", "--recipe", "w8a8"], "--w4a8 and --recipe exclude each other"),
+    "unknown recipe": (["--recipe", "w4a9"], "Did you mean 'w4a8'?"),
+    "unknown key": (["--set", "calibraton.steps=3"], "did you mean 'calibration'?"),
+    "unknown key of a stage": (["--set", "stages.0.stepbins=3"], "did you mean 'step_bins'?"),
+    "no key": (["--set", "steps"], "not KEY=VALUE"),
+    "no steps": (["--steps", "0"], "calibration.steps"),
+    "negative steps": (["--steps", "-3"], "calibration.steps"),
+    "more steps than the schedule": (["--steps", "1001"], "1 to 1000 steps"),
+    "unknown scheduler": (["--scheduler", "DDIMSheduler"], "did you mean DDIMScheduler"),
+    "scheduler of another family": (["--scheduler", "FlowMatchEulerDiscreteScheduler"], "no scheduler that can"),
+    "unknown format": (["--format", "gguf"], "'dcomp', 'quanto' or 'bnb'"),
+    "unknown layer": (["--keep", "mid_blok"], "mid_block"),
+    "adapter that is not there": (["--lora", "style.safetensors"], "not found"),
+    "adapter that is pickled": (["--lora", "pickled.bin"], "no .safetensors"),
+    "adapter scale": (["--lora", "style.safetensors:big"], "not a number"),
+    "no such device": (["--device", "cuda:99"], "dcomp doctor"),
+    "no device at all": (["--device", "toaster"], "dcomp doctor"),
+    "no calibration set": (["--calibration", "nothing"], "dcomp calibrate"),
+    "prompts that are not there": (["--prompts", "nothing.txt"], "no such file"),
+    "prompts that are empty": (["--prompts", "empty.txt"], "not one prompt"),
+    "prompts that are blank": (["--prompts", "blank.txt"], "not one prompt"),
+    "prompts that are binary": (["--prompts", "binary.txt"], "binary"),
+    "prompts of 10 GB": (["--prompts", "huge.txt"], f"limit of {MAX_TEXT_BYTES}"),
+    "prompts of another kind": (["--prompts", "prompts.docx"], ".parquet"),
+    "a folder of prompts": (["--prompts", "./folder"], "folder"),
+    "a column that is not there": (["--prompts", "table.csv", "--column", "captions"], "'captions'"),
+    "output that exists": (["-o", "folder"], "exists"),
+    "output that is a file": (["-o", "blank.txt"], "not a folder"),
+    "output below a file": (["-o", "blank.txt/out"], "--output"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZE)
+def test_wrong_use_of_quantize_takes_one_screen_and_leaves_nothing(
+    case: str, models: dict[str, Path], run: Run
+) -> None:
+    Path("empty.txt").touch()
+    Path("blank.txt").write_text(" \n\n")
+    Path("binary.txt").write_bytes(bytes(range(256)) * 10)
+    Path("pickled.bin").write_bytes(b"\x80\x02}q\x00.")
+    Path("prompts.docx").write_text("a cat")
+    Path("table.csv").write_text("caption,size\na cat,1\n")
+    Path("folder").mkdir()
+    Path("folder", "letter").touch()
+    with Path("huge.txt").open("wb") as file:
+        file.truncate(10 << 30)
+    before = left_in(Path.cwd())
+    options, words = QUANTIZE[case]
+    output = [] if "-o" in options else ["-o", "out"]
+    assert_one_screen(*run("quantize", models[TEXT], *SHORT, *output, *options), code_wanted=2, words=words)
+    assert left_in(Path.cwd()) == before
+
+
+HEADERS = ["length beyond the file", "length of 2**64 - 1", "offsets beyond the end", "shape that overflows", "no JSON"]
+
+
+@pytest.mark.parametrize("case", [*hostile.FOLDERS, *HEADERS])
+def test_a_damaged_model_takes_one_screen_and_leaves_nothing(case: str, models: dict[str, Path], run: Run) -> None:
+    folder = Path(shutil.copytree(models[UNET], "model"))
+    if case in HEADERS:
+        content, words = hostile.HEADERS[case]
+        (folder / "unet" / hostile.WEIGHTS).write_bytes(content)
+    else:
+        damage, words = hostile.FOLDERS[case]
+        damage(folder)
+    before = left_in(Path.cwd())
+    result = run("quantize", "model", "-o", "out", *SHORT)
+    assert_one_screen(*result, code_wanted=2, words=words)
+    assert left_in(Path.cwd()) == before
+
+
+def test_overlapping_tensors_are_refused(models: dict[str, Path], run: Run) -> None:
+    shutil.copytree(models[UNET], "model")
+
+    def overlap(header: dict[str, Any]) -> None:
+        one, other = [name for name in header if name != "__metadata__"][:2]
+        header[other] = header[one]
+
+    hostile.edit_header(Path("model/unet") / hostile.WEIGHTS, overlap)
+    assert_one_screen(*run("quantize", "model", "-o", "out", *SHORT), code_wanted=2, words="overlap")
+    assert left_in(Path.cwd()) == ["model"]
+
+
+def test_an_extra_tensor_is_refused(models: dict[str, Path], run: Run) -> None:
+    shutil.copytree(models[UNET], "model")
+    file = Path("model/unet") / hostile.WEIGHTS
+    weights = load_file(file)
+    save_file(weights | {"conv_extra.weight": weights["conv_in.weight"].clone()}, file, metadata={"format": "pt"})
+    assert_one_screen(*run("quantize", "model", "-o", "out", *SHORT), code_wanted=2, words="conv_extra.weight")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(bad: float, models: dict[str, Path], run: Run) -> None:
+    shutil.copytree(models[UNET], "model")
+    file = Path("model/unet") / hostile.WEIGHTS
+    weights = load_file(file)
+    weights["mid_block.resnets.0.conv1.weight"].view(-1)[-1] = bad
+    save_file(weights, file, metadata={"format": "pt"})
+    result = run("quantize", "model", "-o", "out", *SHORT)
+    assert_one_screen(*result, code_wanted=2, words="mid_block.resnets.0.conv1.weight")
+    assert left_in(Path.cwd()) == ["model"]
+
+
+def test_a_quantized_model_is_not_quantized_again(checkpoint: Path, run: Run) -> None:
+    for arguments in (["quantize", checkpoint], ["calibrate", checkpoint]):
+        assert_one_screen(*run(*arguments, "-o", "out", *SHORT), code_wanted=2, words="quantized already")
+    assert left_in(Path.cwd()) == []
+
+
+@pytest.mark.parametrize("name", ["dcomp.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_a_tampered_checkpoint_is_refused(name: str, checkpoint: Path, run: Run) -> None:
+    copy = Path(shutil.copytree(checkpoint, "copy"))
+    text = (copy / name).read_text()
+    (copy / name).write_text(text.replace(": 2", ": 3", 1) if name == "dcomp.json" else text + " ")
+    assert (copy / name).read_text() != text
+    assert_one_screen(*run("inspect", copy), code_wanted=1, words=name)
+    with pytest.raises(DcompError, match=name):
+        dcomp.load(copy)
+
+
+def test_one_changed_bit_of_the_weights_is_found(checkpoint: Path, run: Run) -> None:
+    copy = Path(shutil.copytree(checkpoint, "copy"))
+    content = bytearray((copy / "unet" / hostile.WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (copy / "unet" / hostile.WEIGHTS).write_bytes(content)
+    with pytest.raises(DcompError, match="content has changed"):
+        dcomp.load(copy, check="full")
+
+
+def test_what_dcomp_did_not_make_is_said_plainly(models: dict[str, Path], run: Run) -> None:
+    assert_one_screen(*run("inspect", models[UNET]), code_wanted=1, words="not made by dcomp")
+    with pytest.raises(DcompError, match="not made by dcomp"):
+        dcomp.load(models[UNET])
+
+
+def test_two_writers_at_once_do_not_mix(models: dict[str, Path], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dcomp.recipes import screens
+
+    seen: list[tuple[int, str, str]] = []
+
+    def second(plan: Any, **_: Any) -> None:
+        monkeypatch.setattr(screens, "print_plan", lambda plan, **_: None)
+        seen.append(run("quantize", models[UNET], "-o", "out", *SHORT))
+
+    monkeypatch.setattr(screens, "print_plan", second)
+    code, _, err = run("quantize", models[UNET], "-o", "out", *SHORT)
+    assert code == 0, err
+    assert_one_screen(*seen[0], code_wanted=1, words="Another process")
+    assert left_in(Path.cwd()) == ["out"]
+    check_manifest("out")
+
+
+def test_names_in_a_terminal_are_harmless(run: Run) -> None:
+    _, _, err = run("inspect", "evil\x1b[2Jname")
+    assert "\x1b" not in err
+    assert "evil" in err
+
+
+# JSON and dry runs
+
+RESULT_KEYS = {
+    *("schema_version", "output", "bytes_original", "bytes_compressed", "denoiser_bytes_ratio", "bits_per_param"),
+    *("layer_errors", "files", "seconds", "load", "notes"),
+}
+PLAN_KEYS = {
+    *("schema_version", "model", "denoiser", "kind", "recipe", "layers", "left_in_float", "bytes_before"),
+    *("bytes_after", "bits_per_param", "macs", "seconds", "memory_bytes", "notes"),
+}
+VALIDATE_KEYS = {
+    *("latent_rel_error", "psnr_db", "ssim", "fid", "bits_per_param", "bytes_original", "bytes_compressed"),
+    *("denoiser_bytes_ratio", "macs_ratio", "speedup", "speedup_min", "speedup_max", "peak_bytes", "passed"),
+    "thresholds",
+}
+INSPECT_KEYS = {
+    *("schema_version", "folder", "denoiser", "dcomp_version", "source", "recipe", "calibration_sha256", "step_bins"),
+    *("loras", "totals", "layers", "left_in_float"),
+}
+
+
+def read_json(result: tuple[int, str, str], code: int = 0) -> Any:
+    assert result[0] == code, result[2]
+    return json.loads(result[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_dry_run_writes_nothing_and_tells_the_resolved_recipe(models: dict[str, Path], run: Run) -> None:
+    before = file_hashes(models[TEXT])
+    data = read_json(run("quantize", models[TEXT], "--w8a8", *SHORT, "--keep", "conv_in", "--dry-run", "--json"))
+    assert set(data) == PLAN_KEYS
+    assert data["layers"]["conv_in"]["scheme"] is None
+    assert data["recipe"]["calibration"]["steps"] == 3
+    code, out, err = run("compress", "w8a8", models[TEXT], "--set", "calibration.steps=3", "--dry-run")
+    assert (code, "Traceback" in err) == (0, False)
+    assert "preset: w8a8" in out
+    assert all(name in out for name in data["layers"])
+    assert left_in(Path.cwd()) == []
+    assert file_hashes(models[TEXT]) == before
+
+
+def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Path], run: Run) -> None:
+    Path("words.txt").write_text("a cat\na red house\n")
+    arguments = ["quantize", models[TEXT], "-o", "out", "--scheduler", "EulerDiscrete", "--prompts", "words.txt"]
+    result = read_json(run(*arguments, *SHORT, "--json"))
+    assert set(result) == RESULT_KEYS
+    assert result["output"] == "out"
+    assert set(result["files"]) == set(file_hashes(Path("out"))) - {"dcomp.json"}
+
+    report = read_json(run("inspect", "out", "--json"))
+    assert set(report) == INSPECT_KEYS
+    assert report["recipe"]["calibration"]["scheduler"] == "EulerDiscrete"
+
+    made = read_json(run("generate", "out", "a cat", "a dog", "--json"))
+    assert set(made) == {"files", "seconds", "steps", "guidance", "seed", "unseen_timesteps"}
+    assert (made["steps"], made["unseen_timesteps"]) == (3, 0)
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in made["files"])
+
+    validate = ["validate", "out", "--against", models[TEXT], "--samples", "2", "--no-bench", "--json"]
+    figures = read_json(run(*validate, "--min-psnr", "10", "--junit", "junit.xml", "--html", "page"))
+    assert set(figures) >= VALIDATE_KEYS
+    assert figures["passed"] is True
+    assert figures["settings"]["scheduler"] == "EulerDiscreteScheduler"
+    assert figures["settings"]["steps"] == 3
+    assert 0 < figures["latent_rel_error"] < 0.15
+    assert figures["speedup"] is None
+    assert left_in(Path("page")) == ["index.html", "report.json"]
+
+    missed = run(*validate, "--min-psnr", "99")
+    assert read_json(missed, code=3)["passed"] is False
+    assert left_in(Path.cwd()) == ["junit.xml", "out", "page", "pictures", "words.txt"]
+
+
+def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
+    facts = read_json(run("calibrate", models[UNET], "-o", "set", *SHORT, "--json"))
+    assert set(facts) == {"folder", "calls", "prompts", "timesteps", "bytes", "sha256", "notes"}
+    run("quantize", models[UNET], "-o", "out", *SHORT, "--calibration", "set", "--json")
+    assert file_hashes(Path("out")) == file_hashes(checkpoint)
+    other = run("quantize", models[TEXT], "-o", "other", *SHORT, "--calibration", "set")
+    assert_one_screen(*other, code_wanted=2, words="recorded with another model")
+    assert left_in(Path.cwd()) == ["out", "set"]
+
+
+def test_doctor_speaks_json_and_is_silent_about_missing_kernels(run: Run) -> None:
+    code, out, err = run("doctor", "--json")
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)) == {
+        *("dcomp", "python", "packages", "processor", "memory_bytes", "memory_free_bytes", "disk_free_bytes"),
+        *("devices", "kernels", "missing_extras", "settings"),
+    }
+
+
+def test_bench_speaks_json(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
+    data = read_json(run("bench", checkpoint, "--against", models[UNET], "--repeats", "3", "--json"))
+    assert {"speedup", "speedup_min", "speedup_max", "peak_bytes"} <= set(data)
+    assert 0 < data["speedup_min"] <= data["speedup"] <= data["speedup_max"]
+
+
+def test_the_line_that_loads_the_result_comes_last(models: dict[str, Path], run: Run) -> None:
+    code, out, err = run("quantize", models[UNET], "--w8a8", *SHORT)
+    assert code == 0, err
+    assert out.splitlines()[-1] == f'import dcomp; pipe = dcomp.load("{UNET}-w8a8")'
+    assert "Plan" in err
+    assert left_in(Path.cwd()) == [f"{UNET}-w8a8"]
+
+
+# The installed program
+
+
+def test_the_installed_program_ends_with_the_code_of_its_error(tmp_path: Path) -> None:
+    with program("inspect", "missing", cwd=tmp_path) as process:
+        out, err = process.communicate()
+    assert_one_screen(process.returncode, out, err, code_wanted=2, words="does not exist")
+    assert err.startswith("Error: ")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(checkpoint: Path, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with program("inspect", checkpoint, "--json", cwd=tmp_path, stdout=writer) as process:
+        os.close(writer)
+        _, err = process.communicate()
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_an_ended_run_goes_on_and_gives_the_same_bytes(how: signal.Signals, models: dict[str, Path], tmp_path: Path) -> None:
+    long = ["--samples", "200", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1"]
+    arguments = ["quantize", models[UNET], "-o", "out", *long]
+    process = program(*arguments, cwd=tmp_path)
+    work = tmp_path / ".out.dcomp-work"
+    deadline = time.monotonic() + 120
+    while not list(work.rglob("chunk-*.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate()
+    assert left_in(tmp_path) == [".out.dcomp-work"]
+    if how is signal.SIGINT:
+        assert process.returncode == 130
+        assert "Traceback" not in err
+        assert "the same command goes on with it" in err
+        assert ".out.dcomp-work" in err
+    else:
+        assert process.returncode == -signal.SIGKILL
+    finished = {file: file.stat().st_mtime_ns for file in work.rglob("chunk-*.safetensors")}
+    assert 0 < len(finished) < 100
+    seen = program(*arguments, cwd=tmp_path)
+    out, err = seen.communicate()
+    assert seen.returncode == 0, err
+    assert left_in(tmp_path) == ["out"]
+    assert out.splitlines()[-1] == 'import dcomp; pipe = dcomp.load("out")'
+    whole = program(*arguments[:3], "whole", *long, cwd=tmp_path)
+    whole.communicate()
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
