@@ -457,7 +457,6 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo's results.")] = Path("demo-out"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples and steps: a smoke test.")] = False,
     fresh: Fresh = False,
-    json: Json = False,
 ) -> None:
     """Compress the embedded text-to-image pipeline to W4A8, validate it and write a page with its pictures."""
     from dcomp.recipes import console, screens
@@ -465,7 +464,7 @@ def demo(
 
     with console.progress() as progress:
         result, page = run_demo(output, quick=quick, fresh=fresh, on_plan=screens.print_plan, progress=progress)
-    console.print_json(result.to_dict()) if json else console.print_validation(result, page)
+    console.print_validation(result, page)
     if not result.passed:
         raise typer.Exit(NOT_GOOD_ENOUGH)
 

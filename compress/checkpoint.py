@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from dcomp import UsageError, __version__
+from dcomp.calibrate.components import quiet
 from dcomp.calibrate.model_files import Component, ModelFolder, check_model_folder, read_safetensors_header
 from dcomp.calibrate.tree_file import file_sha256
 from dcomp.compress.layers import QuantLayer
@@ -237,7 +238,8 @@ def _write_denoiser(
 
 def _open_like(denoiser: nn.Module, folder: Path) -> nn.Module:
     options = {"dtype": denoiser.dtype, "use_safetensors": True, "local_files_only": True}
-    opened: nn.Module = type(denoiser).from_pretrained(folder, **options).eval()  # type: ignore[attr-defined]
+    with quiet():
+        opened: nn.Module = type(denoiser).from_pretrained(folder, **options).eval()  # type: ignore[attr-defined]
     return opened
 
 

@@ -95,7 +95,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
                 scheme,
                 len(members),
                 bytes_text(sum(m.bytes_after for m in members)),
-                _percent(max((m.output_error or 0.0 for m in members), default=None)),
+                _percent(max((m.output_error for m in members if m.output_error is not None), default=None)),
             )
             for (role, scheme), members in groups.items()
         ]

@@ -233,7 +233,7 @@ HEADERS = ["length beyond the file", "length of 2**64 - 1", "offsets beyond the 
 
 @pytest.mark.parametrize("case", [*hostile.FOLDERS, *HEADERS])
 def test_a_damaged_model_takes_one_screen_and_leaves_nothing(case: str, models: dict[str, Path], run: Run) -> None:
-    folder = Path(shutil.copytree(models[UNET], "model"))
+    folder = Path(shutil.copytree(models[UNET], "model")).resolve()
     if case in HEADERS:
         content, words = hostile.HEADERS[case]
         (folder / "unet" / hostile.WEIGHTS).write_bytes(content)
@@ -335,22 +335,20 @@ def test_names_in_a_terminal_are_harmless(run: Run) -> None:
 
 # JSON and dry runs
 
-RESULT_KEYS = {
-    *("schema_version", "output", "bytes_original", "bytes_compressed", "denoiser_bytes_ratio", "bits_per_param"),
-    *("layer_errors", "files", "seconds", "load", "notes"),
-}
-PLAN_KEYS = {
-    *("schema_version", "model", "denoiser", "kind", "recipe", "layers", "left_in_float", "bytes_before"),
-    *("bytes_after", "bits_per_param", "macs", "seconds", "memory_bytes", "notes"),
-}
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "json.md"
+
+
+def documented(command: str) -> set[str]:
+    """The keys that docs/json.md promises for `dcomp COMMAND --json`."""
+    section = DOCS.read_text().split(f"## `dcomp {command} --json`")[1].split("\n## ")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    return {key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)}
+
+
 VALIDATE_KEYS = {
     *("latent_rel_error", "psnr_db", "ssim", "fid", "bits_per_param", "bytes_original", "bytes_compressed"),
     *("denoiser_bytes_ratio", "macs_ratio", "speedup", "speedup_min", "speedup_max", "peak_bytes", "passed"),
     "thresholds",
-}
-INSPECT_KEYS = {
-    *("schema_version", "folder", "denoiser", "dcomp_version", "source", "recipe", "calibration_sha256", "step_bins"),
-    *("loras", "totals", "layers", "left_in_float"),
 }
 
 
@@ -362,7 +360,7 @@ def read_json(result: tuple[int, str, str], code: int = 0) -> Any:
 def test_dry_run_writes_nothing_and_tells_the_resolved_recipe(models: dict[str, Path], run: Run) -> None:
     before = file_hashes(models[TEXT])
     data = read_json(run("quantize", models[TEXT], "--w8a8", *SHORT, "--keep", "conv_in", "--dry-run", "--json"))
-    assert set(data) == PLAN_KEYS
+    assert set(data) == documented("quantize --dry-run")
     assert data["layers"]["conv_in"]["scheme"] is None
     assert data["recipe"]["calibration"]["steps"] == 3
     code, out, err = run("compress", "w8a8", models[TEXT], "--set", "calibration.steps=3", "--dry-run")
@@ -377,22 +375,22 @@ def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Pat
     Path("words.txt").write_text("a cat\na red house\n")
     arguments = ["quantize", models[TEXT], "-o", "out", "--scheduler", "EulerDiscrete", "--prompts", "words.txt"]
     result = read_json(run(*arguments, *SHORT, "--json"))
-    assert set(result) == RESULT_KEYS
+    assert set(result) == documented("quantize")
     assert result["output"] == "out"
     assert set(result["files"]) == set(file_hashes(Path("out"))) - {"dcomp.json"}
 
     report = read_json(run("inspect", "out", "--json"))
-    assert set(report) == INSPECT_KEYS
+    assert set(report) == documented("inspect")
     assert report["recipe"]["calibration"]["scheduler"] == "EulerDiscrete"
 
     made = read_json(run("generate", "out", "a cat", "a dog", "--json"))
-    assert set(made) == {"files", "seconds", "steps", "guidance", "seed", "unseen_timesteps"}
+    assert set(made) == documented("generate")
     assert (made["steps"], made["unseen_timesteps"]) == (3, 0)
     assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in made["files"])
 
     validate = ["validate", "out", "--against", models[TEXT], "--samples", "2", "--no-bench", "--json"]
     figures = read_json(run(*validate, "--min-psnr", "10", "--junit", "junit.xml", "--html", "page"))
-    assert set(figures) >= VALIDATE_KEYS
+    assert set(figures) == documented("validate") > VALIDATE_KEYS
     assert figures["passed"] is True
     assert figures["settings"]["scheduler"] == "EulerDiscreteScheduler"
     assert figures["settings"]["steps"] == 3
@@ -407,7 +405,7 @@ def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Pat
 
 def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
     facts = read_json(run("calibrate", models[UNET], "-o", "set", *SHORT, "--json"))
-    assert set(facts) == {"folder", "calls", "prompts", "timesteps", "bytes", "sha256", "notes"}
+    assert set(facts) == documented("calibrate")
     run("quantize", models[UNET], "-o", "out", *SHORT, "--calibration", "set", "--json")
     assert file_hashes(Path("out")) == file_hashes(checkpoint)
     other = run("quantize", models[TEXT], "-o", "other", *SHORT, "--calibration", "set")
@@ -418,15 +416,13 @@ def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Pat
 def test_doctor_speaks_json_and_is_silent_about_missing_kernels(run: Run) -> None:
     code, out, err = run("doctor", "--json")
     assert (code, err) == (0, "")
-    assert set(json.loads(out)) == {
-        *("dcomp", "python", "packages", "processor", "memory_bytes", "memory_free_bytes", "disk_free_bytes"),
-        *("devices", "kernels", "missing_extras", "settings"),
-    }
+    assert set(json.loads(out)) == documented("doctor")
 
 
+@pytest.mark.slow
 def test_bench_speaks_json(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
     data = read_json(run("bench", checkpoint, "--against", models[UNET], "--repeats", "3", "--json"))
-    assert {"speedup", "speedup_min", "speedup_max", "peak_bytes"} <= set(data)
+    assert set(data) == documented("bench")
     assert 0 < data["speedup_min"] <= data["speedup"] <= data["speedup_max"]
 
 
@@ -460,7 +456,9 @@ def test_a_reader_that_goes_away_is_no_traceback(checkpoint: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
-def test_an_ended_run_goes_on_and_gives_the_same_bytes(how: signal.Signals, models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_ended_run_goes_on_and_gives_the_same_bytes(
+    how: signal.Signals, models: dict[str, Path], tmp_path: Path
+) -> None:
     long = ["--samples", "200", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1"]
     arguments = ["quantize", models[UNET], "-o", "out", *long]
     process = program(*arguments, cwd=tmp_path)

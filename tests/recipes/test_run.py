@@ -212,8 +212,7 @@ def test_fresh_throws_the_work_away(whole: RunResult, tiny_model: Models, tmp_pa
 
 
 def test_a_recorded_calibration_set_gives_the_same_bytes(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
-    options = short_recipe(UNET).calibration
-    facts = record_calibration(tiny_model(UNET), options, tmp_path / "set")
+    facts = record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
     assert (facts["calls"], facts["prompts"], facts["timesteps"]) == (3, 2, 3)
     assert facts["sha256"] == whole.manifest.calibration_sha256
     before = file_hashes(tmp_path / "set")
@@ -231,7 +230,7 @@ def test_a_recorded_calibration_set_gives_the_same_bytes(whole: RunResult, tiny_
 
 
 def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Models, tmp_path: Path) -> None:
-    record_calibration(tiny_model(UNET), short_recipe(UNET, seed=3).calibration, tmp_path / "set")
+    record_calibration(tiny_model(UNET), short_recipe(UNET, seed=3), tmp_path / "set")
     result = run_recipe(
         tiny_model(UNET), short_recipe(UNET, samples=9, steps=5), tmp_path / "out", calibration=tmp_path / "set"
     )
@@ -242,8 +241,8 @@ def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Model
 def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_path: Path) -> None:
     other = tiny_pipeline(UNET, seed=1)
     other.save_pretrained(tmp_path / "other")
-    record_calibration(tmp_path / "other", short_recipe(UNET).calibration, tmp_path / "set")
-    record_calibration(tiny_model(DIT), short_recipe(DIT).calibration, tmp_path / "set of another kind")
+    record_calibration(tmp_path / "other", short_recipe(UNET), tmp_path / "set")
+    record_calibration(tiny_model(DIT), short_recipe(DIT), tmp_path / "set of another kind")
     before = left_in(tmp_path)
     for name in ("set", "set of another kind"):
         with pytest.raises(UsageError, match="recorded with another model") as caught:

@@ -5,8 +5,8 @@ import pytest
 
 from dcomp import DcompError, UsageError
 from dcomp.calibrate.pipeline import Generation
-from dcomp.recipes.settings import calibration_of, generation_settings
 from dcomp.recipes.schema import Calibration
+from dcomp.recipes.settings import calibration_of, generation_settings
 from tests.support.checkpoints import short_recipe
 
 NAME = "FluxTransformer2DModel"

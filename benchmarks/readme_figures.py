@@ -1,0 +1,45 @@
+"""Put the figures that the benchmarks wrote into the README.
+
+    python benchmarks/readme_figures.py
+
+Reads `benchmarks/results/*.json` and writes between the README's figures markers; nothing is measured here.
+"""
+
+import json
+from pathlib import Path
+
+import quality
+import speed
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+
+
+def main() -> None:
+    """Write the README's figures."""
+    measured = json.loads((quality.RESULTS / "quality.json").read_text())
+    timed = json.loads((speed.RESULTS / "speed.json").read_text())
+    text = "\n".join(
+        [
+            BEGIN,
+            f"`{measured['model']}`, {measured['samples']} prompts, {measured['steps']} steps, guidance "
+            f"{measured['guidance']:g}, the same seeds through both, {measured['threads']} threads, "
+            f"torch {measured['torch']}. Bytes and speed are the denoiser's; it is so small that its speed is mostly "
+            "Python's:",
+            "",
+            quality.table(measured),
+            "",
+            f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
+            f"{timed['repeats']} rounds in turn, {timed['threads']} threads:",
+            "",
+            speed.table(timed),
+            END,
+        ]
+    )
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + text + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()
