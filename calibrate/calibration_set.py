@@ -7,6 +7,7 @@ business of `dcomp.calibrate.record`.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -175,10 +176,10 @@ def _consistent(index: Mapping[str, Any]) -> bool:
     numbers = {"number", "first", "end", "calls", "bytes"}
     return (
         index["schema"] == SCHEMA
-        and set(index["settings"]) == {field.name for field in fields(Generation)}
-        and type(index["settings"]["steps"]) is int
+        and _is_generation(index["settings"])
+        and len(index["chunks"]) > 0
         and all(isinstance(text, str) for text in (*index["prompts"], *index["notes"]))
-        and all(isinstance(t, int | float) for t in index["timesteps"])
+        and all(type(t) in (int, float) and math.isfinite(t) for t in index["timesteps"])
         and all(type(call) is int and 0 <= call < len(index["timesteps"]) for call in index["kept_calls"])
         and all(
             isinstance(chunk, dict)
@@ -186,8 +187,23 @@ def _consistent(index: Mapping[str, Any]) -> bool:
             and all(type(chunk[name]) is int and chunk[name] >= 0 for name in numbers)
             and chunk["file"] == f"chunk-{chunk['number']:05d}.safetensors"
             and isinstance(chunk["sha256"], str | None)
+            and (chunk["sha256"] is None or chunk["calls"] > 0)
             for chunk in index["chunks"]
         )
+    )
+
+
+def _is_generation(settings: Mapping[str, Any]) -> bool:
+    lowest = {"steps": 1, "batch_size": 1, "height": 1, "width": 1, "seed": 0}
+    guidance = settings.get("guidance")
+    return (
+        set(settings) == {field.name for field in fields(Generation)}
+        and all(
+            type(settings[name]) is int and settings[name] >= low
+            for name, low in lowest.items()
+            if settings[name] is not None or name not in ("height", "width")
+        )
+        and (guidance is None or (type(guidance) in (int, float) and math.isfinite(guidance)))
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dcomp import DcompError
@@ -174,9 +175,9 @@ def replacing(path: Path) -> Any:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TreeError(
-            f"The file cannot be written: {error.strerror or error}",
+            f"The file cannot be written: {getattr(error, 'strerror', None) or error}",
             where=str(path),
             remedy="Make room or choose another folder, and run the command again: it goes on where it stopped.",
         ) from error

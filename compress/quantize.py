@@ -19,6 +19,7 @@ from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
 from dcomp.calibrate.record import CalibrationSet
+from dcomp.calibrate.tree_file import replacing
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
 from dcomp.compress.loader import attach_clock
 from dcomp.compress.scheme import QScheme
@@ -288,6 +289,5 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
-    temporary = file.with_suffix(".partial")
-    save_file(tensors, temporary)
-    temporary.replace(file)
+    with replacing(file) as unfinished:
+        save_file(tensors, unfinished)

@@ -61,10 +61,9 @@ class Inspection:
         yield "denoiser", f"{totals['denoiser_bytes_ratio']:.3f} of its fp32 bytes"
         yield "pipeline", f"{totals['bytes_compressed']:,} bytes of {totals['bytes_original']:,}"
         calibration = self.recipe["calibration"]
-        yield (
-            "calibrated",
-            f"{calibration['samples']} trajectories of {calibration['steps']} steps, {self.step_bins} bins",
-        )
+        if self.calibration_sha256:
+            tables = f", {self.step_bins} activation tables" if self.step_bins else ""
+            yield "calibrated", f"{calibration['samples']} trajectories of {calibration['steps']} steps{tables}"
         if self.loras:
             yield "adapters", ", ".join(f"{lora['name']} x {lora['scale']}" for lora in self.loras)
         if self.quality:

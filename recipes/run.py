@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import nn
 
 from dcomp import DcompError, UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
+from dcomp.calibrate.model_files import ModelError
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
@@ -241,6 +243,15 @@ def _alone(root: Path, output: Path, fresh: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"\nInterrupted. What is finished is kept in {root}; the same command goes on with it.")
         raise
+    except (ModelError, SafetensorError) as error:
+        where = getattr(error, "where", None) or str(root)
+        if not where.startswith(str(root)):
+            raise
+        raise DcompError(
+            f"Finished work is damaged: {getattr(error, 'problem', error)}",
+            where=where,
+            remedy="Run the same command again with --fresh.",
+        ) from error
     except OSError as error:
         raise DcompError(
             f"The work folder cannot be written: {error.strerror or error}",

@@ -457,8 +457,9 @@ def test_a_reader_that_goes_away_is_no_traceback(checkpoint: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_an_ended_run_goes_on_and_gives_the_same_bytes(
-    how: signal.Signals, models: dict[str, Path], tmp_path: Path
+    how: signal.Signals, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run: Run
 ) -> None:
+    tmp_path = tmp_path_factory.mktemp("ended")
     long = ["--samples", "200", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1"]
     arguments = ["quantize", models[UNET], "-o", "out", *long]
     process = program(*arguments, cwd=tmp_path)
@@ -485,6 +486,5 @@ def test_an_ended_run_goes_on_and_gives_the_same_bytes(
     assert seen.returncode == 0, err
     assert left_in(tmp_path) == ["out"]
     assert out.splitlines()[-1] == 'import dcomp; pipe = dcomp.load("out")'
-    whole = program(*arguments[:3], "whole", *long, cwd=tmp_path)
-    whole.communicate()
+    run(*arguments[:3], tmp_path / "whole", *long)
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")

@@ -61,7 +61,6 @@ def test_timesteps_that_calibration_did_not_see_are_counted(tiny_checkpoint: Mod
         (["a"], {"steps": 1001}, "1001 steps"),
         (["a"], {"batch_size": 0}, "batch_size is 0"),
         (["a"], {"scheduler": "DDIMSheduler", "steps": 2}, "did you mean DDIMScheduler"),
-        (["a"], {"scheduler": "EulerDiscreteScheduler"}, "steps for EulerDiscreteScheduler"),
     ],
 )
 def test_wrong_use_makes_no_folder(

@@ -1,9 +1,11 @@
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -442,9 +444,76 @@ def test_a_weight_that_is_not_finite_is_named(tiny_model: Models, tmp_path: Path
     weights = load_file(file)
     weights["mid_block.resnets.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(DcompError, match="mid_block.resnets.0.conv1.weight"):
+    with pytest.raises(DcompError, match=r"mid_block\.resnets\.0\.conv1\.weight"):
         run_recipe(model, short_recipe(UNET), tmp_path / "out")
     assert left_in(tmp_path) == ["model"]
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_at_any_point_loses_no_finished_work(
+    whole: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for nbytes in (100, 3_000, 30_000, 200_000):
+        with largest_file(nbytes), pytest.raises(DcompError, match=r"cannot be written|disk is full") as caught:
+            run_recipe(tiny_model(UNET), short_recipe(UNET), output)
+        assert caught.value.exit_code == 1
+        assert left_in(tmp_path) == [".out.dcomp-work"]
+        assert not [file for file in tmp_path.rglob("*") if "unfinished" in file.name]
+    run_recipe(tiny_model(UNET), short_recipe(UNET), output)
+    assert file_hashes(output) == file_hashes(whole.output)
+
+
+@pytest.mark.parametrize(
+    "damaged", ["weights/*.safetensors", "ranges.safetensors", "calibration/*.safetensors", "calibration/*.json"]
+)
+def test_damaged_work_is_an_error_that_fresh_solves(
+    damaged: str, whole: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("layer errors", 0))
+    file = next((tmp_path / ".out.dcomp-work").rglob(damaged))
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(DcompError, match="damaged") as caught:
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output)
+    assert "--fresh" in caught.value.remedy
+    run_recipe(tiny_model(UNET), short_recipe(UNET), output, fresh=True)
+    assert file_hashes(output) == file_hashes(whole.output)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[(f"settings.{key}", bad) for key in ("steps", "batch_size", "seed", "height") for bad in ("2", -1, 1.5)],
+        *[("settings.guidance", bad) for bad in ("2", float("nan"))],
+        ("chunks", []),
+        ("timesteps", [float("inf")] * 3),
+        ("kept_calls", [7]),
+    ],
+)
+def test_a_calibration_set_that_makes_no_sense_is_refused(
+    key: str, value: Any, tiny_model: Models, tmp_path: Path
+) -> None:
+    record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
+    index = tmp_path / "set" / "calibration.json"
+    content = json.loads(index.read_text())
+    *outer, last = key.split(".")
+    (content[outer[0]] if outer else content)[last] = value
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError) as caught:
+        run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out", calibration=tmp_path / "set")
+    assert str(index) in (caught.value.where or "")
+    assert left_in(tmp_path) == ["set"]
 
 
 def test_result_says_how_to_load_it_and_is_json(whole: RunResult) -> None:

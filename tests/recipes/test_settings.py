@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dcomp import DcompError, UsageError
+from dcomp import DcompError
 from dcomp.calibrate.pipeline import Generation
 from dcomp.recipes.schema import Calibration
 from dcomp.recipes.settings import calibration_of, generation_settings
@@ -30,14 +30,6 @@ def test_any_other_model_gets_the_defaults(tiny_model: Models, tmp_path: Path) -
     for model in (tiny_model(NAME), tmp_path / "missing", "owner/name"):
         assert calibration_of(model) is None
         assert generation_settings(model) == expected
-
-
-def test_steps_are_not_guessed_for_another_scheduler(tiny_checkpoint: Models, tiny_model: Models) -> None:
-    for folder in (tiny_checkpoint(NAME), tiny_model(NAME)):
-        with pytest.raises(UsageError, match="steps for FlowMatchHeun") as caught:
-            generation_settings(folder, scheduler="FlowMatchHeunDiscreteScheduler")
-        assert "--steps" in caught.value.remedy
-        assert generation_settings(folder, scheduler="FlowMatchHeunDiscreteScheduler", steps=5).steps == 5
 
 
 def test_a_damaged_manifest_is_an_error_of_ours(tmp_path: Path) -> None:
