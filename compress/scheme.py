@@ -354,9 +354,11 @@ def coverage(denoiser: nn.Module, decisions: Mapping[str, Decision], step_bins: 
     parameters = after = 0
     left = []
     for name, module in denoiser.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen |= {id(p) for p in own}
-        count, size = sum(p.numel() for p in own), sum(p.nbytes for p in own)
+        # Stored buffers, such as tables of positions, are parameters for whoever keeps the file.
+        stored = [b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set]
+        own = [t for t in (*module.parameters(recurse=False), *stored) if t is not None and id(t) not in seen]
+        seen |= {id(t) for t in own}
+        count, size = sum(t.numel() for t in own), sum(t.nbytes for t in own)
         parameters += count
         decision = decisions.get(name, Decision(None, "not a linear layer or convolution"))
         if decision.scheme is not None:

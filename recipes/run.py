@@ -156,9 +156,7 @@ def run_recipe(
         _check_foreign(stage, device)
     given = CalibrationSet.open(calibration) if calibration else None
     if given:
-        known = {key: given.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
-        known["samples"] = len(given.prompts)
-        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=known)})
+        recipe = recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration)})
     root = output.parent / f".{output.name}.dcomp-work"
     with _alone(root, output, fresh):
         pipeline, adapters, prompts, notes = _open(model, recipe, device)
@@ -318,6 +316,20 @@ def _record(
         max_bytes=options.max_megabytes << 20,
         progress=(lambda done, total: progress("calibration set", done, total)) if progress else None,
     )
+
+
+def _settings_of(recorded: CalibrationSet, asked: Calibration) -> Calibration:
+    """Return the settings that a set was recorded with; what was asked for by name must agree."""
+    known = {key: recorded.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
+    known["samples"] = len(recorded.prompts)
+    other = [key for key in asked.model_fields_set & known.keys() if getattr(asked, key) != known[key]]
+    if other:
+        raise UsageError(
+            "The calibration set was recorded with " + ", ".join(f"{key} {known[key]}" for key in sorted(other)),
+            where=str(recorded.folder),
+            remedy="Leave these options out, or record another set with `dcomp calibrate`.",
+        )
+    return asked.model_copy(update=known)
 
 
 def _require_same_model(recorded: CalibrationSet, pipeline: OpenPipeline) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from dcomp import UsageError
 from dcomp.calibrate import quality
+from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
@@ -93,6 +94,7 @@ def validate(
         raise UsageError("FID and KID need at least 2 samples", where="--samples", remedy="Ask for more samples.")
     if record:
         read_manifest(compressed)  # refuses what is no checkpoint before the work
+    check_model_folder(local_folder(compressed), match_weights=False)  # before the original's pictures are made
     extractor = quality.open_extractor(features) if features else None
     report = progress or (lambda text, done, total: None)
     settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)

@@ -43,7 +43,7 @@ def test_every_layer_is_told_with_bits_bytes_and_error(report: Inspection, tiny_
 def test_facts_come_from_the_recipe_and_the_files(report: Inspection) -> None:
     assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 3, short_recipe(NAME).to_dict())
     facts = dict(report.facts())
-    assert facts["calibrated"] == "2 trajectories of 3 steps, 3 bins"
+    assert facts["calibrated"] == "2 trajectories of 3 steps, 3 activation tables"
     assert facts["layers in float"] == "none"
     assert facts["made from"].startswith("UNet2DModel (")
 

@@ -27,6 +27,7 @@ from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import check_manifest
 from dcomp.compress.quantize import quantize_denoiser
 from dcomp.recipes.plan import Plan, make_plan
+from dcomp.recipes.load import load_recipe
 from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
 from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe
@@ -163,6 +164,14 @@ def test_the_resolved_recipe_in_the_manifest_makes_the_same_checkpoint(
     assert file_hashes(again.output) == file_hashes(whole.output)
 
 
+@pytest.fixture(scope="module")
+def recorded(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The calibration set of the same run."""
+    folder = tmp_path_factory.mktemp("recorded") / "set"
+    record_calibration(tiny_model(UNET), short_recipe(UNET), folder)
+    return folder
+
+
 def interrupt_at(text: str, done: int) -> Callable[[str, int, int], None]:
     def progress(now: str, count: int, total: int) -> None:
         if (now, count) == (text, done):
@@ -233,11 +242,17 @@ def test_a_recorded_calibration_set_gives_the_same_bytes(whole: RunResult, tiny_
 
 def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Models, tmp_path: Path) -> None:
     record_calibration(tiny_model(UNET), short_recipe(UNET, seed=3), tmp_path / "set")
-    result = run_recipe(
-        tiny_model(UNET), short_recipe(UNET, samples=9, steps=5), tmp_path / "out", calibration=tmp_path / "set"
-    )
+    result = run_recipe(tiny_model(UNET), load_recipe("w4a8"), tmp_path / "out", calibration=tmp_path / "set")
     calibration = result.manifest.recipe["calibration"]
     assert (calibration["steps"], calibration["seed"], calibration["samples"]) == (3, 3, 2)
+
+
+def test_settings_that_a_given_set_contradicts_are_refused(tiny_model: Models, tmp_path: Path) -> None:
+    record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
+    asked = short_recipe(UNET, samples=9, steps=5)
+    with pytest.raises(UsageError, match="recorded with samples 2, steps 3"):
+        run_recipe(tiny_model(UNET), asked, tmp_path / "out", calibration=tmp_path / "set")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_path: Path) -> None:
@@ -502,9 +517,9 @@ def test_damaged_work_is_an_error_that_fresh_solves(
     ],
 )
 def test_a_calibration_set_that_makes_no_sense_is_refused(
-    key: str, value: Any, tiny_model: Models, tmp_path: Path
+    key: str, value: Any, recorded: Path, tiny_model: Models, tmp_path: Path
 ) -> None:
-    record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
+    shutil.copytree(recorded, tmp_path / "set")
     index = tmp_path / "set" / "calibration.json"
     content = json.loads(index.read_text())
     *outer, last = key.split(".")
