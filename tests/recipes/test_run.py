@@ -26,8 +26,8 @@ from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import check_manifest
 from dcomp.compress.quantize import quantize_denoiser
-from dcomp.recipes.plan import Plan, make_plan
 from dcomp.recipes.load import load_recipe
+from dcomp.recipes.plan import Plan, make_plan
 from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
 from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe
