@@ -6,12 +6,15 @@ Reads `benchmarks/results/*.json` and writes between the README's figures marker
 """
 
 import json
+import sys
 from pathlib import Path
 
-import quality
-import speed
-
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
+
+import quality  # noqa: E402
+import speed  # noqa: E402
+
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
