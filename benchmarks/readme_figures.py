@@ -27,8 +27,8 @@ def main() -> None:
             BEGIN,
             f"`{measured['model']}`, {measured['samples']} prompts, {measured['steps']} steps, guidance "
             f"{measured['guidance']:g}, the same seeds through both, {measured['threads']} threads, "
-            f"torch {measured['torch']}. Bytes and speed are the denoiser's; it is so small that its speed is mostly "
-            "Python's:",
+            f"torch {measured['torch']}. Bytes and speed are the denoiser's, speed with one sample: that is too little "
+            "work for integers to pay.",
             "",
             quality.table(measured),
             "",
