@@ -465,6 +465,7 @@ def demo(
     with console.progress() as progress:
         result, page = run_demo(output, quick=quick, fresh=fresh, on_plan=screens.print_plan, progress=progress)
     console.print_validation(result, page)
+    print(f'\nimport dcomp; pipe = dcomp.load("{result.compressed}")')
     if not result.passed:
         raise typer.Exit(NOT_GOOD_ENOUGH)
 
