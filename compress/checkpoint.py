@@ -1,29 +1,23 @@
 """Write a compressed checkpoint folder, completely or not at all.
 
-The folder is built beside its final place under a temporary name, synced to the disk, reopened by a fresh process and
-only then renamed. A killed run leaves the old folder, the new one, or a temporary folder that the next run removes. A
-lock keeps a second writer out. Everything but the denoiser is copied byte for byte; pickled files and code are left
-behind. No file holds a time or a path, so equal inputs give equal bytes.
+The folder is reopened by a fresh process before it gets its name; `output_folder.py` keeps it from being seen half
+written. Everything but the denoiser is copied byte for byte; pickled files and code are left behind. No file holds a
+time or a path, so equal inputs give equal bytes.
 """
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from dcomp import UsageError, __version__
+from dcomp import __version__
 from dcomp.calibrate.components import quiet
 from dcomp.calibrate.model_files import Component, ModelFolder, check_model_folder, read_safetensors_header
 from dcomp.calibrate.tree_file import file_sha256
@@ -38,6 +32,15 @@ from dcomp.compress.manifest import (
     Totals,
     check_manifest,
     read_manifest,
+)
+from dcomp.compress.output_folder import (
+    OutputError,
+    check_output,
+    disk_errors,
+    locked,
+    sync_folder,
+    sync_folders,
+    writing,
 )
 from dcomp.compress.verify import verify_checkpoint
 from dcomp.compress.weight_files import (
@@ -66,14 +69,7 @@ __all__ = [
 ]
 
 _COPY_BYTES = 4 << 20
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PACKAGES = ("dcomp", "torch", "diffusers", "transformers", "safetensors")
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-
-
-class OutputError(UsageError):
-    """An output folder that cannot be used."""
 
 
 class PipelineLike(Protocol):
@@ -140,7 +136,7 @@ def write_checkpoint(
     """
     output = Path(os.path.abspath(output.expanduser()))
     source = check_model_folder(pipeline.source, match_weights=False)
-    _refuse_overlap(output, source.path)
+    check_output(output, overwrite, source.path)
     denoiser = pipeline.denoiser
     if pipeline.denoiser_name not in source.components:
         raise CheckpointError(
@@ -159,7 +155,7 @@ def write_checkpoint(
     copied |= {f"{name}/{path.name}": path for name, new in replaced.items() for path in sorted(new.iterdir())}
     tensors = {} if part.name in replaced else _tensors_of(denoiser, part)
     needed = weights_nbytes(tensors) + sum(path.stat().st_size for path in copied.values()) + (4 << 20)
-    with _writing(output, overwrite, needed) as folder:
+    with writing(output, overwrite, needed) as folder:
         hashes = {"model_index.json": write_text(folder / "model_index.json", _model_index(source, replaced))}
         for relative, path in copied.items():
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +164,7 @@ def write_checkpoint(
             hashes |= _write_denoiser(folder / part.name, denoiser, part, tensors, max_shard_bytes)
         manifest = _manifest(source, part, folder, hashes, fields)
         write_text(folder / MANIFEST, manifest.to_json())
-        _sync_folders(folder)
+        sync_folders(folder)
         if probe is not None:
             written = denoiser if part.name not in replaced else _open_like(denoiser, folder / part.name)
             verify_checkpoint(folder, written, part.name, *probe)
@@ -194,14 +190,14 @@ def update_quality(folder: Path, quality: dict[str, Any]) -> Manifest:
             remedy="Compress the model again",
         )
     manifest = manifest.model_copy(update={"quality": quality}).sealed()
-    with _lock(folder), _disk_errors(folder, 1 << 20):
+    with locked(folder), disk_errors(folder, 1 << 20):
         temporary = folder / f".{MANIFEST}.{uuid.uuid4().hex[:8]}"
         try:
             write_text(temporary, manifest.to_json())
             os.replace(temporary, folder / MANIFEST)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync(folder)
+        sync_folder(folder)
     return manifest
 
 
@@ -269,155 +265,11 @@ def _manifest(
     ).sealed()
 
 
-@contextmanager
-def _writing(output: Path, overwrite: bool, needed: int) -> Iterator[Path]:
-    """Give a temporary folder that becomes `output` when the block ends, and vanishes when it raises."""
-    with _disk_errors(output, needed):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(output):
-            _clean_up(output)
-            check_output(output, overwrite)
-            free = shutil.disk_usage(output.parent).free
-            if free < needed:
-                raise _disk_full(output, needed, free)
-            temporary = output.parent / f".{output.name}.partial-{uuid.uuid4().hex[:8]}"
-            temporary.mkdir()
-            try:
-                yield temporary
-                _publish(temporary, output)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _disk_errors(output: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL_DISK:
-            raise _disk_full(output, needed, shutil.disk_usage(_existing(output)).free) from error
-        raise CheckpointError(
-            f"The checkpoint cannot be written: {error.strerror or error}",
-            where=str(output),
-            remedy="Check the permissions of the output folder",
-        ) from error
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    lock = FileLock(f"{output}.lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise CheckpointError(
-            "Another process is writing this checkpoint",
-            where=str(output),
-            remedy="Wait until it is done, or choose another output",
-        ) from error
-    try:
-        yield
-    finally:
-        # While it is held: a process that waits for a removed lock file notices and starts over.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
-
-
-def check_output(output: Path, overwrite: bool = False, source: Path | None = None) -> None:
-    """Refuse an output that exists, unless it is a dcomp checkpoint that may be replaced.
-
-    Args:
-        output: folder to make.
-        overwrite: whether a checkpoint may be replaced.
-        source: folder that it is made from; the two may not overlap.
-
-    Raises:
-        OutputError: says what is in the way.
-    """
-    if source is not None and source.is_dir():
-        _refuse_overlap(output, source)
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError("The output is not a folder", where=str(output), remedy="Choose another output")
-    if not output.exists() or not os.listdir(output):
-        return
-    if not overwrite:
-        raise OutputError("The output folder exists", where=str(output), remedy="Choose another output or --overwrite")
-    if not (output / MANIFEST).is_file() or not (output / "model_index.json").is_file():
-        raise OutputError(
-            "The output folder is no dcomp checkpoint, so it is not replaced",
-            where=str(output),
-            remedy="Remove it yourself or choose another output",
-        )
-
-
-def _refuse_overlap(output: Path, source: Path) -> None:
-    one, other = output.resolve(), source.resolve()
-    if one.is_relative_to(other) or other.is_relative_to(one):
-        raise OutputError(
-            "The output would overlap the model it is made from",
-            where=str(output),
-            remedy="Choose an output outside of the model folder",
-        )
-
-
-def _clean_up(output: Path) -> None:
-    """Remove what a killed run left; put an old folder back that was moved away and never replaced."""
-    for entry in os.scandir(output.parent):
-        if entry.name.startswith(f".{output.name}.replaced-") and not output.exists():
-            os.replace(entry.path, output)
-        elif entry.name.startswith((f".{output.name}.partial-", f".{output.name}.replaced-")):
-            shutil.rmtree(entry.path)
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    """Give the new folder its name; the old one, if any, ends under the temporary name."""
-    if not output.exists() or not os.listdir(output):
-        os.replace(temporary, output)
-    elif not _exchange(temporary, output):
-        old = output.parent / f".{output.name}.replaced-{uuid.uuid4().hex[:8]}"
-        os.replace(output, old)
-        os.replace(temporary, output)
-        shutil.rmtree(old, ignore_errors=True)
-    _sync(output.parent)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step, where the system can."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    return bool(rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0)
-
-
 def _copy(source: Path, target: Path) -> str:
     with source.open("rb") as reader, HashingFile(target) as writer:
         while chunk := reader.read(_COPY_BYTES):
             writer.write(chunk)
         return writer.close()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_folders(folder: Path) -> None:
-    for current, _, _ in os.walk(folder):
-        _sync(Path(current))
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _disk_full(output: Path, needed: int, free: int) -> CheckpointError:
-    return CheckpointError(
-        f"The disk is full: {needed} bytes are needed and {free} are free",
-        where=str(output),
-        remedy="Free some space or choose an output on another disk; nothing was left behind",
-    )
 
 
 def _folder_name(path: Path) -> str:
