@@ -1,14 +1,14 @@
 """What `quantize` and `inspect` show: the plan before the work, the result after it, a checkpoint explained."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import yaml
 
 from dcomp.compress.scheme import FloatPart
 from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
-from dcomp.recipes.inspect import Inspection
+from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
 
@@ -72,8 +72,10 @@ def print_inspection(report: Inspection, layers: bool) -> None:
     )
     if layers:
         lines = [
-            (
-                entry.name,
+            (label,)
+            if entry is None
+            else (
+                label,
                 entry.role,
                 entry.scheme or "float",
                 bytes_text(entry.bytes_after),
@@ -81,7 +83,7 @@ def print_inspection(report: Inspection, layers: bool) -> None:
                 _percent(entry.output_error),
                 entry.reason or "",
             )
-            for entry in report.layers
+            for label, entry in _tree(report.layers)
         ]
         columns = ("layer", "role", "scheme", "bytes", "weight error", "output error", "why")
         print_table("Layers", columns, lines, right=(3, 4, 5))
@@ -101,6 +103,22 @@ def print_inspection(report: Inspection, layers: bool) -> None:
         ]
         print_table("Roles", ("role", "scheme", "layers", "bytes", "largest output error"), rows, right=(2, 3, 4))
     print_table("", ("", ""), list(report.facts()))
+
+
+def _tree(layers: Iterable[InspectedLayer]) -> Iterator[tuple[str, InspectedLayer | None]]:
+    """Yield each layer under a line for every module around it, numbers in their order; indented by depth."""
+
+    def order(layer: InspectedLayer) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in layer.name.split(".")]
+
+    above: list[str] = []
+    for layer in sorted(layers, key=order):
+        *around, own = layer.name.split(".")
+        known = next((i for i, (a, b) in enumerate(zip(above, around, strict=False)) if a != b), len(above))
+        for depth in range(min(known, len(around)), len(around)):
+            yield "  " * depth + around[depth], None
+        above = around
+        yield "  " * len(around) + own, layer
 
 
 def _role(plan: Plan, name: str) -> str:
