@@ -7,22 +7,16 @@ everything that it depends on; the next run goes on with it, and a successful on
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from torch import nn
-
-from dcomp import DcompError, UsageError
+from dcomp import UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
-from dcomp.calibrate.model_files import ModelError
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
@@ -31,10 +25,11 @@ from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreig
 from dcomp.compress.manifest import LayerRecord, Manifest
 from dcomp.compress.quantize import LayerErrors, quantize_denoiser
 from dcomp.compress.scheme import QScheme
-from dcomp.recipes.console import Progress, say
+from dcomp.recipes.console import Progress
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
+from dcomp.recipes.work_folder import work_folder
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
 
@@ -157,8 +152,7 @@ def run_recipe(
     given = CalibrationSet.open(calibration) if calibration else None
     if given:
         recipe = recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration)})
-    root = output.parent / f".{output.name}.dcomp-work"
-    with _alone(root, output, fresh):
+    with work_folder(output, fresh) as root:
         pipeline, adapters, prompts, notes = _open(model, recipe, device)
         plan, probe = make_plan(pipeline, recipe, prompts, notes)
         if on_plan:
@@ -211,64 +205,12 @@ def _check_foreign(stage: QuantizeStage, device: str) -> None:
     check_foreign(stage.format, weight_bits(stage), device)
 
 
-@contextmanager
-def _alone(root: Path, output: Path, fresh: bool) -> Iterator[None]:
-    """Keep a second run of the same output out, and tell an interrupted person how to go on.
-
-    The work folder is removed again, lock file and all, unless finished work lies in it.
-    """
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"The output's folder cannot be written: {error.strerror}", where=str(root.parent), remedy="Use --output."
-        ) from error
-    lock = FileLock(root / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise DcompError(
-            "Another process is making this checkpoint",
-            where=str(output),
-            remedy="Wait until it is done, or choose another output.",
-        ) from error
-    try:
-        if fresh:
-            for entry in root.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-        yield
-    except KeyboardInterrupt:
-        say(f"\nInterrupted. What is finished is kept in {root}; the same command goes on with it.")
-        raise
-    except (ModelError, SafetensorError) as error:
-        where = getattr(error, "where", None) or str(root)
-        if not where.startswith(str(root)):
-            raise
-        raise DcompError(
-            f"Finished work is damaged: {getattr(error, 'problem', error)}",
-            where=where,
-            remedy="Run the same command again with --fresh.",
-        ) from error
-    except OSError as error:
-        raise DcompError(
-            f"The work folder cannot be written: {error.strerror or error}",
-            where=str(root),
-            remedy="Free some space and run the same command again; it goes on where it stopped.",
-        ) from error
-    finally:
-        # While the lock is held: a process that waits for a removed lock file notices and starts over.
-        if not any(entry.is_dir() for entry in (root.iterdir() if root.exists() else ())):
-            shutil.rmtree(root, ignore_errors=True)
-        lock.release()
-
-
 def _open(
     model: str | Path, recipe: Recipe, device: str
 ) -> tuple[OpenPipeline, tuple[FusedAdapter, ...], list[str], tuple[str, ...]]:
     options = recipe.calibration
     pipeline = open_pipeline(model, scheduler=options.scheduler, device=device)
-    if any(isinstance(m, nn.Module) and getattr(m, "is_quantized", False) for m in (pipeline.denoiser,)):
+    if getattr(pipeline.denoiser, "is_quantized", False):
         raise UsageError(
             "The model is quantized already", where=str(model), remedy="Start from the original, unquantized model."
         )
