@@ -32,7 +32,6 @@ Checkpoint = Annotated[Path, typer.Argument(help="A folder that dcomp wrote (or 
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; default: MODEL's name and the recipe's.")
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A built-in recipe or a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any field of the recipe, KEY=VALUE, repeatable.")]
 Prompts = Annotated[str | None, typer.Option(help="FILE.txt|csv|json|jsonl|parquet, or a datasets name.")]
 Column = Annotated[str | None, typer.Option(help="Column of a table that holds the prompts.")]
