@@ -114,6 +114,12 @@ def _resolve(
     return load_recipe(source, overrides or (), values)
 
 
+def _named_settings(method: str | None, quality: str | None) -> dict[str, Any]:
+    from dcomp.recipes.methods import settings_of
+
+    return {f"stages.0.{key}": value for key, value in settings_of(method, quality).items()}
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -130,6 +136,18 @@ def quantize(
     w8a16: Annotated[
         bool, typer.Option("--w8a16", help="8-bit weights, float activations.", rich_help_panel="Recipe")
     ] = False,
+    w4a4: Annotated[
+        bool, typer.Option("--w4a4", help="4-bit weights, 4-bit activations.", rich_help_panel="Recipe")
+    ] = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="One method alone: minmax (the naive baseline), nearest, gptq or adaround.", rich_help_panel="Recipe"
+        ),
+    ] = None,
+    quality: Annotated[
+        str | None, typer.Option(help="Time to spend: fast, default or best.", rich_help_panel="Recipe")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A built-in recipe or a YAML file.", rich_help_panel="Recipe")
     ] = None,
@@ -173,13 +191,16 @@ def quantize(
 
       dcomp quantize --w8a8 my-model/ -o small/ --prompts captions.csv --steps 25 --guidance 5
 
+      dcomp quantize --w4a4 --quality best my-model/
+
       dcomp quantize my-model/ --recipe my.yaml --set stages.0.step_bins=10 --dry-run
     """
     resolved = _resolve(
-        {"w8a8": w8a8, "w4a8": w4a8, "w4a16": w4a16, "w8a16": w8a16},
+        {"w8a8": w8a8, "w4a8": w4a8, "w4a16": w4a16, "w8a16": w8a16, "w4a4": w4a4},
         recipe,
         overrides,
         {
+            **_named_settings(method, quality),
             "lora": lora,
             "stages.0.format": format,
             "stages.0.keep": keep,

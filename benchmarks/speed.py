@@ -60,8 +60,8 @@ def main(
 
     from dcomp.calibrate.clock import StepBins
     from dcomp.calibrate.structure import probe_structure
+    from dcomp.compress.policy import choose_schemes
     from dcomp.compress.quantize import quantize_denoiser
-    from dcomp.compress.scheme import choose_schemes
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dcomp import UsageError
 from dcomp.calibrate.pipeline import Generation
 from dcomp.calibrate.safetensors_file import read_json_object
+from dcomp.calibrate.sampling import Sampling, SamplingError
 from dcomp.calibrate.tree_file import decode, file_sha256, open_tensors, read_description
 
 SCHEMA = 1
@@ -76,6 +77,8 @@ class CalibrationSet:
         notes: what was left out to stay within bounds, as sentences; empty when nothing was.
         timesteps: distinct timesteps of the kept calls, descending, in the units that the denoiser is told.
         all_timesteps: likewise of all calls of the trajectory.
+        sampling: how the kept calls were chosen.
+        components: what the pipeline was made of, see `mismatch.describe_components`; empty in sets of older versions.
         hash: sha256 of the settings, the prompts and the contents of all chunks in order.
         nbytes: bytes of all chunks.
     """
@@ -85,6 +88,8 @@ class CalibrationSet:
         self._chunks: list[dict[str, Any]] = index["chunks"]
         self.model: str = index["model"]
         self.settings: dict[str, Any] = index["settings"]
+        self.sampling = _sampling_of(index)
+        self.components: dict[str, dict[str, str]] = index.get("components", {})
         self.notes: tuple[str, ...] = tuple(index["notes"])
         self.prompts: list[str] = [
             prompt for chunk in self._chunks for prompt in index["prompts"][chunk["first"] : chunk["end"]]
@@ -179,6 +184,8 @@ def _consistent(index: Mapping[str, Any]) -> bool:
         and _is_generation(index["settings"])
         and len(index["chunks"]) > 0
         and all(isinstance(text, str) for text in (*index["prompts"], *index["notes"]))
+        and _is_sampling(index)
+        and _are_components(index.get("components", {}))
         and all(type(t) in (int, float) and math.isfinite(t) for t in index["timesteps"])
         and all(type(call) is int and 0 <= call < len(index["timesteps"]) for call in index["kept_calls"])
         and all(
@@ -204,6 +211,24 @@ def _is_generation(settings: Mapping[str, Any]) -> bool:
             if settings[name] is not None or name not in ("height", "width")
         )
         and (guidance is None or (type(guidance) in (int, float) and math.isfinite(guidance)))
+    )
+
+
+def _sampling_of(index: Mapping[str, Any]) -> Sampling:
+    return Sampling.from_dict(index.get("sampling", {}))
+
+
+def _is_sampling(index: Mapping[str, Any]) -> bool:
+    try:
+        return isinstance(index.get("sampling", {}), dict) and bool(_sampling_of(index))
+    except SamplingError:
+        return False
+
+
+def _are_components(components: Any) -> bool:
+    return isinstance(components, dict) and all(
+        isinstance(part, dict) and all(isinstance(value, str) for value in part.values())
+        for part in components.values()
     )
 
 

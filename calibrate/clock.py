@@ -144,12 +144,13 @@ class StepClock:
         timestep: what the denoiser was told last; the first row's of a batch with mixed timesteps.
         bin: the bin of `timestep`.
         row_bins: the bin of every row, int64 `[N]` on the timestep's device, if the timesteps differ; else None.
+        row_timesteps: the timestep of every row if they differ, with or without bins; else None.
         last_sample: the latents that the last scheduler step returned (not a copy).
         unseen: how many timesteps were none of the calibrated ones (several calls in a row at one count once).
         max_distance: the largest distance of such a timestep from a calibrated one, in timestep units.
 
-    Without a scheduler `trajectory`, `call`, `step` and `last_sample` keep their first values; `timestep`, `bin`
-    and `row_bins` are right all the same.
+    Without a scheduler `trajectory`, `call`, `step` and `last_sample` keep their first values; `timestep`, `bin`,
+    `row_bins` and `row_timesteps` are right all the same.
     """
 
     def __init__(self, bins: StepBins | None = None) -> None:
@@ -160,6 +161,7 @@ class StepClock:
         self.timestep = math.nan
         self.bin = 0
         self.row_bins: Tensor | None = None
+        self.row_timesteps: tuple[float, ...] | None = None
         self.last_sample: Tensor | None = None
         self.unseen = 0
         self.max_distance = 0.0
@@ -195,6 +197,7 @@ class StepClock:
             values, tolerance = [float(timestep)], 1e-6
         distinct = dict.fromkeys(values)
         self.row_bins = None
+        self.row_timesteps = tuple(values) if len(distinct) > 1 else None
         if self.bins is not None and values:
             for value in distinct if distinct != {self.timestep: None} else ():
                 self._note_distance(value, tolerance)

@@ -7,6 +7,7 @@ of the buffers, not of file headers. Time is not measured here.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, Protocol
 
@@ -32,6 +33,18 @@ class Precision(Protocol):
     def input_granularity(self) -> str | None:
         """With `tensor` (static) input scales there is a table of them."""
 
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Input channels at which a part with tensors of its own begins."""
+
+    @property
+    def smooth(self) -> bool:
+        """Whether there is a factor for each input channel."""
+
+    @property
+    def rank(self) -> int:
+        """Of the float branch of each part."""
+
 
 @dataclass(frozen=True)
 class Macs:
@@ -54,7 +67,8 @@ class Macs:
 def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Macs:
     """Run one call and count; also works on meta tensors, where nothing is computed.
 
-    Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original.
+    Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original; the parts
+    of a split layer do not count beside it, and neither does a low-rank branch.
     """
     layers: dict[str, int] = {}
 
@@ -66,8 +80,10 @@ def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
 
     products = _Products()
     with ExitStack() as stack, torch.no_grad(), products:
+        within: set[nn.Module] = set()
         for name, module in denoiser.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in within:
+                within |= set(module.modules())
                 stack.callback(module.register_forward_hook(hook(name)).remove)
         denoiser(*args, **kwargs)
     return Macs(layers, products.macs)
@@ -91,14 +107,25 @@ def layer_bytes(layer: nn.Linear | nn.Conv2d, scheme: Precision | None, step_bin
     if scheme is None:
         return sum(parameter.nbytes for parameter in layer.parameters())
     if isinstance(layer, nn.Conv2d):
-        shape = (layer.out_channels, tuple(layer.kernel_size), layer.in_channels // layer.groups)
+        out_channels, taps, in_channels = (
+            layer.out_channels,
+            tuple(layer.kernel_size),
+            layer.in_channels // layer.groups,
+        )
     else:
-        shape = (layer.out_features, (), layer.in_features)
-    buffers = storage(*shape, scheme.weight_bits, scheme.group_size)
+        out_channels, taps, in_channels = layer.out_features, (), layer.in_features
+    edges = pairwise((0, *scheme.boundaries, in_channels))
+    parts = sum(_part_bytes(out_channels, taps, stop - start, scheme, step_bins) for start, stop in edges)
+    return parts + (0 if layer.bias is None else 4 * out_channels)
+
+
+def _part_bytes(out_channels: int, taps: tuple[int, ...], in_channels: int, scheme: Precision, step_bins: int) -> int:
+    buffers = storage(out_channels, taps, in_channels, scheme.weight_bits, scheme.group_size)
     weight = sum(prod(size) * dtype.itemsize for size, dtype in buffers.values())
-    bias = 0 if layer.bias is None else 4 * shape[0]
-    table = step_bins * (4 + 1) if scheme.input_granularity == "tensor" else 0  # float32 scales and uint8 zeros
-    return weight + bias + table
+    table = step_bins * (4 + 1) if scheme.input_granularity == "tensor" else 0  # fp32 scales and uint8 zeros
+    factors = 4 * in_channels if scheme.smooth else 0
+    branch = 2 * scheme.rank * (prod(taps) * in_channels + out_channels)  # fp16
+    return weight + table + factors + branch
 
 
 class _Products(TorchFunctionMode):

@@ -120,6 +120,12 @@ class OpenPipeline:
         """The pipeline's scheduler as it is now."""
         return self.pipe.scheduler
 
+    def guidance(self, asked: float | None) -> float | None:
+        """Return the guidance scale that a run uses, the pipeline's default included; None without guidance."""
+        parameter = self._accepted.get("guidance_scale")
+        default = parameter.default if parameter and isinstance(parameter.default, int | float) else None
+        return asked if asked is not None else default
+
     def check(self, prompts: Sequence[str], settings: Generation) -> None:
         """Refuse what cannot be run, before any work.
 

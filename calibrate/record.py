@@ -26,7 +26,9 @@ from dcomp.calibrate.calibration_set import (
     sha256_of_json,
 )
 from dcomp.calibrate.clock import StepClock
+from dcomp.calibrate.mismatch import describe_components
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, prediction_of
+from dcomp.calibrate.sampling import Sampling, spread
 from dcomp.calibrate.tree_file import (
     encode,
     file_sha256,
@@ -50,17 +52,19 @@ def record_calibration_set(
     *,
     max_calls: int = 25,
     max_bytes: int = 2 << 30,
+    sampling: Sampling | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
-    """Run the pipeline on all prompts and keep calls spread evenly over the trajectory, the same for every prompt.
+    """Run the pipeline on all prompts and keep some calls of the trajectory, the same for every prompt.
 
     Args:
         pipeline: the deployed pipeline, in float.
         prompts: text, class numbers or names; for an unconditional pipeline only their number counts.
         settings: as deployed; `settings.batch_size` prompts make one chunk.
         folder: of the set; a partly recorded one of the same model, prompts and settings is finished.
-        max_calls: most call indices kept of one trajectory; the first and the last are among them.
+        max_calls: most call indices kept of one trajectory.
         max_bytes: most bytes on disk. Calls, then whole batches, are left out evenly to stay below; `notes` says so.
+        sampling: which calls; None spreads them evenly, with the first and the last.
         progress: called with denoiser calls done and their total.
 
     Raises:
@@ -76,7 +80,8 @@ def record_calibration_set(
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         with lock:
-            return _record(pipeline, list(prompts), settings, folder, max_calls, max_bytes, progress)
+            how = sampling or Sampling()
+            return _record(pipeline, list(prompts), settings, folder, max_calls, max_bytes, how, progress)
     except Timeout as error:
         raise CalibrationError(
             "Another process is recording this calibration set",
@@ -89,14 +94,6 @@ def record_calibration_set(
         ) from error
 
 
-def spread(total: int, count: int) -> list[int]:
-    """Return `min(count, total)` distinct indices below `total`, evenly spaced, the first and the last included."""
-    count = min(count, total)
-    if count <= 1:
-        return [0][:count]
-    return [(2 * i * (total - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
-
-
 def _record(
     pipeline: OpenPipeline,
     prompts: list[str],
@@ -104,10 +101,13 @@ def _record(
     folder: Path,
     max_calls: int,
     max_bytes: int,
+    sampling: Sampling,
     progress: Callable[[int, int], None] | None,
 ) -> CalibrationSet:
     model = pipeline.fingerprint()
-    fingerprint = sha256_of_json([SCHEMA, model, asdict(settings), prompts, max_calls, max_bytes])
+    # Sets of the usual sampling are those of versions that knew no other.
+    other = {} if sampling.kind == "uniform" else {"sampling": sampling.to_dict()}
+    fingerprint = sha256_of_json([SCHEMA, model, asdict(settings), prompts, max_calls, max_bytes, *other.values()])
     index = read_index(folder)
     if index is not None and index["fingerprint"] != fingerprint:
         raise CalibrationError(
@@ -118,7 +118,11 @@ def _record(
     first: _Recorder | None = None
     if index is None:
         count = -(-len(prompts) // settings.batch_size)
-        first = _Recorder(pipeline, prompts[: settings.batch_size], lambda total: spread(total, max_calls))
+        first = _Recorder(
+            pipeline,
+            prompts[: settings.batch_size],
+            lambda total: sampling.choose(total, max_calls, settings.seed),
+        )
         first.run(range(len(first.prompts)), settings, _part(progress, 0, count))
         kept, numbers, notes = _plan(first, count, max_bytes, folder)
         first.keep(kept)
@@ -133,6 +137,8 @@ def _record(
             "kept_calls": kept,
             "chunks": chunks,
             "notes": notes,
+            "components": describe_components(pipeline),
+            **other,
         }
         _write_index(folder, index)
     plan = index

@@ -4,7 +4,10 @@ They are `nn.Linear` and `nn.Conv2d` for everything that asks by type (adapters,
 `weight`, so that nothing merges into or retypes one by mistake. Codes and scales keep their dtype through `.to(dtype)`.
 Arithmetic is not here: integers run through `torch.ops.dcomp`, floats through `kernels/qparams.py`.
 
-Letters: O output and I input channels, B step bins, N samples.
+A layer computes `y = Q(x') W'^T + bias + up (down x)` with `x' = (x * smooth_inv) H`: its weight W' is that of smoothed
+and rotated inputs, H is symmetric and orthonormal, and the low-rank branch reads the raw input. Each part is optional.
+
+Letters: O output and I input channels (of one convolution group), B step bins, N samples, r rank of the branch.
 """
 
 from abc import ABC, abstractmethod
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from dcomp.calibrate.clock import StepClock
 
 _M = TypeVar("_M", bound=nn.Module)
+Execution = Literal["int", "fake"]
+
+_BUFFERS = ("qweight", "scale", "multiplier", "input_scale", "input_zero", "smooth_inv", "lr_down", "lr_up")
 
 _NO_WEIGHT = (
     "A quantized layer has integer codes and no float weight, so an adapter can be attached but not merged; "
@@ -48,30 +54,21 @@ class WeightForm:
         raise AttributeError(_NO_WEIGHT)
 
 
-class QuantLayer(nn.Module, ABC):
-    """What both quantized layers share; only its subclasses are used.
+class Quantized(nn.Module, ABC):
+    """What stands in the place of a float layer; only its subclasses are used.
 
     Attributes:
-        qweight, scale, multiplier: see `kernels/packing.py`; `multiplier` is None for 8 bits.
-        input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. A table of one row serves
-            every bin.
-        bias: parameter `[O]` without gradient, or None. Unlike the buffers it takes the model's float dtype.
         scheme: the rule that it was quantized by.
+        bias: parameter `[O]` without gradient, or None. It takes the model's float dtype.
         clock: tells the step bin; without one, bin 0 is used.
         execution: "int", or "fake" for the float arithmetic that the integers stand for.
     """
 
     float_kind: ClassVar[type[nn.Module]]
-    input_granularity: ClassVar[Literal["token", "tensor"]]
-    qweight: Tensor
-    scale: Tensor
-    multiplier: Tensor | None
-    input_scale: Tensor | None
-    input_zero: Tensor | None
-    bias: Any  # Parameter or None; nn.Linear and nn.Conv2d disagree on the type
     scheme: QScheme
+    bias: Any  # Parameter or None; nn.Linear and nn.Conv2d disagree on the type
     clock: "StepClock | None"
-    execution: Literal["int", "fake"]
+    execution: Execution
 
     def __new__(cls, *sizes: Any, **options: Any) -> Any:
         """Make the float layer when called like one: there are no codes yet.
@@ -79,6 +76,76 @@ class QuantLayer(nn.Module, ABC):
         PEFT makes an adapter's layers by calling the type of the layer that it adapts.
         """
         return cls.float_kind(*sizes, **options) if sizes or options else super().__new__(cls)
+
+    @classmethod
+    @abstractmethod
+    def from_shape(cls, layer: nn.Module, scheme: QScheme, bins: int) -> Self:
+        """Make a layer with uninitialised buffers for a checkpoint to fill, on the current default device.
+
+        Args:
+            layer: float layer with the geometry; may be on the meta device.
+            scheme: decides which buffers there are.
+            bins: B, rows of a static range's table.
+
+        Raises:
+            SchemeError: this layer cannot have such a scheme.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer as `execution` says; the result has the dtype of `x`."""
+
+    @abstractmethod
+    def int_forward(self, x: Tensor) -> Tensor:
+        """Apply the layer in integers."""
+
+    @abstractmethod
+    def fake_forward(self, x: Tensor) -> Tensor:
+        """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Return the float weight that the layer amounts to, fp32, in torch's layout.
+
+        That is the weight for raw inputs: transforms are undone, and the branch is added.
+        """
+
+    @property
+    @abstractmethod
+    def weight(self) -> WeightForm:
+        """Shape, dtype and device of the float weight, which is not there."""
+
+    def _check_channels(self, found: int, expected: int) -> None:
+        # A packed weight is padded, so that a kernel cannot tell a missing channel from a padded one.
+        if found != expected:
+            raise dispatch.KernelError(
+                f"The input has {found} channels instead of {expected}", where=str(self), remedy="Check the model."
+            )
+
+    def extra_repr(self) -> str:
+        """Return the geometry and the scheme."""
+        return f"{super().extra_repr()}, scheme={self.scheme.label}, execution={self.execution}"
+
+
+class QuantLayer(Quantized):
+    """What `QuantLinear` and `QuantConv2d` share: one integer weight and one quantizer of inputs.
+
+    Attributes:
+        qweight, scale, multiplier: see `kernels/packing.py`; `multiplier` is None for 8 bits.
+        input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. A table of one row serves
+            every bin.
+        smooth_inv: fp32 `[I]`, what inputs are multiplied by, or None.
+        lr_down, lr_up: fp16 `[r, *taps, I]` and `[O, r]` of the low-rank branch, or None.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    multiplier: Tensor | None
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+    smooth_inv: Tensor | None
+    lr_down: Tensor | None
+    lr_up: Tensor | None
 
     @classmethod
     def from_float(
@@ -89,16 +156,21 @@ class QuantLayer(nn.Module, ABC):
         input_scale: Tensor | None = None,
         input_zero: Tensor | None = None,
         clock: "StepClock | None" = None,
+        *,
+        smooth_inv: Tensor | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> Self:
-        """Make the quantized form of a float layer.
+        """Make the quantized form of a float layer; nothing but the bias is copied.
 
         Args:
-            layer: `nn.Linear` or `nn.Conv2d`; only its geometry and a copy of its bias are used.
-            packed: its weight, not copied.
-            scheme: must agree with `packed`.
+            layer: `nn.Linear` or `nn.Conv2d`; only its geometry and its bias are used.
+            packed: its weight, as it is for smoothed and rotated inputs and without the branch.
+            scheme: must agree with all others.
             input_scale: fp32 `[B]`, of a static range only.
             input_zero: uint8 `[B]`, of a static range only.
             clock: tells the step bin.
+            smooth_inv: fp32 `[I]`, of a smoothed layer only.
+            low_rank: `lr_down` and `lr_up`, of a layer with a branch only.
 
         Raises:
             SchemeError: scheme, weight, ranges and layer do not fit together.
@@ -112,6 +184,9 @@ class QuantLayer(nn.Module, ABC):
             "multiplier": packed.multiplier,
             "input_scale": input_scale,
             "input_zero": input_zero,
+            "smooth_inv": smooth_inv,
+            "lr_down": low_rank and low_rank[0],
+            "lr_up": low_rank and low_rank[1],
         }
         for name, value in given.items():
             expected = quantized._buffers[name]
@@ -119,7 +194,7 @@ class QuantLayer(nn.Module, ABC):
                 raise SchemeError(
                     f"{name} is {_form(value)}, but a layer of this scheme needs {_form(expected)}",
                     where=f"{scheme.label}, {layer}",
-                    remedy="Quantize the weight and the input range by the scheme that is passed here.",
+                    remedy="Quantize the weight and the input by the scheme that is passed here.",
                 )
             quantized._buffers[name] = value
         if quantized.bias is not None:
@@ -138,24 +213,24 @@ class QuantLayer(nn.Module, ABC):
             bins: B, rows of a static range's table.
 
         Raises:
-            SchemeError: this kind of layer has no such scheme.
+            SchemeError: this layer cannot have such a scheme.
         """
         quantized: Self = cls.__new__(cls)
         nn.Module.__init__(quantized)
         out_channels, taps, in_channels = quantized._take_geometry(layer)
-        if (scheme.input_bits, scheme.input_granularity) not in ((8, cls.input_granularity), (16, None)):
-            raise SchemeError(
-                f"{cls.__name__} takes 8-bit inputs by {cls.input_granularity}, or float inputs",
-                where=f"{scheme.label}, input granularity {scheme.input_granularity}",
-                remedy="Change the scheme, or leave the layer in float.",
-            )
+        quantized._check_scheme(scheme, out_channels, in_channels)
         buffers = packing.storage(out_channels, taps, in_channels, scheme.weight_bits, scheme.group_size)
         if scheme.input_granularity == "tensor":
             buffers |= {
                 "input_scale": (torch.Size((bins,)), torch.float32),
                 "input_zero": (torch.Size((bins,)), torch.uint8),
             }
-        for name in ("qweight", "scale", "multiplier", "input_scale", "input_zero"):
+        if scheme.smooth:
+            buffers["smooth_inv"] = (torch.Size((in_channels,)), torch.float32)
+        if scheme.rank:
+            buffers["lr_down"] = (torch.Size((scheme.rank, *taps, in_channels)), torch.float16)
+            buffers["lr_up"] = (torch.Size((out_channels, scheme.rank)), torch.float16)
+        for name in _BUFFERS:
             empty = torch.empty(buffers[name][0], dtype=buffers[name][1]) if name in buffers else None
             quantized.register_buffer(name, empty)
         has_bias = getattr(layer, "bias", None) is not None
@@ -171,13 +246,30 @@ class QuantLayer(nn.Module, ABC):
             self.qweight, self.scale, self.multiplier, scheme.weight_bits, scheme.group_size, in_channels
         )
 
+    def values(self) -> Tensor:
+        """Return the weight that the codes stand for, fp32, in torch's layout: for smoothed and rotated inputs.
+
+        Fake execution uses it. Whoever tunes a layer replaces this method on the instance; gradients reach what the
+        replacement returns.
+        """
+        return self.packed().dequantize().movedim(-1, 1)
+
     def dequantize(self) -> Tensor:
-        """Return the weight that the codes stand for, fp32, in torch's layout."""
-        weight = self.packed().dequantize()
-        return weight.permute(0, 3, 1, 2) if weight.ndim == 4 else weight
+        """Return the float weight that the layer amounts to, fp32, in torch's layout.
+
+        That is the weight for raw inputs: transforms are undone, and the branch is added.
+        """
+        weight = self.values().movedim(1, -1)
+        if self.scheme.rotate:
+            weight = qparams.hadamard(weight, qparams.rotation_block(self._in_channels))
+        if self.smooth_inv is not None:
+            weight = weight * self.smooth_inv
+        if self.lr_down is not None and self.lr_up is not None:
+            weight = weight + (self.lr_up.float() @ self.lr_down.float().flatten(1)).view(weight.shape)
+        return weight.movedim(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer; the result has the dtype of `x`."""
+        """Apply the layer as `execution` says; the result has the dtype of `x`."""
         return self.fake_forward(x) if self.execution == "fake" else self.int_forward(x)
 
     @property
@@ -185,14 +277,6 @@ class QuantLayer(nn.Module, ABC):
         """Shape, dtype and device of the float weight, which is not there."""
         out_channels, *taps, _ = self.qweight.shape
         return WeightForm(torch.Size((out_channels, self._in_channels, *taps)), self.qweight.device)
-
-    @abstractmethod
-    def int_forward(self, x: Tensor) -> Tensor:
-        """Apply the layer in integers."""
-
-    @abstractmethod
-    def fake_forward(self, x: Tensor) -> Tensor:
-        """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
 
     @abstractmethod
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
@@ -203,12 +287,58 @@ class QuantLayer(nn.Module, ABC):
     def _in_channels(self) -> int:
         """I, the input channels of one group."""
 
-    def _check_channels(self, found: int, expected: int) -> None:
-        # A packed weight is padded, so that a kernel cannot tell a missing channel from a padded one.
-        if found != expected:
-            raise dispatch.KernelError(
-                f"The input has {found} channels instead of {expected}", where=str(self), remedy="Check the model."
-            )
+    @property
+    @abstractmethod
+    def _granularities(self) -> tuple[str, ...]:
+        """How integer inputs of this layer may be scaled."""
+
+    def _check_scheme(self, scheme: QScheme, out_channels: int, in_channels: int) -> None:
+        known = self._granularities
+        transformed = scheme.smooth or scheme.rotate or scheme.rank
+        most = min(out_channels, in_channels)
+        for good, problem in (
+            (not scheme.boundaries, "a layer of one part has no boundaries"),
+            (scheme.input_granularity in (None, *known), f"it takes inputs by {' or '.join(known)}, or float ones"),
+            (getattr(self, "groups", 1) == 1 or not transformed, "channels in groups have no transform and no branch"),
+            (scheme.rank <= most, f"rank {scheme.rank} is more than its {most} channels"),
+        ):
+            if not good:
+                raise SchemeError(
+                    f"{type(self).__name__} cannot have this scheme: {problem}",
+                    where=f"{scheme.label}, {scheme}",
+                    remedy="Change the scheme, or leave the layer in float.",
+                )
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        """Smooth and rotate inputs `[..., I]`; fp32, or `x` itself when there is nothing to do."""
+        if self.smooth_inv is not None:
+            x = x.float() * self.smooth_inv
+        if self.scheme.rotate:
+            x = qparams.hadamard(x.float(), qparams.rotation_block(self._in_channels))
+        return x
+
+    def _int_rows(self, rows: Tensor) -> Tensor:
+        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: fp32 `[M, O]`."""
+        if self.scheme.input_bits == 8:
+            codes, x_scale = dispatch.quantize_token(rows)
+        else:
+            image, x_scale = dispatch.quantize_group(rows.unsqueeze(1), self._input_group)
+            codes = image.squeeze(1)
+        multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
+        weight = (self.qweight.flatten(1), self.scale, multiplier, self._bias, self._in_channels)
+        return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight))
+
+    def _fake_rows(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize `[..., I]`, each row with a scale of its own."""
+        if self.scheme.input_bits == 8:
+            return qparams.fake_quant_token(x)
+        return qparams.fake_quant_group(x.reshape(-1, 1, x.shape[-1]), self._input_group).view(x.shape)
+
+    @property
+    def _input_group(self) -> int:
+        """Channels of a group of inputs; whatever a checkpoint says, no more than there are."""
+        assert self.scheme.input_group is not None
+        return min(self.scheme.input_group, self._in_channels + self._in_channels % 2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move buffers to a device but never change their dtype, whatever `fn` does."""
@@ -224,21 +354,15 @@ class QuantLayer(nn.Module, ABC):
     def _bias(self) -> Tensor | None:
         return None if self.bias is None else self.bias.float()
 
-    def extra_repr(self) -> str:
-        """Return the geometry and the scheme."""
-        return f"{super().extra_repr()}, scheme={self.scheme.label}, execution={self.execution}"
-
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
-    """A linear layer with an integer weight and int8 inputs by token, or float inputs."""
+    """A linear layer with an integer weight, and integer inputs with a scale for each row, or float inputs."""
 
     float_kind = nn.Linear
-    input_granularity = "token"
+    _granularities = ("token",)
 
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
-        linear = _of_kind(layer, nn.Linear)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        return self.out_features, (), self.in_features
+        return take_linear_geometry(self, layer)
 
     @property
     def _in_channels(self) -> int:
@@ -247,74 +371,115 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def int_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in integers to `[..., I]`."""
         self._check_channels(x.shape[-1], self.in_features)
-        weight = (self.qweight, self.scale, self.multiplier, self._bias, self.in_features)
+        inputs = self._transformed(x)
         if self.scheme.input_bits == 16:
-            return cast(Tensor, dispatch.linear_a16(x, *weight))
-        q, x_scale = dispatch.quantize_token(x.reshape(-1, self.in_features))
-        y: Tensor = dispatch.linear_a8(q, x_scale, *weight)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+            weight = (self.qweight, self.scale, self.multiplier, self._bias, self.in_features)
+            return self._with_branch(dispatch.linear_a16(inputs.to(x.dtype), *weight), x)
+        y = self._int_rows(inputs.reshape(-1, self.in_features))
+        return self._with_branch(y.view(*x.shape[:-1], self.out_features), x)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
-        values = qparams.fake_quant_token(x) if self.scheme.input_bits == 8 else x.float()
-        return functional.linear(values, self.dequantize(), self._bias).to(x.dtype)
+        inputs = self._transformed(x)
+        inputs = inputs.float() if self.scheme.input_bits == 16 else self._fake_rows(inputs)
+        return self._with_branch(functional.linear(inputs, self.values(), self._bias), x)
+
+    def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add what the low-rank branch makes of the raw input; the result has the dtype of `x`."""
+        if self.lr_down is None or self.lr_up is None:
+            return y.to(x.dtype)
+        hidden = functional.linear(x.float(), self.lr_down.float())
+        return (y.float() + functional.linear(hidden, self.lr_up.float())).to(x.dtype)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
-    """A convolution with an integer weight and uint8 inputs by a static range for each step bin, or float inputs."""
+    """A convolution with an integer weight, and float inputs or integer ones.
+
+    Integer inputs have a static range for each step bin, or a range found while running: for each sample, or for each
+    pixel of a convolution that is a linear layer over pixels.
+    """
 
     float_kind = nn.Conv2d
-    input_granularity = "tensor"
     padding: tuple[int, int]
 
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
-        conv = _of_kind(layer, nn.Conv2d)
-        if conv.padding_mode != "zeros":
-            raise SchemeError(
-                f"A convolution pads by {conv.padding_mode!r}, integer convolutions by zeros only",
-                where=str(layer),
-                remedy="Leave the layer in float.",
-            )
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
-        self.padding = _even_padding(conv)
-        self.padding_mode, self.transposed, self.output_padding = "zeros", False, (0, 0)
-        return self.out_channels, self.kernel_size, self.in_channels // self.groups
+        return take_conv_geometry(self, layer)
 
     @property
     def _in_channels(self) -> int:
         return self.in_channels // self.groups
+
+    @property
+    def _granularities(self) -> tuple[str, ...]:
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        over_pixels = shape == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+        return ("tensor", "sample", "token") if over_pixels else ("tensor", "sample")
 
     def int_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in integers to `[N, C, H, W]`; the result is channels-last."""
         self._check_channels(x.shape[-3], self.in_channels)
         if x.ndim == 3:
             return self.int_forward(x.unsqueeze(0)).squeeze(0)
-        if self.scheme.input_bits == 16:
-            return cast(Tensor, dispatch.conv2d_a16(x, *self._weight_and_shape()))
+        inputs = self._transformed(x.movedim(1, -1)).movedim(-1, 1)
+        if self.scheme.input_granularity == "tensor":
+            y = self._int_static(inputs)
+        elif self.scheme.input_granularity == "sample":
+            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *self._weight_and_shape())
+        elif self.scheme.input_granularity == "token":
+            pixels = inputs.movedim(1, -1)
+            rows = self._int_rows(pixels.reshape(-1, self.in_channels))
+            y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
+        else:
+            y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape())
+        return self._with_branch(y, x).contiguous(memory_format=torch.channels_last)
+
+    def fake_forward(self, x: Tensor) -> Tensor:
+        """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
+        if x.ndim == 3:
+            return self.fake_forward(x.unsqueeze(0)).squeeze(0)
+        inputs = self._fake_inputs(self._transformed(x.movedim(1, -1)).movedim(-1, 1))
+        y = functional.conv2d(inputs, self.values(), self._bias, *self._shape)
+        return self._with_branch(y, x)
+
+    def _fake_inputs(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize transformed inputs."""
+        if self.scheme.input_granularity == "tensor":
+            assert self.input_scale is not None
+            assert self.input_zero is not None
+            rows = self._bins(x)
+            scale, zero = self.input_scale[rows], self.input_zero[rows]
+            if isinstance(rows, Tensor):
+                scale, zero = scale.view(-1, 1, 1, 1), zero.view(-1, 1, 1, 1)
+            return qparams.fake_quant_static(x, scale, zero)
+        if self.scheme.input_granularity == "token":
+            return self._fake_rows(x.movedim(1, -1)).movedim(-1, 1)
+        if self.scheme.input_bits == 4:
+            pixels = x.movedim(1, -1)
+            values = qparams.fake_quant_group(pixels.flatten(1, 2), self._input_group)
+            return values.view(pixels.shape).movedim(-1, 1)
+        return qparams.fake_quant_sample(x) if self.scheme.input_bits == 8 else x.float()
+
+    def _sample_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return uint8 codes, scale and zero of each sample; codes of groups are shifted to have their zero at 128."""
+        if self.scheme.input_bits == 8:
+            return cast(tuple[Tensor, Tensor, Tensor], dispatch.quantize_sample(x))
+        pixels = x.movedim(1, -1)
+        image, scale = dispatch.quantize_group(pixels.flatten(1, 2), self._input_group)
+        codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
+        return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
+
+    def _int_static(self, x: Tensor) -> Tensor:
         rows = self._bins(x)
         if isinstance(rows, int):
-            return self._int_rows(x, rows)
+            return self._int_bin(x, rows)
         parts = {step_bin: rows == step_bin for step_bin in rows.unique().tolist()}
-        outputs = {step_bin: self._int_rows(x[mask], step_bin) for step_bin, mask in parts.items()}
+        outputs = {step_bin: self._int_bin(x[mask], step_bin) for step_bin, mask in parts.items()}
         y = torch.empty_like(outputs[int(rows[0])][:1].expand(len(x), -1, -1, -1), memory_format=torch.channels_last)
         for step_bin, mask in parts.items():
             y[mask] = outputs[step_bin]
         return y
 
-    def fake_forward(self, x: Tensor) -> Tensor:
-        """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
-        values = x.float()
-        if self.input_scale is not None and self.input_zero is not None:
-            rows = self._bins(x)
-            scale, zero = self.input_scale[rows], self.input_zero[rows]
-            if isinstance(rows, Tensor):
-                scale, zero = scale.view(-1, 1, 1, 1), zero.view(-1, 1, 1, 1)
-            values = qparams.fake_quant_static(x, scale, zero)
-        shape = (self.stride, self.padding, self.dilation, self.groups)
-        return functional.conv2d(values, self.dequantize(), self._bias, *shape).to(x.dtype)
-
-    def _int_rows(self, x: Tensor, step_bin: int) -> Tensor:
+    def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
         assert self.input_scale is not None
         assert self.input_zero is not None
         if step_bin >= len(self.input_scale):
@@ -325,12 +490,22 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             )
         scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
         q = dispatch.quantize_static(x, scale, zero)
-        y: Tensor = dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape())
-        return y.to(x.dtype)
+        return cast(Tensor, dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape()))
+
+    def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add what the low-rank branch makes of the raw input; the result has the dtype of `x`."""
+        if self.lr_down is None or self.lr_up is None:
+            return y.to(x.dtype)
+        hidden = functional.conv2d(x.float(), self.lr_down.float().movedim(-1, 1), None, *self._shape)
+        branch = functional.conv2d(hidden, self.lr_up.float()[:, :, None, None])
+        return (y.float() + branch).to(x.dtype)
+
+    @property
+    def _shape(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
 
     def _weight_and_shape(self) -> tuple[Any, ...]:
-        weight = (self.qweight, self.scale, self.multiplier, self._bias)
-        return (*weight, self.stride, self.padding, self.dilation, self.groups)
+        return self.qweight, self.scale, self.multiplier, self._bias, *self._shape
 
     def _bins(self, x: Tensor) -> int | Tensor:
         """Return the step bin of the whole input, or of each sample where the clock knows them."""
@@ -341,6 +516,37 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         if rows is None or len(rows) != len(x) or not len(x):
             return self.clock.bin
         return rows.to(x.device)
+
+
+def take_linear_geometry(quantized: Any, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
+    """Copy the attributes of a linear layer to its quantized form; return O, no taps, and I.
+
+    Raises:
+        SchemeError: it is no linear layer.
+    """
+    linear = _of_kind(layer, nn.Linear)
+    quantized.in_features, quantized.out_features = linear.in_features, linear.out_features
+    return linear.out_features, (), linear.in_features
+
+
+def take_conv_geometry(quantized: Any, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
+    """Copy the attributes of a convolution to its quantized form; return O, the taps, and the I of one group.
+
+    Raises:
+        SchemeError: it is no convolution, or pads as no integer convolution does.
+    """
+    conv = _of_kind(layer, nn.Conv2d)
+    if conv.padding_mode != "zeros":
+        raise SchemeError(
+            f"A convolution pads by {conv.padding_mode!r}, integer convolutions by zeros only",
+            where=str(layer),
+            remedy="Leave the layer in float.",
+        )
+    quantized.in_channels, quantized.out_channels, quantized.groups = conv.in_channels, conv.out_channels, conv.groups
+    quantized.kernel_size, quantized.stride, quantized.dilation = conv.kernel_size, conv.stride, conv.dilation
+    quantized.padding = _even_padding(conv)
+    quantized.padding_mode, quantized.transposed, quantized.output_padding = "zeros", False, (0, 0)
+    return conv.out_channels, conv.kernel_size, conv.in_channels // conv.groups
 
 
 def _of_kind(layer: nn.Module, kind: type[_M]) -> _M:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from dcomp import DcompError, UsageError, __version__
 from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.model_files import check_model_folder
-from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
+from dcomp.calibrate.structure import is_layer
+from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.scheme import QScheme
+from dcomp.compress.split import empty_layer, quantized_layers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,7 +84,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
     @classmethod
     def from_denoiser(cls, denoiser: nn.Module) -> "DcompQuantizationConfig":
         """Describe the quantized layers that a denoiser has now."""
-        layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, QuantLayer)}
+        layers = quantized_layers(denoiser)
         distinct = sorted(
             {layer.scheme for layer in layers.values()}, key=lambda s: json.dumps(s.to_dict(), sort_keys=True)
         )
@@ -250,9 +252,8 @@ def attach_clock(denoiser: nn.Module, bins: StepBins | None) -> StepClock:
     clock = StepClock(bins)
     clock.attach(denoiser)
     denoiser.dcomp_clock = clock  # type: ignore[assignment]
-    for layer in denoiser.modules():
-        if isinstance(layer, QuantLayer):
-            layer.clock = clock
+    for layer in quantized_layers(denoiser).values():
+        layer.clock = clock
     return clock
 
 
@@ -353,13 +354,11 @@ def _parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _empty_layer(name: str, layer: nn.Module, scheme: QScheme, bins: int) -> nn.Module:
-    kinds: dict[type, type[QuantLayer]] = {nn.Linear: QuantLinear, nn.Conv2d: QuantConv2d}
-    kind = kinds.get(type(layer))
-    if kind is None:
+    if not is_layer(layer):
         raise _broken(f"Layer {name[:80]!r} is a {type(layer).__name__}, which is never quantized", "layers")
     try:
         with torch.device("meta"):
-            return kind.from_shape(layer, scheme, bins)
+            return empty_layer(layer, scheme, bins)
     except (DcompError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise _broken(f"Layer {name[:80]!r} cannot have its scheme: {str(error)[:200]}", "layers") from error
 

@@ -50,6 +50,7 @@ class LayerRecord(_Part):
         scheme: label such as "W4A8", or None for a layer left in float; `reason` then says why.
         weight_error: relative error of the weight, `|W - W^| / |W|`.
         output_error: relative error of the layer's output on recorded inputs.
+        error_by_step: the same at each recorded timestep, noisiest first; empty where it was not measured.
     """
 
     role: Text
@@ -60,6 +61,7 @@ class LayerRecord(_Part):
     bytes_after: Count
     weight_error: Annotated[float, Field(ge=0)] | None = None
     output_error: Annotated[float, Field(ge=0)] | None = None
+    error_by_step: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=10_000)] = []
     reason: Text | None = None
 
 

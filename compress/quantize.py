@@ -1,40 +1,48 @@
-"""The quantization pass: float layers in, packed integer layers out, in an order that never has to be undone.
+"""The quantization pass: one run of the denoiser over all rows of the calibration set, layers replaced as it goes.
 
-1. Weights to codes, layer by layer; each result is a file in the work folder, so a killed run goes on where it stopped.
-2. Input ranges of statically quantized layers, observed on the calibration set with the quantized weights in place.
-3. Layers replaced; each one's integer result compared with its fake-quantized one and with the float layer's.
+Every layer that has a scheme waits for its inputs. They arrive from the quantized part of the model before it, for all
+rows at once; the layer is quantized with them, and answers in its fake-quantized form. So each layer sees what it will
+see when deployed, nothing runs twice, and the float weights of a finished layer are not needed again. Each result is a
+file in the work folder: a killed run goes on where it stopped.
 """
 
-import time
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcomp import DcompError
 from dcomp.calibrate.clock import StepBins, StepClock
-from dcomp.calibrate.observer import HistogramObserver
-from dcomp.calibrate.range_search import search_weight
-from dcomp.calibrate.record import CalibrationSet
+from dcomp.calibrate.record import CalibrationSet, RecordedCall
+from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.tree_file import replacing
-from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
 from dcomp.compress.loader import attach_clock
+from dcomp.compress.quantize_layer import Layer, QuantizationError, quantize_layer
 from dcomp.compress.scheme import QScheme
-from dcomp.kernels.packing import PackedWeight
+from dcomp.compress.split import empty_layer, is_quantized, quantized_layers
+
+__all__ = [
+    "INT_TOLERANCE",
+    "LayerErrors",
+    "PassOptions",
+    "QuantizationError",
+    "compare_executions",
+    "quantize_denoiser",
+]
 
 INT_TOLERANCE = 1e-5  # of the largest output: integer against fake-quantized execution
-SNAPSHOT_SECONDS = 15.0
-ERROR_CALLS = 4  # recorded calls on which layer errors are measured
+CHECKED_CALLS = 3  # recorded calls on which the two executions are compared
+ROWS_BYTES = 4 << 30  # of activations that are alive at once in the pass
+CHUNK_ROWS = 16  # rows that a finished layer answers at once
 
 Progress = Callable[[str, int, int], None]
-Layer = nn.Linear | nn.Conv2d
-
-
-class QuantizationError(DcompError):
-    """A layer that cannot be quantized, or that does not compute what was promised."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,28 @@ class LayerErrors:
 
     Attributes:
         weight: relative error of the weight, `|W - W^| / |W|`.
-        output: relative error of the output on recorded inputs, integer against float layer; None if never called.
-        int_vs_fake: largest difference of the two executions, as a part of the largest output; None likewise.
+        output: relative error of the output on rows of the calibration set, inputs from the quantized model.
+        by_step: the same at each timestep of the rows, noisiest first; empty for a layer whose input has other rows.
+        int_vs_fake: largest difference of the two executions, as a part of the largest output; None until measured.
     """
 
     weight: float
-    output: float | None
-    int_vs_fake: float | None
+    output: float
+    by_step: tuple[float, ...] = ()
+    int_vs_fake: float | None = None
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How the pass works.
+
+    Attributes:
+        rows: rows of the calibration set; fewer where their activations would need more than `ROWS_BYTES`.
+        seed: of the choice of rows.
+    """
+
+    rows: int = 512
+    seed: int = 0
 
 
 def quantize_denoiser(
@@ -59,6 +82,7 @@ def quantize_denoiser(
     bins: StepBins | None,
     work: Path,
     progress: Progress = lambda text, done, total: None,
+    options: PassOptions | None = None,
 ) -> dict[str, LayerErrors]:
     """Replace the layers of a denoiser by quantized ones, in place.
 
@@ -67,213 +91,78 @@ def quantize_denoiser(
         calibration: recorded calls of this very model.
         schemes: layer name -> scheme; layers that are not named stay as they are.
         bins: which activation table serves which timestep; None if no scheme has static inputs.
-        work: folder of resumable results; must belong to this model, calibration set and schemes.
+        work: folder of resumable results; must belong to this model, calibration set, schemes and options.
         progress: called with a text, the count done and the total.
+        options: how many rows, and which.
 
     Returns:
-        The errors of each quantized layer.
+        The errors of each quantized layer, in order of execution.
 
     Raises:
-        QuantizationError: weights or activations are not finite, or integer and fake execution disagree.
+        QuantizationError: weights or activations are not finite, or a layer was never called. The denoiser then is as
+            it was.
     """
+    options = options or PassOptions()
     layers = {name: _float_layer(denoiser, name) for name in schemes}
-    packed, weight_errors = _pack_weights(layers, schemes, work / "weights", progress)
-    originals = {name: layer.weight for name, layer in layers.items()}
-    static = [name for name, scheme in schemes.items() if scheme.input_granularity == "tensor"]
-    clock = StepClock(bins)
-    tables: dict[str, tuple[Tensor, Tensor]] = {}
-    with clock.attach(denoiser):
-        for name, layer in layers.items():
-            layer.weight = nn.Parameter(_to_torch(packed[name].dequantize()).to(originals[name]), requires_grad=False)
-        if bins is not None:
-            tables = _observe(denoiser, calibration, {n: schemes[n] for n in static}, clock, bins, work, progress)
-    for name, layer in layers.items():
-        layer.weight = originals[name]
-        scale, zero = tables.get(name, (None, None))
-        kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-        replacement = kind.from_float(layer, packed[name], schemes[name], input_scale=scale, input_zero=zero)
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, replacement.eval())
-    attach_clock(denoiser, bins)
-    output_errors = _compare(denoiser, layers, calibration, progress)
-    return {name: LayerErrors(weight_errors[name], *output_errors.get(name, (None, None))) for name in schemes}
-
-
-def _float_layer(denoiser: nn.Module, name: str) -> Layer:
-    layer = denoiser.get_submodule(name)
-    if not isinstance(layer, Layer) or isinstance(layer, QuantLayer):
-        raise QuantizationError(
-            f"{type(layer).__name__} is no float linear or convolution layer",
-            where=name,
-            remedy="Leave it out of the schemes, or start from the original model.",
-        )
-    return layer
-
-
-def _to_canonical(weight: Tensor) -> Tensor:
-    """`[O, I]` stays, `[O, I, Kh, Kw]` becomes `[O, Kh, Kw, I]`."""
-    return weight.permute(0, 2, 3, 1) if weight.ndim == 4 else weight
-
-
-def _to_torch(weight: Tensor) -> Tensor:
-    return weight.permute(0, 3, 1, 2) if weight.ndim == 4 else weight
-
-
-def _pack_weights(
-    layers: Mapping[str, Layer], schemes: Mapping[str, QScheme], folder: Path, progress: Progress
-) -> tuple[dict[str, PackedWeight], dict[str, float]]:
-    folder.mkdir(parents=True, exist_ok=True)
-    packed, errors = {}, {}
-    for done, (name, layer) in enumerate(layers.items()):
-        progress("weights", done, len(layers))
-        scheme = schemes[name]
-        weight = _to_canonical(layer.weight.detach().float())
-        file = folder / f"{name}.safetensors"
-        if file.exists():
-            stored = load_file(file)
-            packed[name] = PackedWeight(
-                stored["qweight"],
-                stored["scale"],
-                stored.get("multiplier"),
-                bits=scheme.weight_bits,
-                group_size=scheme.group_size,
-                in_channels=weight.shape[-1],
-            )
-        else:
-            packed[name] = search_weight(weight, scheme.weight_bits, scheme.group_size, scheme.weight_range, name=name)
-            buffers = {key: getattr(packed[name], key) for key in ("qweight", "scale", "multiplier")}
-            _save_atomically({key: value.contiguous() for key, value in buffers.items() if value is not None}, file)
-        errors[name] = _relative(packed[name].dequantize(), weight)
-    progress("weights", len(layers), len(layers))
-    return packed, errors
-
-
-def _observe(
-    denoiser: nn.Module,
-    calibration: CalibrationSet,
-    static: Mapping[str, QScheme],
-    clock: StepClock,
-    bins: StepBins,
-    work: Path,
-    progress: Progress,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return `(scale fp32 [B], zero uint8 [B])` of each statically quantized layer."""
-    if not static:
+    if not layers:
+        attach_clock(denoiser, bins)
         return {}
-    observers = {name: [HistogramObserver() for _ in range(bins.count)] for name in static}
-    file = work / "ranges.safetensors"
-    finished = _restore(observers, file)
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for step_bin, rows in _rows_by_bin(args[0], clock):
-                try:
-                    observers[name][step_bin].update(rows)
-                except DcompError as error:
-                    raise QuantizationError(
-                        f"The input of a layer is not finite at timestep {clock.timestep:g}",
-                        where=name,
-                        remedy="Check the model in float first: `dcomp generate MODEL PROMPT`.",
-                    ) from error
-
-        return hook
-
-    hooks = [denoiser.get_submodule(name).register_forward_pre_hook(watch(name)) for name in static]
-    saved = time.monotonic()
-    try:
-        total = len(calibration)
-        for done, call in enumerate(calibration.calls()):
-            if done < finished:
-                continue
-            progress("activation ranges", done, total)
-            with torch.no_grad():
-                denoiser(*call.args, **call.kwargs)
-            if time.monotonic() - saved > SNAPSHOT_SECONDS or done + 1 == total:
-                _snapshot(observers, done + 1, file)
-                saved = time.monotonic()
-        progress("activation ranges", total, total)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {
-        name: HistogramObserver.tables(_fill_gaps(observers[name], name), static[name].input_range) for name in static
-    }
-
-
-def _rows_by_bin(x: Tensor, clock: StepClock) -> list[tuple[int, Tensor]]:
-    if clock.row_bins is None or len(clock.row_bins) != len(x):
-        return [(clock.bin, x)]
-    return [(int(b), x[clock.row_bins == b]) for b in clock.row_bins.unique()]
-
-
-def _fill_gaps(observers: list[HistogramObserver], name: str) -> list[HistogramObserver]:
-    """Let a bin that no recorded call fell into share the nearest one's statistics."""
-    seen = [i for i, observer in enumerate(observers) if observer.count]
-    if not seen:
+    count = min(options.rows, _rows_that_fit(denoiser, next(calibration.calls())))
+    rows = gather_rows(calibration, count, options.seed, denoiser=denoiser)
+    folder = work / "layers"
+    folder.mkdir(parents=True, exist_ok=True)
+    clock, results = StepClock(bins), _Results(folder, RowSteps(rows.timesteps), len(layers), progress)
+    with clock.attach(denoiser), ExitStack() as stack, torch.no_grad():
+        for name, layer in layers.items():
+            stack.enter_context(_waiting(name, layer, schemes[name], clock, results))
+        denoiser(*rows.args, **rows.kwargs)
+    unseen = [name for name in layers if name not in results.layers]
+    if unseen:
         raise QuantizationError(
-            "A layer was never called while the calibration set was replayed",
-            where=name,
-            remedy="Leave it in float with --keep, or calibrate with inputs that use it.",
+            f"{len(unseen)} layer(s) were never called while the calibration set was replayed",
+            where=", ".join(unseen[:3]),
+            remedy="Leave them in float with --keep, or calibrate with inputs that use them.",
         )
-    return [observers[min(seen, key=lambda s: abs(s - i))] for i in range(len(observers))]
+    for name, result in results.layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, result)
+        result.execution = "int"
+    attach_clock(denoiser, bins)
+    return results.errors
 
 
-def _snapshot(observers: Mapping[str, list[HistogramObserver]], finished: int, file: Path) -> None:
-    tensors = {"finished": torch.tensor(finished)}
-    for name, row in observers.items():
-        for i, observer in enumerate(row):
-            tensors |= {f"{name}:{i}:{key}": value for key, value in observer.state_dict().items()}
-    _save_atomically(tensors, file)
+def compare_executions(
+    denoiser: nn.Module, calibration: CalibrationSet, progress: Progress = lambda text, done, total: None
+) -> dict[str, float]:
+    """Run recorded calls in integers and compare each quantized layer with its fake execution of the same input.
 
+    Returns:
+        Largest difference of each layer that was called, as a part of its largest output.
 
-def _restore(observers: Mapping[str, list[HistogramObserver]], file: Path) -> int:
-    if not file.exists():
-        return 0
-    tensors = load_file(file)
-    states: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key != "finished":
-            name, position, field = key.rsplit(":", 2)
-            states.setdefault((name, int(position)), {})[field] = value
-    for (name, step_bin), state in states.items():
-        observers[name][step_bin].load_state_dict(state)
-    return int(tensors["finished"])
-
-
-def _compare(
-    denoiser: nn.Module, originals: Mapping[str, Layer], calibration: CalibrationSet, progress: Progress
-) -> dict[str, tuple[float, float]]:
-    """Run recorded calls through the quantized denoiser and compare each layer with its fake and its float form.
-
-    The denoiser itself runs in integers, so layers see the inputs that they will see when deployed.
+    Raises:
+        QuantizationError: one is above `INT_TOLERANCE`.
     """
-    squares: dict[str, Tensor] = {}
     worst: dict[str, float] = {}
 
-    def watch(name: str) -> Callable[[QuantLayer, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: QuantLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def watch(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
             fake = layer.fake_forward(args[0])
-            reference = originals[name](args[0])
             peak = fake.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            worst[name] = max(worst.get(name, 0.0), ((y - fake).abs().max() / peak).item())
-            energy = torch.stack(((y - reference).double().square().sum(), reference.double().square().sum()))
-            squares[name] = squares.get(name, torch.zeros(2, dtype=torch.float64)) + energy
+            worst[name] = max(worst.get(name, 0.0), float((y - fake).abs().max() / peak))
 
         return hook
 
-    hooks = [denoiser.get_submodule(name).register_forward_hook(watch(name)) for name in originals]
     total = len(calibration)
-    chosen = {round(i * (total - 1) / max(1, ERROR_CALLS - 1)) for i in range(min(ERROR_CALLS, total))}
-    try:
+    chosen = {round(i * (total - 1) / max(1, CHECKED_CALLS - 1)) for i in range(min(CHECKED_CALLS, total))}
+    with ExitStack() as stack:
+        for name, layer in quantized_layers(denoiser).items():
+            stack.callback(layer.register_forward_hook(watch(name)).remove)
         for index, call in enumerate(calibration.calls()):
             if index in chosen:
-                progress("layer errors", index, total)
+                progress("integers against floats", index, total)
                 with torch.no_grad():
                     denoiser(*call.args, **call.kwargs)
-        progress("layer errors", total, total)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    progress("integers against floats", total, total)
     for name, difference in worst.items():
         if not difference <= INT_TOLERANCE:
             raise QuantizationError(
@@ -281,13 +170,161 @@ def _compare(
                 where=name,
                 remedy="Run `dcomp doctor`; report this with its output, and leave the layer in float with --keep.",
             )
-    return {name: ((s[0] / s[1].clamp_min(1e-300)).sqrt().item(), worst[name]) for name, s in squares.items()}
+    return worst
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+class RowSteps:
+    """Which rows belong to which timestep."""
+
+    def __init__(self, timesteps: Tensor) -> None:
+        self.count = len(timesteps)
+        descending, self._index = torch.unique(-timesteps.double(), return_inverse=True)
+        self._steps = len(descending)
+
+    def relative(self, squares: Tensor, norms: Tensor) -> tuple[float, ...]:
+        """Return the relative error at each step, noisiest first, of squared errors and norms by row."""
+        zeros = torch.zeros(self._steps, dtype=torch.float64)
+        by_step = zeros.index_add(0, self._index, squares) / zeros.index_add(0, self._index, norms).clamp_min(1e-300)
+        return tuple(by_step.sqrt().tolist())
 
 
-def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
-    with replacing(file) as unfinished:
-        save_file(tensors, unfinished)
+class _Results:
+    """Finished layers in order of execution, on disk and in memory."""
+
+    def __init__(self, folder: Path, steps: RowSteps, total: int, progress: Progress) -> None:
+        self.layers: dict[str, Any] = {}
+        self.errors: dict[str, LayerErrors] = {}
+        self.steps = steps
+        self._folder, self._total, self._progress = folder, total, progress
+        progress("layers", 0, total)
+
+    def read(self, name: str, layer: Layer, bins: int) -> Any:
+        """Return the layer's result of an earlier run, or None."""
+        file = self._folder / f"{name}.safetensors"
+        if not file.exists():
+            return None
+        with safe_open(file, "pt") as stored:
+            about = json.loads(stored.metadata()["dcomp"])
+        result = empty_layer(layer, QScheme.from_dict(about["scheme"]), bins)
+        result.load_state_dict(load_file(file), assign=True)
+        self.errors[name] = LayerErrors(about["weight"], about["output"], tuple(about["by_step"]))
+        return result
+
+    def write(self, name: str, result: Any, errors: LayerErrors) -> None:
+        """Keep a new result."""
+        self.errors[name] = errors
+        about = {
+            "scheme": result.scheme.to_dict(),
+            "weight": errors.weight,
+            "output": errors.output,
+            "by_step": errors.by_step,
+        }
+        tensors = {key: value.detach().contiguous() for key, value in result.state_dict().items()}
+        with replacing(self._folder / f"{name}.safetensors") as unfinished:
+            save_file(tensors, unfinished, metadata={"dcomp": json.dumps(about)})
+
+    def finish(self, name: str, result: Any) -> None:
+        """Take a layer as done."""
+        self.layers[name] = result
+        self._progress("layers", len(self.layers), self._total)
+
+
+@contextmanager
+def _waiting(name: str, layer: Layer, scheme: QScheme, clock: StepClock, results: _Results) -> Iterator[None]:
+    """Let a float layer be quantized by its first call within a `with` block, and answer as its quantized form."""
+    bins = clock.bins.count if clock.bins else 1
+
+    rows = results.steps.count
+
+    def arrive(x: Tensor) -> Tensor:
+        row_bins = clock.row_bins if clock.row_bins is not None and len(clock.row_bins) == len(x) else None
+        result = quantize_layer(layer, x, scheme, row_bins=row_bins, bins=bins, name=name).eval()
+        result.clock, result.execution = clock, "fake"
+        y = in_chunks(result, x, clock, rows)
+        reference = in_chunks(partial(_float_forward, layer), x, clock, rows)
+        results.write(name, result, _errors(layer, result, y, reference, results.steps))
+        results.finish(name, result)
+        return y
+
+    def forward(x: Tensor) -> Tensor:
+        result = results.layers.get(name)
+        if result is None:
+            result = results.read(name, layer, bins)
+            if result is None:
+                return arrive(x)
+            result.eval()
+            result.clock, result.execution = clock, "fake"
+            results.finish(name, result)
+        return in_chunks(result, x, clock, rows)
+
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def _float_forward(layer: Layer, x: Tensor) -> Tensor:
+    y: Tensor = type(layer).forward(layer, x)  # type: ignore[arg-type]
+    return y
+
+
+def _errors(layer: Layer, result: Any, y: Tensor, reference: Tensor, steps: RowSteps) -> LayerErrors:
+    weight = layer.weight.detach().float()
+    squares, norms = (
+        torch.linalg.vector_norm(t.flatten(1), dim=1).double().square() for t in (y - reference, reference)
+    )
+    return LayerErrors(
+        weight=float((result.dequantize() - weight).norm() / weight.norm().clamp_min(1e-30)),
+        output=float((squares.sum() / norms.sum().clamp_min(1e-300)).sqrt()),
+        by_step=steps.relative(squares, norms) if len(y) == steps.count else (),
+    )
+
+
+def in_chunks(layer: Callable[[Tensor], Tensor], x: Tensor, clock: StepClock, rows: int) -> Tensor:
+    """Apply a layer to a few rows at a time, which is faster than to all; the clock's rows follow.
+
+    Args:
+        layer: the layer.
+        x: its input; one whose first axis does not count rows is taken whole.
+        clock: with the bins of all rows.
+        rows: their number.
+    """
+    if len(x) != rows:
+        return layer(x)
+    row_bins, parts = clock.row_bins, []
+    try:
+        for start in range(0, rows, CHUNK_ROWS):
+            clock.row_bins = None if row_bins is None else row_bins[start : start + CHUNK_ROWS]
+            parts.append(layer(x[start : start + CHUNK_ROWS]))
+    finally:
+        clock.row_bins = row_bins
+    return torch.cat(parts)
+
+
+def _rows_that_fit(denoiser: nn.Module, call: RecordedCall) -> int:
+    """How many rows may run at once; the largest layer's input and output stand for all that is alive then."""
+    largest = 1
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        tensors = [t for t in (*args, output) if isinstance(t, Tensor) and t.ndim > 1]
+        largest = max(largest, sum(t[0].numel() for t in tensors if len(t) == len(call.output)))
+
+    with ExitStack() as stack, torch.no_grad():
+        for layer in denoiser.modules():
+            if isinstance(layer, Layer):
+                stack.callback(layer.register_forward_hook(hook).remove)
+        denoiser(*call.args, **call.kwargs)
+    return max(8, ROWS_BYTES // (4 * 4 * largest))
+
+
+def _float_layer(denoiser: nn.Module, name: str) -> Layer:
+    layer = denoiser.get_submodule(name)
+    if not isinstance(layer, Layer) or is_quantized(layer):
+        raise QuantizationError(
+            f"{type(layer).__name__} is no float linear or convolution layer",
+            where=name,
+            remedy="Leave it out of the schemes, or start from the original model.",
+        )
+    return layer

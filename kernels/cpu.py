@@ -26,6 +26,7 @@ MAX_REDUCTION = (2**31 - 1) // (255 * 128)
 
 _BLOCK_ELEMENTS = 1 << 18  # of a float32 temporary: 1 MiB
 _BLOCK_BYTES = 1 << 21  # of an output or patch matrix
+_SMALL_SAMPLE = 1 << 23  # products; patches of all samples cost less than a call of qconv for each
 _FLOAT_WEIGHT_ELEMENTS = 1 << 20  # of a dequantized weight: 4 MiB, far below what is given back to the system
 
 
@@ -68,14 +69,58 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return codes.copy_(qparams.quantize_static(x, scale, zero))
     inverse, shift = 1 / scale, zero.float() - 128
     scratch = torch.empty(min(_BLOCK_ELEMENTS, len(values)))
-    for start in range(0, len(values), _BLOCK_ELEMENTS):
-        block = values[start : start + _BLOCK_ELEMENTS]
-        rounded = torch.mul(block, inverse, out=scratch[: len(block)]).round_().add_(shift).clamp_(-128, 127)
-        # Conversion to int8 is four times as fast as to uint8.
-        target = out[start : start + _BLOCK_ELEMENTS]
-        target.view(torch.int8).copy_(rounded)
-        target.bitwise_xor_(0x80)
+    for block, target in zip(values.split(_BLOCK_ELEMENTS), out.split(_BLOCK_ELEMENTS), strict=True):
+        _write_codes(block, inverse, shift, target, scratch[: len(block)])
     return codes
+
+
+def _write_codes(block: Tensor, inverse: Tensor, shift: Tensor, target: Tensor, scratch: Tensor) -> None:
+    rounded = torch.mul(block, inverse, out=scratch).round_().add_(shift).clamp_(-128, 127)
+    # Conversion to int8 is four times as fast as to uint8.
+    target.view(torch.int8).copy_(rounded)
+    target.bitwise_xor_(0x80)
+
+
+def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    values, out = _in_memory_order(x), _in_memory_order(codes)
+    if values is None or out is None or x.numel() == 0:
+        found, scale, zero = qparams.quantize_sample(x)
+        return codes.copy_(found), scale, zero
+    values, out = values.view(len(x), -1), out.view(len(x), -1)
+    scale, zero = torch.empty(len(x)), torch.empty(len(x), dtype=torch.uint8)
+    # Either some whole samples are a block, or some blocks are a sample.
+    samples, length = max(1, _BLOCK_ELEMENTS // values.shape[1]), min(_BLOCK_ELEMENTS, values.shape[1])
+    scratch = torch.empty(min(samples, len(x)), length)
+    for start in range(0, len(x), samples):
+        part = slice(start, start + samples)
+        blocks = values[part].split(length, 1)
+        extremes = torch.stack([torch.stack([block.amin(1), block.amax(1)]) for block in blocks]).float()
+        scale[part], zero[part] = qparams.sample_range(extremes[:, 0].amin(0), extremes[:, 1].amax(0))
+        inverse, shift = (1 / scale[part]).unsqueeze(1), (zero[part].float() - 128).unsqueeze(1)
+        for block, target in zip(blocks, out[part].split(length, 1), strict=True):
+            _write_codes(block, inverse, shift, target, scratch[: len(block), : block.shape[1]])
+    return codes, scale, zero
+
+
+def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_group`."""
+    if x.numel() == 0:
+        return qparams.quantize_group(x, group)
+    batch, length, channels = x.shape
+    image = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(batch)
+    # Either some whole samples are a block, or some blocks of rows are a sample.
+    samples, rows = max(1, _BLOCK_ELEMENTS // (length * channels)), max(1, _BLOCK_ELEMENTS // channels)
+    for start in range(0, batch, samples):
+        part = slice(start, start + samples)
+        blocks = x[part].split(rows, 1)
+        steps = [qparams.group_steps(qparams.in_groups(block, group)) for block in blocks]
+        scale[part] = qparams.group_scale(torch.cat(steps, 1))
+        for block, step, target in zip(blocks, steps, image[part].split(rows, 1), strict=True):
+            target.copy_(qparams.group_image(block, group, step, scale[part]))
+    return image, scale
 
 
 def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +212,9 @@ def conv2d_prepacked(
     torch does not count either, is not.
     """
     assert groups == 1
-    if _may_see_only_padding(q, codes, padding, dilation) or codes.is_inference():  # which has no version
+    by_sample = len(x_scale) != 1 or len(x_zero) != 1
+    unfit = _may_see_only_padding(q, codes, padding, dilation) or codes.is_inference()  # which has no version
+    if unfit or (by_sample and _is_small(q, codes)):
         return conv2d_patches(q, x_scale, x_zero, codes, weight_scale, bias, stride, padding, dilation)
     shape = (tuple(codes.shape), tuple(stride), tuple(padding), tuple(dilation))
     packs = _packs.setdefault(codes, {})
@@ -176,8 +223,29 @@ def conv2d_prepacked(
         packed = _prepack(codes, stride, padding, dilation)
         pack = packs[shape] = _Pack(packed, codes._version, codes.untyped_storage(), codes.storage_offset())
     q = q.contiguous(memory_format=torch.channels_last)
-    y = _qconv(q, x_scale, x_zero, pack.packed, weight_scale, bias, stride, padding, dilation)
-    return y.contiguous(memory_format=torch.channels_last)
+    convolve = functools.partial(
+        _qconv,
+        packed=pack.packed,
+        weight_scale=weight_scale,
+        bias=bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+    )
+    if not by_sample:
+        return convolve(q, x_scale, x_zero).contiguous(memory_format=torch.channels_last)
+    # qconv knows one scale and zero.
+    parts = zip(q.split(1), x_scale.expand(len(q)), x_zero.expand(len(q)), strict=True)
+    first = convolve(*next(parts))
+    y = torch.empty((len(q), *first.shape[1:]), memory_format=torch.channels_last)
+    y[:1] = first
+    for n, part in enumerate(parts, 1):
+        y[n : n + 1] = convolve(*part)
+    return y
+
+
+def _is_small(q: Tensor, codes: Tensor) -> bool:
+    return len(q) == 0 or codes.numel() * q[0, 0].numel() < _SMALL_SAMPLE
 
 
 def _may_see_only_padding(q: Tensor, codes: Tensor, padding: list[int], dilation: list[int]) -> bool:
@@ -232,14 +300,12 @@ def conv2d_patches(
 ) -> Tensor:
     """Return `reference.conv2d_a8` as a matrix product over patches; needs no preparation of the weight.
 
-    Activations are shifted to int8, `u = q - 128`, and `sum (q - z) w = sum u w + (128 - z) sum w`.
+    Activations are shifted to int8, `u = q - 128`, and `sum (q - z) w = sum u w + (128 - z) sum w`. Padding is written
+    out, so that every patch is full and the second sum is the same for all of a sample.
     """
     assert groups == 1
     out_channels, kernel_h, kernel_w, _ = codes.shape
-    image = (q.permute(0, 2, 3, 1).contiguous() ^ 0x80).view(torch.int8)
-    if any(padding):
-        pad_h, pad_w = padding
-        image = functional.pad(image, (0, 0, pad_w, pad_w, pad_h, pad_h), value=x_zero.item() - 128)
+    image = (_padded(q.permute(0, 2, 3, 1), x_zero, padding) ^ 0x80).view(torch.int8)
     batch, height, width, channels = image.shape
     out_h = (height - dilation[0] * (kernel_h - 1) - 1) // stride[0] + 1
     out_w = (width - dilation[1] * (kernel_w - 1) - 1) // stride[1] + 1
@@ -251,7 +317,7 @@ def conv2d_patches(
     matrix = codes.reshape(out_channels, -1)
     ones = torch.ones(1, matrix.shape[1], dtype=torch.int8)
     weight_sums = torch._int_mm(*_transposed(*_two_columns(ones, matrix)))
-    shift = weight_sums.mul_(128 - x_zero.int()) if x_zero.item() != 128 else None
+    shift = weight_sums * (128 - x_zero.int()).unsqueeze(1) if (x_zero != 128).any() else None  # [1 or N, O]
 
     out = torch.empty(batch * out_h, out_w, out_channels)
     for start, stop, block in _blocks(patches, max(_BLOCK_BYTES, matrix.nbytes)):
@@ -260,10 +326,28 @@ def conv2d_patches(
         # A reshape may be a view whose rows overlap, which _int_mm does not read as such.
         matrix_of_patches = block.reshape(-1, matrix.shape[1]).contiguous()
         torch._int_mm(*_transposed(*_two_columns(matrix_of_patches, matrix)), out=sums)
+        samples = slice(start // out_h, -(-stop // out_h))
         if shift is not None:
-            sums += shift
-        _rescale_in_place(rows, x_scale, weight_scale, bias)
+            sums.view(samples.stop - samples.start, -1, out_channels).add_(_of(shift, samples).unsqueeze(1))
+        _rescale_in_place(rows, _of(x_scale, samples), weight_scale, bias)
     return out.view(batch, out_h, out_w, out_channels).permute(0, 3, 1, 2)
+
+
+def _padded(q: Tensor, x_zero: Tensor, padding: list[int]) -> Tensor:
+    """Return `[N, H, W, C]` with the zeros of `[1]` or `[N]` around each sample."""
+    if not any(padding):
+        return q.contiguous()
+    pad_h, pad_w = padding
+    batch, height, width, channels = q.shape
+    padded = q.new_empty(batch, height + 2 * pad_h, width + 2 * pad_w, channels)
+    padded.copy_(qparams.along_first(x_zero, 4))
+    padded[:, pad_h : pad_h + height, pad_w : pad_w + width] = q
+    return padded
+
+
+def _of(values: Tensor, samples: slice) -> Tensor:
+    """Take the rows of some samples, or the one row of all."""
+    return values if len(values) == 1 else values[samples]
 
 
 def _transposed(q: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,16 @@ from dcomp.kernels import cpu, qparams, reference
 from dcomp.kernels.packing import int8_image
 
 Backend = Literal["auto", "cpu", "emulated"]
-OPERATIONS = ("quantize_static", "quantize_token", "linear_a8", "conv2d_a8", "linear_a16", "conv2d_a16")
+OPERATIONS = (
+    "quantize_static",
+    "quantize_sample",
+    "quantize_token",
+    "quantize_group",
+    "linear_a8",
+    "conv2d_a8",
+    "linear_a16",
+    "conv2d_a16",
+)
 
 _NO_CUDA = "this version has no CUDA kernels of its own"
 _forced: ContextVar[Backend] = ContextVar("dcomp_backend", default="auto")
@@ -142,7 +151,9 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
 _BLOCKS = "weight dequantized a block of output channels at a time, torch's float operation"
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
+    ("quantize_sample", 8): ("two passes in cache-sized blocks", cpu.quantize_sample),
     ("quantize_token", 8): ("one pass in cache-sized blocks", cpu.quantize_token),
+    ("quantize_group", 8): ("two passes in cache-sized blocks", cpu.quantize_group),
     ("linear_a8", 8): ("oneDNN int8 matrix product; 4-bit weights are unpacked for each call", cpu.linear_a8),
     ("conv2d_a8", 8): ("oneDNN int8 convolution, weight reordered once and kept", cpu.conv2d_prepacked),
     ("conv2d_a8", 4): ("weight unpacked for each call, oneDNN int8 matrix product over patches", cpu.conv2d_patches),
@@ -153,7 +164,9 @@ _EXACT = "exact integers in float64"
 _FLOAT = "weight dequantized for each call, torch's float operation"
 _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "quantize_static": ("emulated", "plain torch", qparams.quantize_static),
+    "quantize_sample": ("emulated", "plain torch", qparams.quantize_sample),
     "quantize_token": ("emulated", "plain torch", qparams.quantize_token),
+    "quantize_group": ("emulated", "plain torch", qparams.quantize_group),
     "linear_a8": ("emulated", _EXACT, reference.linear_a8),
     "conv2d_a8": ("emulated", _EXACT, reference.conv2d_a8),
     "linear_a16": ("torch", _FLOAT, reference.linear_a16),
@@ -179,6 +192,19 @@ def _format_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+@torch.library.custom_op("dcomp::quantize_sample", mutates_args=())
+def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of the samples of `x` `[N, ...]`, their scales fp32 `[N]` and zeros uint8 `[N]`."""
+    codes, scale, zero = choose("quantize_sample", device=x.device.type).run(x)
+    return codes.contiguous(memory_format=_format_of(x)), scale, zero
+
+
+@quantize_sample.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=_format_of(x))
+    return codes, x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.uint8)
+
+
 @torch.library.custom_op("dcomp::quantize_token", mutates_args=())
 def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 codes of the rows of `x` `[M, I]` and their scales fp32 `[M]`."""
@@ -189,6 +215,18 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
 @quantize_token.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::quantize_group", mutates_args=())
+def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the int8 image of `x` `[N, M, I]` in groups of `group` channels, and the scales fp32 `[N]`."""
+    image, scale = choose("quantize_group", device=x.device.type).run(x, group)
+    return image.contiguous(), scale
+
+
+@quantize_group.register_fake
+def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
 @torch.library.custom_op("dcomp::linear_a8", mutates_args=())
@@ -251,7 +289,10 @@ def conv2d_a8(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Return fp32 channels-last `[N, O, H', W']` of uint8 codes `[N, C, H, W]` with one scale and zero `[1]`."""
+    """Return fp32 channels-last `[N, O, H', W']` of uint8 codes `[N, C, H, W]`.
+
+    Scale and zero are `[1]`, or `[N]` with one for each sample.
+    """
     choice = choose(
         "conv2d_a8",
         device=q.device.type,

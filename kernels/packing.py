@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp import DcompError
+from dcomp.kernels.qparams import MULTIPLIER_LIMIT as MULTIPLIER_LIMIT
 from dcomp.kernels.qparams import dequantize_weight
-
-MULTIPLIER_LIMIT = 15  # 8 * 15 = 120: a code times its multiplier is again an int8 code
 
 # Two int4 codes of a byte are spread over an int16, whose passes run over chunks of this many elements: half a MiB with
 # the scratch buffer stays in the second-level cache. Measured twice as fast as shifting into two int8 tensors and

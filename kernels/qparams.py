@@ -1,15 +1,29 @@
-"""Affine arithmetic between floats and integer codes: quantize, dequantize, fake-quantize, rescale.
+"""Affine arithmetic between floats and integer codes: quantize, dequantize, fake-quantize, rotate, rescale.
 
 One rule for all backends: `q = clamp(rint(x * (1 / scale)) + zero)` in float32, ties to even, where `1 / scale` is
-rounded before it is used. Weights are `codes * scale`. Finding a scale for a layer is not done here; only the scale of
-a token, which is known when its values are, is. NaN turns into an arbitrary code of a static range, and into a scale of
-NaN, hence an output row of NaN, of a token.
+rounded before it is used. Weights are `codes * scale`. Finding a scale for a layer is not done here; only scales that
+are known when the values are: of a token, a sample, or the groups of a token or sample. NaN turns into an arbitrary
+code of a static range, and into a scale of NaN, hence outputs of NaN, of that token or sample alone; an infinity makes
+them infinite or NaN.
+
+Letters: N tokens or samples with a scale each, M rows in each, I channels, G = I / group rounded up.
 """
+
+import functools
+import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 TOKEN_LIMIT = 127  # symmetric: -128 is never a token's code
+MULTIPLIER_LIMIT = 15  # 8 * 15 = 120: a code times its multiplier is again an int8 code
+LOWEST_CODE, HIGHEST_CODE = -8, 7  # of 4 bits
+LARGEST_ROTATION = 128
+
+# A group may be wider by this part of the outer scale than its multiplier tells. It is clipped by no more than 1 % of
+# its step, where the next multiplier would coarsen all of it.
+_SLACK = 1e-3
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the inverse of anything smaller may be infinite
 
 
@@ -48,6 +62,115 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+def sample_range(lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scale fp32 and zero uint8 of ranges, widened to hold 0 and cut into 255 steps.
+
+    A range of zeros, or so small that the inverse scale would not be finite, has scale 1 and zero 0.
+
+    Args:
+        lowest: fp32, any shape; the smallest value of each range.
+        highest: fp32, likewise; the largest.
+    """
+    lowest, highest = lowest.clamp(max=0), highest.clamp(min=0)
+    # Divided first: the width of a range of finite values may be infinite.
+    scale = highest / 255 - lowest / 255
+    scale.masked_fill_(scale < _SMALLEST_SCALE, 1.0)
+    zero = lowest.neg().mul_(1 / scale).round_().nan_to_num_(nan=0.0)
+    return scale, zero.to(torch.uint8)
+
+
+def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of `x` `[N, ...]` in its memory format, and scale fp32 and zero uint8 `[N]` of its samples.
+
+    A sample's range is that of its values and 0, so real 0 has a code of its own.
+    """
+    values = x.float()
+    if x.shape[1:].numel() == 0:
+        lowest = highest = torch.zeros(len(x), device=x.device)
+    else:
+        axes = tuple(range(1, x.ndim))
+        lowest, highest = values.amin(axes), values.amax(axes)
+    scale, zero = sample_range(lowest, highest)
+    return quantize_static(values, along_first(scale, x.ndim), along_first(zero, x.ndim)), scale, zero
+
+
+def dequantize_sample(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return the fp32 values that uint8 codes `[N, ...]` stand for."""
+    return dequantize_static(codes, along_first(scale, codes.ndim), along_first(zero, codes.ndim))
+
+
+def along_first(values: Tensor, ndim: int) -> Tensor:
+    """View `[N]` as `[N, 1, ...]` with `ndim` axes."""
+    return values.view(-1, *[1] * (ndim - 1))
+
+
+def in_groups(x: Tensor, group: int) -> Tensor:
+    """Return `[..., I]` as fp32 `[..., G, group]`, with zeros beyond I; a group is never longer than I."""
+    x, group = x.float(), max(1, min(group, x.shape[-1]))
+    missing = -x.shape[-1] % group
+    groups: Tensor = (functional.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, group))
+    return groups
+
+
+def group_steps(groups: Tensor) -> Tensor:
+    """Return the smallest step at which each group fits codes from -8 to 7: fp32 `[..., G]` of `[..., G, group]`.
+
+    It is negative where the largest value is above 0: times a negative step, -8 is the side that reaches farther.
+    """
+    above, below = groups.amax(-1), groups.amin(-1).neg_()
+    farther, nearer = torch.maximum(above, below), torch.minimum(above, below)
+    step = torch.maximum(farther / -LOWEST_CODE, nearer / HIGHEST_CODE)
+    return torch.where(above > below, -step, step)
+
+
+def group_scale(steps: Tensor) -> Tensor:
+    """Return the outer scale fp32 `[N]` of steps `[N, M, G]`: the largest magnitude over 15, or 1 of zeros."""
+    scale = steps.abs().amax((1, 2)) / MULTIPLIER_LIMIT
+    return scale.masked_fill_(scale < _SMALLEST_SCALE, 1.0)
+
+
+def group_multipliers(steps: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers -15 to 15, but not 0, that times the outer scale are no smaller than the steps: fp32."""
+    multipliers = (steps.abs() / scale).sub_(_SLACK).ceil_().clamp_(1, MULTIPLIER_LIMIT)
+    return multipliers.copysign_(steps)
+
+
+def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return an int8 image of `x` and the scale of each leading index: `x ~ image * scale`.
+
+    The image is a 4-bit code, -8 to 7, times a multiplier that `group` neighbouring channels share. The multiplier is
+    an integer from 1 to 15, negative where the group reaches farther above 0 than below, and not stored.
+
+    Args:
+        x: `[N, M, I]`, any float dtype.
+        group: channels that share a multiplier.
+
+    Returns:
+        The image `[N, M, I]`, -120 to 120, and the scale fp32 `[N]`. Zeros have scale 1.
+
+    Source:
+        Two-level scales: Dai et al. 2021, VS-Quant (section 4).
+    """
+    if x.shape[1:].numel() == 0:
+        return x.to(torch.int8), torch.ones(len(x), device=x.device)
+    steps = group_steps(in_groups(x, group))
+    scale = group_scale(steps)
+    return group_image(x, group, steps, scale).to(torch.int8), scale
+
+
+def group_image(x: Tensor, group: int, steps: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers of `quantize_group`, fp32 `[N, M, I]`, for steps `[N, M, G]` and an outer scale `[N]`."""
+    multipliers = group_multipliers(steps, along_first(scale, 3)).unsqueeze(-1)
+    codes = in_groups(x, group) * (1 / (multipliers * along_first(scale, 4)))
+    image = codes.round_().clamp_(LOWEST_CODE, HIGHEST_CODE).mul_(multipliers)
+    return image.flatten(-2)[..., : x.shape[-1]]
+
+
+def dequantize_group(image: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 values that an int8 image `[N, M, I]` stands for."""
+    return image.float().mul_(along_first(scale, image.ndim))
+
+
 def dequantize_token(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the fp32 values that int8 codes stand for."""
     return codes.float().mul_(scale.unsqueeze(-1))
@@ -63,6 +186,16 @@ def fake_quant_token(x: Tensor) -> Tensor:
     return _straight_through(x, dequantize_token(*quantize_token(x.detach())))
 
 
+def fake_quant_sample(x: Tensor) -> Tensor:
+    """Quantize and dequantize, fp32; the gradient passes straight through."""
+    return _straight_through(x, dequantize_sample(*quantize_sample(x.detach())))
+
+
+def fake_quant_group(x: Tensor, group: int) -> Tensor:
+    """Quantize and dequantize `[N, M, I]`, fp32; the gradient passes straight through."""
+    return _straight_through(x, dequantize_group(*quantize_group(x.detach(), group)))
+
+
 def _straight_through(x: Tensor, values: Tensor) -> Tensor:
     """Return `values` with the gradient of `x`."""
     if not x.requires_grad:
@@ -74,7 +207,53 @@ def _straight_through(x: Tensor, values: Tensor) -> Tensor:
 
 def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the fp32 weight of integer codes `[O, ...]` with a scale for each output channel `[O]`."""
-    return codes.float().mul_(scale.view(-1, *[1] * (codes.ndim - 1)))
+    return codes.float().mul_(along_first(scale, codes.ndim))
+
+
+def rotation_block(channels: int) -> int:
+    """Return the block in which `hadamard` rotates channels: the largest power of two that divides them, at most 128.
+
+    It is 1 for an odd number, where the rotation changes nothing.
+    """
+    return min(channels & -channels, LARGEST_ROTATION)
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Multiply each block of neighbours of the last axis by the orthonormal Hadamard matrix, which is its own inverse.
+
+    Args:
+        x: `[..., I]`, any float dtype.
+        block: a power of two that divides I.
+
+    Returns:
+        fp32 of the same shape; gradients pass.
+
+    Source:
+        Sylvester's construction; rotation of activations: Ashkboos et al. 2024, QuaRot (section 3).
+    """
+    assert block > 0
+    assert block & (block - 1) == 0
+    if block == 1:
+        return x.float()
+    blocks: Tensor = x.float().unflatten(-1, (-1, block))
+    # What is made while tracing is no tensor to keep.
+    kept = type(blocks) is Tensor and not torch.compiler.is_compiling()
+    matrix = _kept_sylvester(block, x.device) if kept else _sylvester(block, x.device)
+    return (blocks @ matrix).flatten(-2)
+
+
+def _sylvester(block: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
+    while len(matrix) < block:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(block)
+
+
+@functools.cache
+def _kept_sylvester(block: int, device: torch.device) -> Tensor:
+    # A tensor made in inference mode could not be used where gradients are needed later.
+    with torch.inference_mode(False):
+        return _sylvester(block, device)
 
 
 def rescale_(sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,7 +261,7 @@ def rescale_(sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor |
 
     Args:
         sums: fp32 `[M, O]`, overwritten.
-        x_scale: fp32 `[M]`, or `[1]` for a static range.
+        x_scale: fp32 `[M]`, `[1]` for a static range, or `[N]` for N samples that M / N neighbouring rows belong to.
         weight_scale: fp32 `[O]`.
         bias: fp32 `[O]`.
 
@@ -90,6 +269,8 @@ def rescale_(sums: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor |
         `sums`.
     """
     sums.mul_(weight_scale)
+    if len(x_scale) not in (1, len(sums)):
+        x_scale = x_scale.repeat_interleave(len(sums) // len(x_scale))
     if bias is None:
         return sums.mul_(x_scale.unsqueeze(-1))
     return torch.addcmul(bias, sums, x_scale.unsqueeze(-1), out=sums)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dcomp.kernels.qparams import dequantize_weight, rescale_
+from dcomp.kernels.qparams import along_first, dequantize_weight, rescale_
 
 
 def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,12 +30,14 @@ def conv2d_a8(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Return channels-last `[N, O, H', W']` of uint8 activations `[N, C, H, W]`; padding is the real zero."""
+    """Return channels-last `[N, O, H', W']` of uint8 activations `[N, C, H, W]`; padding is the real zero.
+
+    Scale and zero are `[1]`, or `[N]` with one for each sample.
+    """
     # cuDNN may choose a transform (FFT, Winograd) that is not exact in integers; torch's own kernels do not.
     with torch.backends.cudnn.flags(enabled=False):
-        sums = functional.conv2d(
-            q.double() - x_zero.double(), codes.permute(0, 3, 1, 2).double(), None, stride, padding, dilation, groups
-        )
+        values, weight = q.double() - along_first(x_zero.double(), 4), codes.permute(0, 3, 1, 2).double()
+        sums = functional.conv2d(values, weight, None, stride, padding, dilation, groups)
     rows = sums.permute(0, 2, 3, 1).float().contiguous()
     rescale_(rows.view(-1, rows.shape[-1]), x_scale, weight_scale, bias)
     return rows.permute(0, 3, 1, 2)

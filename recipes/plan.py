@@ -11,7 +11,8 @@ from torch import nn
 from dcomp.calibrate.cost import count_macs, layer_bytes
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.structure import Role, Structure, probe_structure
-from dcomp.compress.scheme import Coverage, Decision, choose_schemes, coverage, preset_named
+from dcomp.compress.coverage import Coverage, coverage
+from dcomp.compress.policy import Decision, Treatment, choose_schemes
 from dcomp.recipes.schema import QuantizeStage, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -167,8 +168,9 @@ def first_call(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generat
 def _decide(denoiser: nn.Module, structure: Structure, stage: QuantizeStage | None) -> dict[str, Decision]:
     if stage is None:
         return choose_schemes(denoiser, structure, "float")
-    preset = preset_named(stage.preset, weight_range=stage.weight_range, input_range=stage.input_range)
-    return choose_schemes(denoiser, structure, preset, stage.keep, stage.overrides)
+    names = ("weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
+    treatment = Treatment(**{name: getattr(stage, name) for name in names})
+    return choose_schemes(denoiser, structure, stage.preset, stage.keep, stage.overrides, treatment)
 
 
 def _decide_foreign(structure: Structure, stage: QuantizeStage) -> dict[str, Decision]:

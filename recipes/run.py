@@ -8,7 +8,7 @@ everything that it depends on; the next run goes on with it, and a successful on
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,20 @@ from dcomp.calibrate.clock import StepBins
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
+from dcomp.calibrate.replay import gather_rows
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
-from dcomp.compress.quantize import LayerErrors, quantize_denoiser
+from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser
 from dcomp.compress.scheme import QScheme
+from dcomp.compress.tuning import TuneResult, tune
 from dcomp.recipes.console import Progress
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
 from dcomp.recipes.work_folder import work_folder
+
+TUNE_ROWS = 16  # of one iteration of tuning
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
 
@@ -163,6 +167,7 @@ def run_recipe(
         recorded: CalibrationSet | None = None
         errors: dict[str, LayerErrors] = {}
         foreign: ForeignResult | None = None
+        tuned: TuneResult | None = None
         if stage and stage.format != "dcomp":
             report(f"{stage.format} weights", 0, 1)
             foreign = quantize_foreign(pipeline, stage.format, weight_bits(stage), work / "foreign")
@@ -171,10 +176,8 @@ def run_recipe(
         elif stage and schemes:
             if given:
                 _require_same_model(given, pipeline)
-            if not any(scheme.input_granularity == "tensor" for scheme in schemes.values()):
-                prompts = prompts[: recipe.calibration.batch_size]  # only to measure the errors of layers
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
-            errors = _quantize(pipeline, recorded, schemes, stage.step_bins, work, report)
+            errors, tuned = _quantize(pipeline, recorded, schemes, stage, work, report)
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
             pipeline,
@@ -191,7 +194,7 @@ def run_recipe(
         )
         report("writing and checking", 1, 1)
         shutil.rmtree(root, ignore_errors=True)
-    all_notes = (*plan.notes, *(recorded.notes if recorded else ()))
+    all_notes = (*plan.notes, *(recorded.notes if recorded else ()), *(_tuning_notes(tuned) if tuned else ()))
     return RunResult(output, manifest, errors, time.perf_counter() - started, all_notes)
 
 
@@ -287,14 +290,42 @@ def _quantize(
     pipeline: OpenPipeline,
     recorded: CalibrationSet,
     schemes: dict[str, QScheme],
-    step_bins: int,
+    stage: QuantizeStage,
     work: Path,
     report: Progress,
-) -> dict[str, LayerErrors]:
-    bins = None
+) -> tuple[dict[str, LayerErrors], TuneResult | None]:
+    """Quantize the layers, tune what is left to tune, and compare the integers with the floats they stand for."""
+    bins, denoiser = None, pipeline.denoiser
     if any(scheme.input_granularity == "tensor" for scheme in schemes.values()):
-        bins = StepBins.uniform(recorded.timesteps, step_bins, pipeline.scheduler, others=recorded.all_timesteps)
-    return quantize_denoiser(pipeline.denoiser, recorded, schemes, bins, work, report)
+        bins = StepBins.uniform(recorded.timesteps, stage.step_bins, pipeline.scheduler, others=recorded.all_timesteps)
+    options = PassOptions(rows=stage.rows, seed=int(recorded.settings["seed"]))
+    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, options)
+    tuned = None
+    if stage.tune:
+        rows = gather_rows(recorded, stage.tune * TUNE_ROWS, options.seed, denoiser=denoiser)
+        tuned = tune(
+            denoiser,
+            rows,
+            iterations=stage.tune,
+            batch_rows=TUNE_ROWS,
+            trajectories=rows.trajectories,
+            guidance=pipeline.guidance(recorded.settings["guidance"]),
+            learn=("scales", "biases", "norms", *(("rounding",) if stage.tune_rounding else ())),
+            seed=options.seed,
+            snapshot=work / "tuning.safetensors",
+            progress=report,
+        )
+    differences = compare_executions(denoiser, recorded, report)
+    return {name: replace(e, int_vs_fake=differences.get(name)) for name, e in errors.items()}, tuned
+
+
+def _tuning_notes(tuned: TuneResult) -> list[str]:
+    if not tuned.kept:
+        return ["Tuning did not lower the error on trajectories that it had not seen; its values were not taken."]
+    ratio = (tuned.held_out_final / tuned.held_out_initial) ** 0.5 if tuned.held_out_initial else 1.0
+    return [
+        f"Tuning lowered the predictions' error on trajectories that it had not seen to {ratio:.2f} of what it was."
+    ]
 
 
 def _changed_components(
@@ -325,6 +356,7 @@ def _records(plan: Plan, errors: dict[str, LayerErrors]) -> dict[str, LayerRecor
             bytes_after=after,
             weight_error=error.weight if error else None,
             output_error=error.output if error else None,
+            error_by_step=list(error.by_step) if error else [],
             reason=decision.reason,
         )
     return records

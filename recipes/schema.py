@@ -6,12 +6,12 @@ names the work that it describes. Unknown keys are refused by `load.py` with the
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "float"]
-PRESETS: tuple[Preset, ...] = ("w8a8", "w4a8", "w4a16", "w8a16", "float")
+Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float"]
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
 
 
@@ -36,7 +36,7 @@ class Calibration(_Frozen):
 
     prompts: str | None = None
     column: str | None = None
-    samples: Annotated[int, Field(ge=1, le=65_536)] = 32
+    samples: Annotated[int, Field(ge=1, le=65_536)] = 64
     steps: Annotated[int, Field(ge=1, le=10_000)] = 20
     guidance: Annotated[float, Field(ge=0, le=100)] | None = None
     scheduler: str | None = None
@@ -54,8 +54,19 @@ class QuantizeStage(_Frozen):
     Attributes:
         preset: bits of weights and activations for each role of a layer; `float` leaves every layer as it is.
         format: `dcomp` runs in integers; `quanto` and `bnb` store weights in those packages' formats.
-        step_bins: number of activation tables over the trajectory, at most one a calibrated step.
+        rounding: how codes of weights are chosen: `nearest`; `gptq` moves the error of each code on to those that can
+            still correct it; `adaround` then learns the codes of each block.
+        inputs: 8-bit ranges of convolutions: `dynamic` finds them while running, `static` has tables for the steps.
+        step_bins: number of static tables over the trajectory, at most one a calibrated step.
         weight_range, input_range: how ranges are chosen: least squared error, or minimum and maximum.
+        split: layers that read a concatenation and get quantizers of their own for each part of it: those that read
+            it directly, all of them, or none.
+        smooth: move magnitude from inputs to weights, where that lowers the error; none: layers with 4-bit inputs.
+        rotate: rotate inputs and weights of layers with 4-bit inputs by a Hadamard matrix.
+        rank: of a float branch beside the weight of layers with 4-bit inputs; 0 for no branch.
+        rows: samples of recorded calls that ranges and codes are chosen with.
+        tune: iterations of tuning scales, biases and norms against the float model's predictions.
+        tune_rounding: tune the codes as well.
         keep: layer name patterns to leave in float, in addition to what the preset leaves.
         overrides: layer name pattern -> scheme such as `W8A8`, strongest rule last.
     """
@@ -63,9 +74,18 @@ class QuantizeStage(_Frozen):
     kind: Literal["quantize"] = "quantize"
     preset: Preset = "w4a8"
     format: Literal["dcomp", "quanto", "bnb"] = "dcomp"
+    rounding: Literal["nearest", "gptq", "adaround"] = "gptq"
+    inputs: Literal["dynamic", "static"] = "dynamic"
     step_bins: Annotated[int, Field(ge=1, le=1_000)] = 25
     weight_range: Literal["mse", "minmax"] = "mse"
     input_range: Literal["mse", "minmax"] = "mse"
+    split: Literal["direct", "all", "none"] = "direct"
+    smooth: bool | None = None
+    rotate: bool = False
+    rank: Annotated[int, Field(ge=0, le=1_024)] = 0
+    rows: Annotated[int, Field(ge=1, le=65_536)] = 512
+    tune: Annotated[int, Field(ge=0, le=1_000_000)] = 200
+    tune_rounding: bool = False
     keep: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()
     overrides: Annotated[dict[Pattern, str], Field(max_length=1_000)] = {}
 

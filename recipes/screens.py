@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from dcomp.compress.scheme import FloatPart
+from dcomp.compress.coverage import FloatPart
 from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
 from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.plan import Plan

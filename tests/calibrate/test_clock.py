@@ -173,6 +173,18 @@ def test_a_batch_of_mixed_timesteps_has_a_bin_per_row() -> None:
     assert (clock.row_bins, clock.bin) == (None, 2)
 
 
+@pytest.mark.parametrize("bins", [None, bins_of(DDIMScheduler(), 4, 4)])
+def test_a_batch_of_mixed_timesteps_has_a_timestep_per_row_with_and_without_bins(bins: StepBins | None) -> None:
+    clock, denoiser = StepClock(bins), Denoiser()
+    with clock.attach(denoiser):
+        denoiser(torch.ones(3), torch.tensor([250.5, 750.0, 0.0]))
+        assert clock.row_timesteps == (250.5, 750.0, 0.0)
+        assert clock.timestep == 250.5
+        for equal in (torch.tensor([250, 250, 250]), torch.tensor(250), 250):
+            denoiser(torch.ones(3), equal)
+            assert (clock.row_timesteps, clock.timestep) == (None, 250.0)
+
+
 def test_unseen_timesteps_are_counted_with_their_distance_and_never_raise() -> None:
     clock, denoiser = StepClock(bins_of(DDIMScheduler(), 4, 4)), Denoiser()
     with clock.attach(denoiser):

@@ -2,12 +2,16 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcomp.calibrate.cost import count_macs, layer_bytes
 from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.layers import QuantConv2d, QuantLinear
 from dcomp.compress.scheme import QScheme
+from dcomp.compress.split import empty_layer
+from tests.support.schemes import schemes
 from tests.support.tiny import NAMES, denoiser_inputs, tiny_denoiser
 
 LAYERS: dict[str, nn.Module] = {
@@ -43,6 +47,27 @@ def test_bytes_are_those_of_the_real_layer(
     )
     assert layer_bytes(layer, scheme, bins) == sum(tensor.nbytes for tensor in quantized.state_dict().values())
     assert layer_bytes(layer, None) == sum(tensor.nbytes for tensor in layer.state_dict().values())
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from(["linear", "linear without bias", "half", "conv", "patches"]), st.integers(1, 30))
+def test_bytes_are_those_of_the_buffers_of_every_scheme(data: st.DataObject, kind: str, bins: int) -> None:
+    layer = LAYERS[kind]
+    if isinstance(layer, nn.Conv2d):
+        scheme = data.draw(schemes(layer.in_channels, layer.out_channels, ("tensor", "sample")))
+    else:
+        scheme = data.draw(schemes(layer.in_features, layer.out_features, ("token",)))
+    with torch.device("meta"):
+        empty = empty_layer(layer, scheme, bins)
+    assert layer_bytes(layer, scheme, bins) == sum(tensor.nbytes for tensor in empty.state_dict().values())
+
+
+def test_bytes_of_a_split_layer_by_hand() -> None:
+    layer = nn.Conv2d(96, 10, 3)
+    scheme = QScheme(4, 64, boundaries=(40,), smooth=True, rank=4, rotate=True)
+    codes, multipliers = 10 * 9 * (64 + 64) // 2, 10 * 9 * 2
+    branch = 2 * (4 * 9 * 96 + 2 * 10 * 4)
+    assert layer_bytes(layer, scheme) == codes + multipliers + 2 * 4 * 10 + 4 * 10 + 4 * 96 + branch
 
 
 def test_bytes_need_no_weights() -> None:

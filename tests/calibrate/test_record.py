@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import json
 import os
@@ -5,22 +6,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dcomp import DcompError
+from dcomp.calibrate.calibration_set import SCHEMA, sha256_of_json
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline, prediction_of
 from dcomp.calibrate.record import CalibrationError, CalibrationSet, record_calibration_set, spread
 from dcomp.calibrate.safetensors_file import ModelError
+from dcomp.calibrate.sampling import Sampling
 from tests.support import tiny
 
 UNET, SD, DIT = "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"
@@ -172,7 +176,15 @@ record_calibration_set(open_pipeline(sys.argv[1]), sys.argv[3:], settings, sys.a
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 3}, {"steps": 4}, {"prompts": ["a cat"]}, {"max_calls": 2}, {"max_bytes": 1 << 20}, {"guidance": 2.0}],
+    [
+        {"seed": 3},
+        {"steps": 4},
+        {"prompts": ["a cat"]},
+        {"max_calls": 2},
+        {"max_bytes": 1 << 20},
+        {"guidance": 2.0},
+        {"sampling": Sampling("normal")},
+    ],
 )
 def test_a_set_of_other_settings_is_refused(change: dict, opened: Opener, tmp_path: Path) -> None:
     record(opened(SD), tmp_path)
@@ -186,6 +198,83 @@ def test_a_set_of_another_model_is_refused(opened: Opener, tmp_path: Path) -> No
     record(opened(SD), tmp_path)
     with pytest.raises(CalibrationError, match="another model"):
         record(opened("UNet2DConditionModel-linear"), tmp_path)
+
+
+def test_a_set_of_an_older_version_is_still_the_same_set(opened: Opener, tmp_path: Path) -> None:
+    first = record(opened(SD), tmp_path)
+    index = tmp_path / "calibration.json"
+    content = json.loads(index.read_text())
+    asked = [SCHEMA, opened(SD).fingerprint(), asdict(settings(SD)), PROMPTS["text"], 25, 2 << 30]
+    assert content["fingerprint"] == sha256_of_json(asked)
+    assert "sampling" not in content
+    del content["components"]
+    index.write_text(json.dumps(content))
+    again = record(opened(SD), tmp_path, sampling=Sampling("uniform", 0.1, 0.1))
+    assert (again.hash, again.sampling, again.components) == (first.hash, Sampling(), {})
+
+
+def test_normal_sampling_decides_which_calls_are_kept(opened: Opener, tmp_path: Path) -> None:
+    how = Sampling("normal", 0.3, 0.2)
+    recorded = record(opened(SD), tmp_path, steps=12, max_calls=4, seed=2, sampling=how)
+    assert recorded.sampling == CalibrationSet.open(tmp_path).sampling == how
+    assert {call.call for call in recorded.calls()} == set(how.choose(12, 4, 2))
+    assert len(recorded) == 8
+    with pytest.raises(CalibrationError, match="another model, or of other prompts"):
+        record(opened(SD), tmp_path, steps=12, max_calls=4, seed=2, sampling=Sampling("normal", 0.3, 0.21))
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_every_recorded_label_is_that_of_the_deployed_trajectory(
+    kind: Any, name: str, opened: Opener, tmp_path: Path
+) -> None:
+    pipeline, deployed = opened(name), []
+    parameters = list(inspect.signature(pipeline.denoiser.forward).parameters)
+    prompts = PROMPTS[pipeline.kind][:2]
+    recorded = record(pipeline, tmp_path, name, max_calls=3, prompts=prompts, sampling=Sampling(kind))
+
+    def latents_and_time(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        return given[parameters[0]], given["timestep"]
+
+    hook = pipeline.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: deployed.append(latents_and_time(args, kwargs)), with_kwargs=True
+    )
+    pipeline.run(prompts, [0, 1], settings(name), decode=False)
+    hook.remove()
+    assert len(deployed) == 6
+    for call in recorded.calls():
+        latents, time = latents_and_time(call.args, call.kwargs)
+        assert torch.equal(latents, deployed[call.call][0])
+        assert torch.equal(torch.as_tensor(time), torch.as_tensor(deployed[call.call][1]))
+        assert call.timestep == float(torch.as_tensor(time).flatten()[0])
+
+
+class GaussianScore(UNet2DModel):
+    """The exact noise prediction for data of N(0, 0.25) under a scheduler's schedule."""
+
+    variance = 0.25
+
+    def forward(self, sample: Tensor, timestep: Tensor, **_: Any) -> Any:
+        signal = DDIMScheduler().alphas_cumprod[int(timestep)]
+        prediction = (1 - signal).sqrt() * sample / (signal * self.variance + 1 - signal)
+        return UNet2DOutput(sample=prediction)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_noise_levels_of_a_gaussian_are_those_of_their_labels(kind: Any, tmp_path: Path) -> None:
+    sizes = {"sample_size": 32, "block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    pipeline = OpenPipeline(DDIMPipeline(GaussianScore(**sizes, **blocks), scheduler), tmp_path)
+    recorded = record(
+        pipeline, tmp_path, UNET, steps=50, batch_size=4, prompts=[""] * 4, max_calls=12, sampling=Sampling(kind)
+    )
+    assert len(recorded.timesteps) == 12
+    for call in recorded.calls():
+        signal = float(scheduler.alphas_cumprod[int(call.timestep)])
+        expected = (signal * GaussianScore.variance + 1 - signal) ** 0.5
+        assert float(call.args[0].std()) == pytest.approx(expected, rel=0.05)
 
 
 def test_calls_are_given_up_evenly_and_told(opened: Opener, tmp_path: Path) -> None:
@@ -306,6 +395,9 @@ def test_a_damaged_chunk_is_refused(damage: Callable[[bytes], bytes], opened: Op
         {"prompts": [1]},
         {"settings": {}},
         {"timesteps": ["a"]},
+        {"sampling": {"kind": "best"}},
+        {"sampling": []},
+        {"components": {"unet": 1}},
     ],
 )
 def test_a_damaged_index_is_refused(damage: dict, opened: Opener, tmp_path: Path) -> None:

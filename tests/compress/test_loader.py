@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 import dcomp
 from dcomp import DcompError, UsageError
+from dcomp.calibrate.pipeline import open_pipeline
+from dcomp.compress import split
 from dcomp.compress.checkpoint import CheckpointError, ManifestFields, write_checkpoint
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
-from dcomp.compress.loader import DcompQuantizationConfig, load
+from dcomp.compress.loader import DcompQuantizationConfig, attach_clock, load
+from dcomp.compress.scheme import QScheme
 from dcomp.compress.verify import call_denoiser
 from tests.support import hostile
 from tests.support.quantized import BINS, quantized_pipeline
+from tests.support.schemes import quantized_form
 from tests.support.tiny import denoiser_inputs, save_tiny_pipeline
 
 NAME = "UNet2DModel"
@@ -246,6 +250,160 @@ def test_a_device_that_is_not_there_is_a_wrong_use(written: Path) -> None:
 
 def test_load_is_what_the_package_offers() -> None:
     assert dcomp.load is load
+
+
+LEVELS = {"smooth": True, "rotate": True, "rank": 2}
+FOUR = {"input_bits": 4, "input_group": 16}
+SPLIT, SHORTCUT = "up_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut"
+MIXED = {
+    LINEAR: QScheme(4, 64, input_granularity="token", **FOUR, **LEVELS),
+    CONV: QScheme(4, 32, input_granularity="sample", **FOUR, **LEVELS),
+    SPLIT: QScheme(8, input_bits=8, input_granularity="tensor", boundaries=(64,), **LEVELS),
+    SHORTCUT: QScheme(8, input_bits=8, input_granularity="token", boundaries=(64,), smooth=True),
+    "up_blocks.0.resnets.1.conv_shortcut": QScheme(4, 64, boundaries=(16, 64), rank=2),
+    "conv_out": QScheme(8, input_bits=8, input_granularity="sample", rounding="gptq"),
+    "time_embedding.linear_1": QScheme(8),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A checkpoint with layers of every sort, and what the model said before it was written."""
+    folder = tmp_path_factory.mktemp("mixed")
+    pipeline = open_pipeline(save_tiny_pipeline(NAME, folder / "source"))
+    for name, scheme in MIXED.items():
+        layer = pipeline.denoiser.get_submodule(name)
+        parent, _, leaf = name.rpartition(".")
+        setattr(pipeline.denoiser.get_submodule(parent), leaf, quantized_form(layer, scheme, BINS.count))
+    attach_clock(pipeline.denoiser, BINS)
+    write_checkpoint(pipeline, folder / "out", ManifestFields(recipe={}))
+    return folder / "out", output(pipeline.denoiser)
+
+
+def test_layers_of_every_scheme_come_back(mixed: tuple[Path, Tensor], tmp_path: Path) -> None:
+    folder, expected = mixed
+    config = json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+    assert set(config["layers"]) == set(MIXED)
+    assert {name: QScheme.from_dict(config["schemes"][key]) for name, key in config["layers"].items()} == MIXED
+    assert sorted(config["schemes"]) == ["W4A16", "W4A4", "W4A4-2", "W8A16", "W8A8", "W8A8-2", "W8A8-3"]
+    stored = load_file(folder / WEIGHTS)
+    own = {name for name in stored if name.startswith(f"{SPLIT}.")}
+    assert own == {f"{SPLIT}.parts.0.bias"} | {
+        f"{SPLIT}.parts.{part}.{leaf}"
+        for part in (0, 1)
+        for leaf in ("qweight", "scale", "input_scale", "input_zero", "smooth_inv", "lr_down", "lr_up")
+    }
+    unet = load(folder, check="full").unet
+    layers = split.quantized_layers(unet)
+    assert {name: layer.scheme for name, layer in layers.items()} == MIXED
+    assert type(layers[SPLIT]) is split.SplitConv2d
+    assert type(layers[CONV]) is QuantConv2d
+    assert torch.equal(output(unet), expected)
+    unet(denoiser_inputs(NAME)[0][0], 100)
+    assert unet.dcomp_clock.bin == 1
+    assert all(part.clock is unet.dcomp_clock for layer in layers.values() for part in split.parts_of(layer))
+    unet.save_pretrained(tmp_path / "again")
+    again = UNet2DModel.from_pretrained(tmp_path / "again")
+    assert torch.equal(output(again), expected)
+
+
+def test_tensors_of_every_scheme_keep_their_dtype(mixed: tuple[Path, Tensor]) -> None:
+    stored = load_file(mixed[0] / WEIGHTS)
+    unet = load(mixed[0], torch_dtype=torch.bfloat16).unet
+    prefixes = tuple(f"{name}." for name in MIXED)
+    found = {name: tensor for name, tensor in unet.state_dict().items() if name.startswith(prefixes)}
+    dtypes = {leaf: tensor.dtype for name, tensor in found.items() if (leaf := name.rpartition(".")[2]) != "qweight"}
+    assert dtypes == {
+        "multiplier": torch.int8, "scale": torch.float32, "bias": torch.bfloat16, "input_scale": torch.float32,
+        "input_zero": torch.uint8, "smooth_inv": torch.float32, "lr_down": torch.float16, "lr_up": torch.float16,
+    }  # fmt: skip
+    for name, tensor in found.items():
+        if not name.endswith("bias"):
+            assert torch.equal(tensor, stored[name])
+
+
+def mixed_scheme(name: str, **changes: Any) -> Callable[[Path], None]:
+    return section(lambda config: config["schemes"][config["layers"][name]].update(changes))
+
+
+HOSTILE_MIXED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "boundary outside": (mixed_scheme(SPLIT, boundaries=[128]), "cannot be split"),
+    "boundary far outside": (mixed_scheme(SPLIT, boundaries=[2**70]), "cannot be split"),
+    "boundaries descend": (mixed_scheme(SPLIT, boundaries=[64, 32]), "impossible"),
+    "boundaries are text": (mixed_scheme(SPLIT, boundaries="64"), "impossible"),
+    "boundaries are nested": (mixed_scheme(SPLIT, boundaries=[[64]]), "impossible"),
+    "boundaries without end": (mixed_scheme(SPLIT, boundaries=list(range(1, 128))), "impossible"),
+    "other boundary": (mixed_scheme(SPLIT, boundaries=[63]), "instead of"),
+    "boundaries forgotten": (mixed_scheme(SPLIT, boundaries=[]), "missing"),
+    "boundaries invented": (mixed_scheme(CONV, boundaries=[16]), "missing"),
+    "rank too large": (mixed_scheme(LINEAR, rank=2**70), "cannot have"),
+    "rank too large for a part": (mixed_scheme("up_blocks.0.resnets.1.conv_shortcut", rank=17), "cannot have"),
+    "other rank": (mixed_scheme(LINEAR, rank=3), "instead of"),
+    "rank is text": (mixed_scheme(LINEAR, rank="2"), "impossible"),
+    "branch forgotten": (mixed_scheme(LINEAR, rank=0), "not part"),
+    "branch invented": (mixed_scheme("conv_out", rank=1), "missing"),
+    "factors forgotten": (mixed_scheme(LINEAR, smooth=False), "not part"),
+    "smooth is a number": (mixed_scheme(LINEAR, smooth=1), "impossible"),
+    "rotate is text": (mixed_scheme(LINEAR, rotate="true"), "impossible"),
+    "token on a wide kernel": (
+        mixed_scheme(CONV, input_bits=8, input_granularity="token", input_group=None),
+        "cannot have",
+    ),
+    "static four bits": (mixed_scheme(CONV, input_granularity="tensor"), "impossible"),
+    "input group of zero": (mixed_scheme(CONV, input_group=0), "impossible"),
+    "unknown rounding": (mixed_scheme(CONV, rounding=[]), "impossible"),
+    "a part as a layer": (section(lambda c: c["layers"].update({f"{SPLIT}.parts.0": "W8A16"})), "never quantized"),
+    "factors in half": (
+        tensors(lambda t: t.update({f"{LINEAR}.smooth_inv": t[f"{LINEAR}.smooth_inv"].half()})),
+        "instead",
+    ),
+    "branch in float32": (
+        tensors(lambda t: t.update({f"{SPLIT}.parts.1.lr_down": t[f"{SPLIT}.parts.1.lr_down"].float()})),
+        "instead",
+    ),
+    "branch is infinite": (tensors(lambda t: t[f"{SPLIT}.parts.0.lr_up"].fill_(float("inf"))), "NaN or infinity"),
+    "factors are NaN": (tensors(lambda t: t[f"{LINEAR}.smooth_inv"].fill_(float("nan"))), "NaN"),
+    "factors too short": (
+        tensors(lambda t: t.update({f"{LINEAR}.smooth_inv": t[f"{LINEAR}.smooth_inv"][1:].clone()})),
+        "shape",
+    ),
+    "part missing": (tensors(lambda t: t.pop(f"{SPLIT}.parts.1.qweight")), "missing"),
+    "second bias": (tensors(lambda t: t.update({f"{SPLIT}.parts.1.bias": torch.zeros(64)})), "not part"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_MIXED)
+def test_a_hostile_checkpoint_with_every_scheme_is_refused(
+    name: str, mixed: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    damage, word = HOSTILE_MIXED[name]
+    folder = Path(shutil.copytree(mixed[0], tmp_path / "copy"))
+    damage(folder)
+    with pytest.raises(DcompError, match=word) as caught:
+        load(folder, check="none")
+    assert caught.value.remedy
+    with pytest.raises(CheckpointError):
+        DiffusionPipeline.from_pretrained(folder)
+
+
+def test_an_absurd_group_of_inputs_takes_no_memory(mixed: tuple[Path, Tensor], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixed[0], tmp_path / "copy"))
+    mixed_scheme(CONV, input_group=2**70)(folder)
+    assert torch.isfinite(output(load(folder, check="none").unet)).all()
+
+
+def test_a_checkpoint_of_the_first_version_opens(checkpoint: Path) -> None:
+    expected = output(load(checkpoint).unet)
+    old = {"weight_bits", "group_size", "weight_range", "input_bits", "input_granularity", "input_range"}
+
+    def strip(config: dict[str, Any]) -> None:
+        config["schemes"] = {
+            key: {name: value for name, value in scheme.items() if name in old}
+            for key, scheme in config["schemes"].items()
+        }
+
+    section(strip)(checkpoint)
+    assert torch.equal(output(load(checkpoint, check="none").unet), expected)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

@@ -16,8 +16,9 @@ from dcomp.calibrate.record import CalibrationSet, record_calibration_set
 from dcomp.calibrate.structure import Structure, probe_structure
 from dcomp.compress import quantize
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
+from dcomp.compress.policy import choose_schemes
 from dcomp.compress.quantize import INT_TOLERANCE, LayerErrors, QuantizationError, quantize_denoiser
-from dcomp.compress.scheme import QScheme, choose_schemes
+from dcomp.compress.scheme import QScheme
 from tests.support.tiny import NAMES, save_tiny_pipeline
 
 INTEGERS = ["w8a8", "w4a8", "w4a16", "w8a16"]

@@ -123,6 +123,68 @@ def test_scaled_convolutions_agree_to_a_few_ulp(convolve, layout):
     _assert_close(convolve(q, *static, bias, *shape), expected, terms)
 
 
+def _loop_over_samples(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_SMALL_SAMPLE", 0)
+        return cpu.conv2d_prepacked(*arguments)
+
+
+BY_SAMPLE = pytest.mark.parametrize("convolve", [_loop_over_samples, cpu.conv2d_prepacked, cpu.conv2d_patches])
+
+
+@needs_vnni
+@BY_SAMPLE
+@settings(deadline=None, max_examples=100)
+@given(**{key: value for key, value in SHAPES.items() if key != "zero"})
+def test_convolution_sums_are_exact_with_a_zero_for_each_sample(
+    convolve, batch, channels, out, size, kernel, stride, padding, dilation, seed, kind
+):
+    assume(all(n + 2 * p > d * (k - 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True)))
+    q, codes = _draw((batch, channels, *size), 0, 255, seed, kind), _draw((out, *kernel, channels), -127, 127, seed)
+    ranges = (torch.ones(batch), _draw((batch,), 0, 255, seed), codes, torch.ones(out), None)
+    shape = ([*stride], [*padding], [*dilation])
+    found = convolve(q, *ranges, *shape)
+    assert torch.equal(found, reference.conv2d_a8(q, *ranges, *shape, 1))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_vnni
+@BY_SAMPLE
+@pytest.mark.parametrize("block_bytes", [1, 40_000, 1 << 21])
+def test_convolutions_scaled_by_sample_agree_to_a_few_ulp(monkeypatch, convolve, block_bytes):
+    monkeypatch.setattr(cpu, "_BLOCK_BYTES", block_bytes)
+    torch.manual_seed(0)
+    q = _draw((5, 24, 10, 9), 0, 255, 0).contiguous(memory_format=torch.channels_last)
+    codes, scale, bias = _draw((17, 3, 3, 24), -127, 127, 1), torch.rand(17) + 0.01, torch.randn(17)
+    ranges = (torch.rand(5) + 0.01, torch.tensor([0, 255, 128, 3, 90], dtype=torch.uint8), codes, scale)
+    shape = ([1, 1], [1, 1], [1, 1])
+    expected = reference.conv2d_a8(q, *ranges, bias, *shape, 1)
+    terms = reference.conv2d_a8(q, *ranges, None, *shape, 1).abs() + bias.abs().view(1, -1, 1, 1)
+    _assert_close(convolve(q, *ranges, bias, *shape), expected, terms)
+
+
+@needs_vnni
+@BY_SAMPLE
+def test_a_scale_of_nan_spoils_its_sample_alone(convolve):
+    q, codes = _draw((3, 8, 5, 5), 0, 255, 0), _draw((4, 3, 3, 8), -127, 127, 1)
+    ranges = (torch.tensor([1.0, float("nan"), 1.0]), torch.tensor([1, 0, 7], dtype=torch.uint8))
+    y = convolve(q, *ranges, codes, torch.ones(4), torch.ones(4), [1, 1], [1, 1], [1, 1])
+    assert y.isnan().flatten(1).all(1).tolist() == [False, True, False]
+    assert y[::2].isfinite().all()
+
+
+@needs_vnni
+@BY_SAMPLE
+def test_equal_ranges_of_all_samples_give_the_sums_of_one_range(convolve):
+    q, codes = _draw((3, 8, 5, 5), 0, 255, 0), _draw((4, 3, 3, 8), -127, 127, 1)
+    one, zero, rest = torch.ones(1), torch.tensor([77], dtype=torch.uint8), (codes, torch.ones(4), None)
+    shape = ([1, 1], [1, 1], [1, 1])
+    expected = convolve(q, one, zero, *rest, *shape)
+    assert torch.equal(convolve(q, one.expand(3), zero.expand(3), *rest, *shape), expected)
+    assert torch.equal(convolve(q, one, zero.expand(3), *rest, *shape), expected)
+    assert torch.equal(convolve(q, one.expand(3), zero, *rest, *shape), expected)
+
+
 @pytest.mark.parametrize("budget", [1, 1000, 2500, 5000, 1 << 20])
 def test_blocks_of_patches_cover_every_row_once_and_in_order(budget):
     patches = torch.arange(5 * 8 * 9 * 2 * 3 * 4).view(5, 8, 9, 2, 3, 4)
@@ -267,6 +329,76 @@ def test_token_codes_of_many_blocks_and_strided_rows_are_those_of_the_definition
     x = torch.randn(3000, 700)[:, 50:650]
     for found, expected in zip(cpu.quantize_token(x), qparams.quantize_token(x), strict=True):
         assert torch.equal(found, expected)
+
+
+LAYOUTS = st.sampled_from(["nchw", "nhwc", "sliced", "flat"])
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+BLOCK_SIZES = st.sampled_from([1, 37, 300, 1 << 18])  # of many blocks in a sample, and many samples in a block
+
+
+def _assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), LAYOUTS, DTYPES, BLOCK_SIZES, st.integers(0, 99))
+def test_codes_of_samples_are_those_of_the_definition(batch, channels, side, layout, dtype, block, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, side, side + 1, generator=generator) + torch.randn(1, generator=generator)
+    x = (x * 40 * torch.rand(batch, 1, 1, 1, generator=generator)).to(dtype)
+    x[::3] *= seed % 2
+    x = {
+        "nchw": x,
+        "nhwc": x.contiguous(memory_format=torch.channels_last),
+        "sliced": x[..., ::2],
+        "flat": x.flatten(1),
+    }[layout]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_BLOCK_ELEMENTS", block)
+        found = cpu.quantize_sample(x)
+    _assert_same(found, qparams.quantize_sample(x))
+    assert layout != "nhwc" or found[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.integers(0, 3), st.integers(0, 9), st.integers(1, 40), st.integers(1, 48), DTYPES, BLOCK_SIZES,
+    st.integers(-40, 15), st.integers(0, 99),
+)  # fmt: skip
+def test_images_of_groups_are_those_of_the_definition(batch, rows, channels, group, dtype, block, exponent, seed):
+    x = torch.randn(batch, rows, channels, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    x[1::3] = 0
+    x = x.to(dtype) if seed % 2 else x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_BLOCK_ELEMENTS", block)
+        found = cpu.quantize_group(x, group)
+    _assert_same(found, qparams.quantize_group(x, group))
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 90, 88), (600, 8, 9, 9)])
+def test_samples_and_groups_of_many_blocks_and_of_extremes_are_those_of_the_definition(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0, :6] = torch.tensor([0.0, -0.0, 1e38, -1e38, 0.5, 2.5])
+    _assert_same(cpu.quantize_sample(x), qparams.quantize_sample(x))
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    _assert_same(cpu.quantize_group(pixels, 16), qparams.quantize_group(pixels, 16))
+    rows = pixels.flatten(0, 1).unsqueeze(1)
+    _assert_same(cpu.quantize_group(rows, 16), qparams.quantize_group(rows, 16))
+
+
+def test_nan_and_infinity_give_the_scale_of_the_definition_and_stay_in_their_sample():
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 0, 0], x[2, 1, 2, 3] = float("nan"), -float("inf")
+    for found, expected in (
+        (cpu.quantize_sample(x), qparams.quantize_sample(x)),
+        (cpu.quantize_group(x.flatten(1, 2), 4), qparams.quantize_group(x.flatten(1, 2), 4)),
+    ):
+        assert [str(float(value)) for value in found[1][1:3]] == ["nan", "inf"]
+        assert torch.equal(found[1][::3], expected[1][::3])
+        assert torch.equal(found[0][::3], expected[0][::3])
+        assert all(torch.equal(one, other) for one, other in zip(found[2:], expected[2:], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

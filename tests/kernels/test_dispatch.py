@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ def _linear(bits, bias=True):
     return q, torch.rand(5) + 0.1, *_stored(packed), torch.randn(11) if bias else None, 21
 
 
-def _conv(bits, groups=1, bias=True):
+def _conv(bits, groups=1, bias=True, samples=1):
     packed = _weight((6, 3, 2, 12 // groups), bits)
     q = torch.randint(0, 256, (2, 12, 7, 6), dtype=torch.uint8)
-    static = (torch.tensor([0.1]), torch.tensor([100], dtype=torch.uint8))
-    return q, *static, *_stored(packed), torch.randn(6) if bias else None, [1, 2], [1, 0], [1, 1], groups
+    ranges = (torch.tensor([0.1, 0.3])[:samples], torch.tensor([100, 7], dtype=torch.uint8)[:samples])
+    return q, *ranges, *_stored(packed), torch.randn(6) if bias else None, [1, 2], [1, 0], [1, 1], groups
 
 
 def _all_calls():
@@ -45,6 +46,10 @@ def _all_calls():
             (torch.randn(2, 3, 4, 5), torch.tensor([0.1]), torch.tensor([9], dtype=torch.uint8)),
         ),
         (dispatch.quantize_token, (torch.randn(4, 5),)),
+        (dispatch.quantize_sample, (torch.randn(2, 3, 4, 5),)),
+        (dispatch.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
+        (dispatch.quantize_group, (torch.randn(2, 3, 21), 8)),
+        (dispatch.conv2d_a8, _conv(8, samples=2)),
     ]
     for bits in (8, 4):
         _, _, *weight = _linear(bits)
@@ -64,7 +69,10 @@ def test_operations_are_registered_as_torch_demands(call):
 
 @needs_vnni
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize(("operation", "make"), [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv)])
+@pytest.mark.parametrize(
+    ("operation", "make"),
+    [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv), (dispatch.conv2d_a8, partial(_conv, samples=2))],
+)
 def test_all_rows_give_the_same_result(bits, operation, make):
     arguments = make(bits)
     results = {}
@@ -74,6 +82,22 @@ def test_all_rows_give_the_same_result(bits, operation, make):
     assert torch.equal(results["auto"], results["cpu"])
     assert torch.allclose(results["cpu"], results["emulated"], rtol=1e-6, atol=1e-5 * float(results["cpu"].std()))
     assert results["cpu"].stride() == results["emulated"].stride()
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        (dispatch.quantize_sample, (torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),)),
+        (dispatch.quantize_token, (torch.randn(3, 40),)),
+        (dispatch.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8)),
+    ],
+)
+def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
+    with dispatch.use_backend("emulated"):
+        expected = operation(*arguments)
+    for found, plain in zip(operation(*arguments), expected, strict=True):
+        assert torch.equal(found, plain)
+        assert found.stride() == plain.stride()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -138,7 +162,7 @@ def test_every_operation_and_format_is_explained_for_every_device():
     lines = dispatch.explain()
     assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
     assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
-    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 20
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 24
     assert all(line["reason"] for line in lines)
     for line in lines:
         if line["device"] == "cuda":

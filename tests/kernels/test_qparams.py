@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcomp.kernels import qparams
 
@@ -53,6 +56,11 @@ def test_codes_do_not_depend_on_the_dtype_that_holds_the_values(dtype):
     x = torch.randn(5, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
     for found, expected in zip(qparams.quantize_token(x), qparams.quantize_token(x.double().float()), strict=True):
         assert torch.equal(found, expected)
+    rows = x.unsqueeze(1)
+    for found, expected in zip(qparams.quantize_group(rows, 8), qparams.quantize_group(rows.float(), 8), strict=True):
+        assert torch.equal(found, expected)
+    for found, expected in zip(qparams.quantize_sample(x), qparams.quantize_sample(x.float()), strict=True):
+        assert torch.equal(found, expected)
     scale = torch.tensor([0.02])
     assert torch.equal(qparams.quantize_static(x, scale, ZERO), qparams.quantize_static(x.float(), scale, ZERO))
 
@@ -62,9 +70,205 @@ def test_nan_in_a_token_gives_a_row_of_nan_alone():
     assert scale.isnan().tolist() == [True, False]
 
 
+def _randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 5), st.integers(1, 60), st.integers(-30, 30), st.floats(-4, 4), st.integers(0, 999))
+def test_a_sample_is_cut_into_255_steps_that_hold_its_ends_and_0(samples, size, exponent, shift, seed):
+    x = (_randn(samples, size, seed=seed) + shift) * 2.0**exponent
+    codes, scale, zero = qparams.quantize_sample(x)
+    lowest, highest = x.double().amin(1).clamp(max=0), x.double().amax(1).clamp(min=0)
+    assert torch.allclose(scale.double(), (highest - lowest) / 255, rtol=2e-7, atol=0)
+    assert torch.equal(codes[(x == lowest[:, None]) & (x < 0)], codes.new_zeros(int((lowest < 0).sum())))
+    # Slack: value, product and scale are rounded to float32, and a code is up to 255.
+    error = (qparams.dequantize_sample(codes, scale, zero).double() - x.double()).abs()
+    assert (error <= 0.5 * scale.double()[:, None] * (1 + 1e-4)).all()
+    assert not qparams.fake_quant_sample(torch.cat([x, torch.zeros(samples, 1)], 1))[:, -1].any()
+
+
+def test_a_sample_depends_on_no_other_and_nan_stays_in_it():
+    x = _randn(4, 3, 5, 6) * torch.tensor([1e-3, 1.0, 50.0, 7.0]).view(-1, 1, 1, 1)
+    whole = qparams.quantize_sample(x)
+    for n in range(4):
+        for found, expected in zip(whole, qparams.quantize_sample(x[n : n + 1]), strict=True):
+            assert torch.equal(found[n : n + 1], expected)
+    x[2, 1, 1, 1] = float("nan")
+    spoilt = qparams.quantize_sample(x)
+    assert spoilt[1].isnan().tolist() == [False, False, True, False]
+    others = [0, 1, 3]
+    assert all(torch.equal(found[others], expected[others]) for found, expected in zip(spoilt, whole, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-37])
+def test_a_sample_of_zeros_or_next_to_zero_has_scale_one_and_codes_zero(value):
+    codes, scale, zero = qparams.quantize_sample(torch.tensor([[value, -value], [-1.0, 254.0]]))
+    assert (scale.tolist(), zero.tolist()) == ([1.0, 1.0], [0, 1])
+    assert codes.tolist() == [[0, 0], [0, 255]]
+
+
+def test_the_widest_range_of_finite_values_has_a_finite_scale():
+    largest = torch.finfo(torch.float32).max
+    codes, scale, zero = qparams.quantize_sample(torch.tensor([[-largest, 0.0, largest]]))
+    assert scale.isfinite().all()
+    assert (codes.tolist(), zero.tolist()) == ([[0, 128, 255]], [128])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (3, 0, 2), (2, 3, 0)])
+def test_nothing_has_codes_of_no_size_and_scale_one(shape):
+    codes, scale, zero = qparams.quantize_sample(torch.empty(shape))
+    image, outer = qparams.quantize_group(torch.empty(shape), 4)
+    assert codes.shape == image.shape == shape
+    assert scale.tolist() == outer.tolist() == [1.0] * shape[0]
+    assert zero.tolist() == [0] * shape[0]
+
+
+def _steps_by_hand(x, group):
+    """The step of each group of `[M, I]` and whether it is turned, in float64: from (row, first channel)."""
+    steps = {}
+    for m, start in itertools.product(range(len(x)), range(0, x.shape[1], group)):
+        values = x[m, start : start + group].double()
+        above, below = float(values.max().clamp(min=0)), float((-values.min()).clamp(min=0))
+        steps[m, start] = max(max(above, below) / 8, min(above, below) / 7), above > below
+    return steps
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 4), st.integers(1, 21), st.integers(1, 24), st.floats(-2, 2), st.integers(0, 99))
+def test_groups_have_the_smallest_multipliers_that_fit(rows, channels, group, shift, seed):
+    x = _randn(2, rows, channels, seed=seed).mul(_randn(2, rows, 1, seed=seed + 1)) + shift
+    image, scale = qparams.quantize_group(x, group)
+    for n in range(2):
+        steps = _steps_by_hand(x[n], group)
+        outer = scale[n].double()
+        assert torch.isclose(outer, max(step for step, _ in steps.values()) / torch.tensor(15.0).double(), rtol=3e-7)
+        for (m, start), (step, turned) in steps.items():
+            ratio = step / float(outer) - qparams._SLACK
+            assume(min(ratio % 1, -ratio % 1) > 1e-5)  # else rounding decides
+            multiplier = min([k for k in range(1, 16) if k >= ratio], default=15) * (-1 if turned else 1)
+            part = slice(start, start + group)
+            codes = (x[n, m, part] * (1 / (multiplier * scale[n]))).round().clamp(-8, 7)
+            assert torch.equal(image[n, m, part], (codes * multiplier).to(torch.int8))
+    assert image.abs().max() <= 120
+    assert (image.abs().amax((1, 2)) >= 7 * 15).all()  # the largest group has multiplier 15 and reaches its last code
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.integers(-20, 20), st.integers(0, 99))
+def test_an_error_of_a_group_is_at_most_half_of_its_step(rows, channels, group, exponent, seed):
+    x = _randn(2, rows, channels, seed=seed) * 2.0**exponent
+    image, scale = qparams.quantize_group(x, group)
+    values, groups = qparams.dequantize_group(image, scale), qparams.in_groups(x, group)
+    widest = torch.maximum(groups.amax(-1), -groups.amin(-1)) / 7
+    step = torch.minimum(widest + scale.view(-1, 1, 1), widest.amax((1, 2), keepdim=True))  # no multiplier exceeds it
+    error = qparams.in_groups(values - x, group).abs().amax(-1)
+    assert (error <= 0.5 * step * 1.02).all()  # 2 %: a group may be a little wider than its codes
+
+
+def test_turning_the_sign_or_the_exponent_of_values_changes_no_code():
+    x = _randn(2, 5, 24) + 0.3
+    image, scale = qparams.quantize_group(x, 8)
+    turned, larger = qparams.quantize_group(-x, 8), qparams.quantize_group(x * 2.0**40, 8)
+    assert torch.equal(turned[0], -image)
+    assert torch.equal(larger[0], image)
+    assert torch.equal(turned[1], scale)
+    assert torch.equal(larger[1], scale * 2.0**40)
+
+
+def test_a_group_lies_on_the_side_on_which_its_values_reach_farther():
+    x = torch.tensor([[[8.0, -7.0, 0.4, 3.0], [-8.0, 7.0, 0.6, -3.0], [0.5, -0.5, 0.0, 0.25]]])
+    image, scale = qparams.quantize_group(x, 4)
+    assert torch.allclose(scale, torch.tensor([1 / 15]))
+    assert image.tolist() == [[[120, -105, 0, 45], [-120, 105, 15, -45], [8, -8, 0, 4]]]
+
+
+def test_channels_that_are_missing_in_the_last_group_are_zeros():
+    x = _randn(3, 2, 21)
+    image, scale = qparams.quantize_group(x, 8)
+    padded, same = qparams.quantize_group(torch.nn.functional.pad(x, (0, 3)), 8)
+    assert torch.equal(image, padded[..., :21])
+    assert torch.equal(scale, same)
+    assert torch.equal(qparams.quantize_group(x, 10**12)[0], qparams.quantize_group(x, 21)[0])
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 1e-37])
+def test_groups_of_zeros_or_next_to_zero_have_scale_one_and_codes_zero(value):
+    x = torch.stack([torch.full((2, 6), value), torch.zeros(2, 6)])
+    x[1, 0, 0] = 8.0
+    image, scale = qparams.quantize_group(x, 3)
+    assert torch.allclose(scale, torch.tensor([1.0, 1 / 15]))
+    assert not image[0].any()
+    assert image[1].flatten().tolist() == [120] + [0] * 11
+
+
+def test_nan_in_a_group_gives_a_scale_of_nan_to_its_leading_index_alone():
+    x = _randn(3, 2, 8)
+    image, scale = qparams.quantize_group(x, 4)
+    x[1, 0, 3] = float("nan")
+    spoilt, spoilt_scale = qparams.quantize_group(x, 4)
+    assert spoilt_scale.isnan().tolist() == [False, True, False]
+    assert torch.equal(spoilt[::2], image[::2])
+    assert torch.equal(spoilt_scale[::2], scale[::2])
+
+
+def _sylvester(block):
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / block**0.5
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_a_rotation_is_the_product_with_sylvesters_matrix_in_each_block(block):
+    x = _randn(3, 4, 3 * block)
+    rotated = qparams.hadamard(x, block)
+    expected = (x.double().view(3, 4, 3, block) @ _sylvester(block)).view(x.shape)
+    assert rotated.dtype == torch.float32
+    # A sum of `block` terms: their rounding errors stay far below 1e-6 of the length of the block.
+    assert (rotated - expected).abs().max() <= 1e-6 * float(x.view(-1, block).norm(dim=1).max())
+    assert (qparams.hadamard(rotated, block) - x).abs().max() <= 1e-6 * float(x.view(-1, block).norm(dim=1).max())
+
+
+def test_a_rotation_passes_gradients_also_after_its_first_use_in_inference_mode():
+    qparams._kept_sylvester.cache_clear()
+    with torch.inference_mode():
+        qparams.hadamard(torch.ones(2, 8), 8)
+    x = _randn(2, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad((qparams.hadamard(x, 8) * torch.arange(16)).sum(), x)
+    assert torch.allclose(gradient, qparams.hadamard(torch.arange(16.0).expand(2, 16), 8), atol=1e-5)
+
+
+def test_a_rotation_is_the_same_traced_and_after_tracing():
+    x = _randn(3, 32)
+    expected = qparams.hadamard(x, 16)
+    qparams._kept_sylvester.cache_clear()
+    with FakeTensorMode() as mode:
+        assert qparams.hadamard(mode.from_tensor(x), 16).shape == x.shape
+    compiled = torch.compile(qparams.hadamard, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, 16), expected)
+    assert torch.equal(qparams.hadamard(x, 16), expected)
+
+
+def test_a_rotation_spreads_an_outlier_over_its_block():
+    x = torch.zeros(1, 256)
+    x[0, 5] = 64.0
+    rotated = qparams.hadamard(x, 64)
+    assert rotated[0, :64].abs().tolist() == [8.0] * 64
+    assert not rotated[0, 64:].any()
+
+
+def test_channels_are_rotated_in_the_largest_power_of_two_that_divides_them():
+    for channels in range(1, 1025):
+        assert qparams.rotation_block(channels) == max(2**k for k in range(8) if channels % 2**k == 0)
+
+
 def test_arithmetic_changes_no_input():
     x, scale = torch.randn(4, 6), torch.tensor([0.1])
     kept, kept_scale = x.clone(), scale.clone()
+    qparams.fake_quant_sample(x)
+    qparams.fake_quant_group(x.unsqueeze(1), 3)
+    qparams.hadamard(x, 2)
     codes, token_scale = qparams.quantize_token(x)
     qparams.fake_quant_token(x)
     qparams.fake_quant_static(x, scale, ZERO)
@@ -75,7 +279,13 @@ def test_arithmetic_changes_no_input():
 
 def test_fake_quantization_passes_gradients_straight_through_and_keeps_its_values():
     x = torch.randn(3, 8, requires_grad=True)
-    for fake in (qparams.fake_quant_token, lambda t: qparams.fake_quant_static(t, torch.tensor([0.05]), ZERO)):
+    fakes = (
+        qparams.fake_quant_token,
+        qparams.fake_quant_sample,
+        lambda t: qparams.fake_quant_static(t, torch.tensor([0.05]), ZERO),
+        lambda t: qparams.fake_quant_group(t.unsqueeze(1), 4).squeeze(1),
+    )
+    for fake in fakes:
         y = fake(x)
         assert torch.equal(y, fake(x.detach()))
         (gradient,) = torch.autograd.grad((y * torch.arange(8)).sum(), x)

@@ -36,6 +36,22 @@ def test_a_convolution_is_a_sum_over_taps_with_real_zeros_around(stride, padding
     assert y.permute(0, 2, 3, 1).is_contiguous()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_with_a_range_for_each_sample_is_that_of_each_sample(groups):
+    q, codes = (
+        _draw((3, 4, 6, 5), 0, 255, 0).to(torch.uint8),
+        _draw((6, 3, 3, 4 // groups), -127, 127, 1).to(torch.int8),
+    )
+    scale, zero = torch.tensor([0.5, 0.25, 0.1]), torch.tensor([0, 200, 255], dtype=torch.uint8)
+    rest = (codes, torch.rand(6), torch.randn(6), [1, 2], [2, 1], [1, 1], groups)
+    y = reference.conv2d_a8(q, scale, zero, *rest)
+    for n in range(3):
+        part = slice(n, n + 1)
+        assert torch.equal(y[part], reference.conv2d_a8(q[part], scale[part], zero[part], *rest))
+    same = reference.conv2d_a8(q, scale[:1], zero[1:2], *rest)
+    assert torch.equal(reference.conv2d_a8(q, scale[:1].expand(3), zero[1:2].expand(3), *rest), same)
+
+
 def test_scales_and_bias_go_where_they_belong():
     q, codes = torch.tensor([[1], [2]], dtype=torch.int8), torch.tensor([[1], [10], [100]], dtype=torch.int8)
     y = reference.linear_a8(

@@ -1,0 +1,77 @@
+"""The error that tuning lowers: how far a denoiser is from recorded predictions, step by step.
+
+It is the squared error of the prediction, or of the guided prediction `u + g (c - u)` where rows come in pairs (u, c).
+Errors of steps differ a hundredfold, what they do to the picture does not; hence each step's error has a unit of its
+own. Letters: N rows; U units, which are pairs of rows or single ones.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dcomp.calibrate.pipeline import prediction_of
+from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.tree_file import tensor_sha256
+
+Progress = Callable[[str, int, int], None]
+
+_LEAST_UNIT = 1e-6  # of the largest error of a step: one without error must not drown the others
+
+
+class Objective:
+    """The errors of a denoiser on recorded rows.
+
+    Attributes:
+        units: int64 `[U, 2]` with guidance, the rows of each pair, else `[U, 1]`.
+        timesteps: distinct timesteps, descending.
+        steps: int64 `[U]`, position of each unit's timestep among them.
+        batch: units of a forward pass.
+    """
+
+    def __init__(self, denoiser: nn.Module, rows: RowBatch, guidance: float | None, batch_rows: int) -> None:
+        self._denoiser, self._rows, self._guidance = denoiser, rows, guidance
+        guided = guidance is not None and rows.pairs is not None
+        self.units = rows.pairs if guided and rows.pairs is not None else torch.arange(len(rows.outputs)).view(-1, 1)
+        descending, self.steps = (-rows.timesteps.double()[self.units[:, 0]]).unique(return_inverse=True)
+        self.timesteps = -descending
+        self.batch = max(1, batch_rows // self.units.shape[1])
+
+    def errors(self, units: Tensor) -> Tensor:
+        """Return the mean squared error of some units, `[n]`; differentiable."""
+        batch = self._rows.take(self.units[units].flatten())
+        error = prediction_of(self._denoiser(*batch.args, **batch.kwargs)).float() - batch.outputs.float()
+        if self.units.shape[1] == 2:
+            assert self._guidance is not None
+            error = error[0::2] + self._guidance * (error[1::2] - error[0::2])
+        return error.square().flatten(1).mean(1)
+
+    def loss(self, units: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted mean of the errors of some units, with weights `[U]`."""
+        return (self.errors(units) * weights[units].float()).mean()
+
+    def weights(self, errors: Tensor, units: Tensor) -> Tensor:
+        """Return what turns errors into parts of the mean error of their step over some of the units, fp64 `[U]`."""
+        mean = self.by_step(errors, units)
+        mean = torch.where(mean.isnan(), self.by_step(errors, torch.arange(len(errors))), mean)
+        return 1 / mean.clamp_min(max(_LEAST_UNIT * float(mean.max()), 1e-300))[self.steps]
+
+    def measure(self, progress: Progress) -> Tensor:
+        """Return the errors of all units, fp64 `[U]`."""
+        parts = []
+        with torch.no_grad():
+            for units in torch.arange(len(self.units)).split(self.batch):
+                progress("errors of the prediction", int(units[0]), len(self.units))
+                parts.append(self.errors(units).double())
+        progress("errors of the prediction", len(self.units), len(self.units))
+        return torch.cat(parts)
+
+    def by_step(self, errors: Tensor, units: Tensor) -> Tensor:
+        """Return the mean error of some units at each step, fp64; NaN where a step has none of them."""
+        zeros = torch.zeros(len(self.timesteps), dtype=torch.float64)
+        steps = self.steps[units]
+        return zeros.index_add(0, steps, errors[units]) / zeros.index_add(0, steps, torch.ones_like(errors[units]))
+
+    def digest(self) -> str:
+        """Return what tells these rows from others."""
+        return f"{tensor_sha256(self._rows.outputs)} {tensor_sha256(self._rows.timesteps)}"

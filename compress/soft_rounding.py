@@ -1,0 +1,133 @@
+"""Codes that can be learned: what a training pass puts in place of a quantized layer's fixed weight.
+
+A weight is `codes * multiplier * scale`, with codes in `low..high` and the step `multiplier * scale` (a multiplier may
+be negative). Two ways let a gradient reach integer codes: rounding that the gradient passes straight through, and a
+rectified sigmoid between the two codes around a float weight. Letters as in `kernels/packing.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dcomp.compress.layers import QuantLayer
+from dcomp.kernels.packing import PackedWeight, pack_weight, unpack_int4
+
+# The sigmoid is stretched beyond 0 and 1 and cut off there, so that it reaches both and stays.
+_STRETCH, _OFFSET = 1.2, -0.1
+
+
+@dataclass(frozen=True)
+class CodeGrid:
+    """The values that the codes of one packed weight may stand for.
+
+    Attributes:
+        packed: the weight as it is stored.
+        codes: fp32 `[O, *taps, I]`, whole numbers.
+        multiplier: int8 `[O, *taps, I]`; None for 8 bits.
+        low: lowest code.
+        high: highest code.
+    """
+
+    packed: PackedWeight
+    codes: Tensor
+    multiplier: Tensor | None
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, packed: PackedWeight) -> Self:
+        """Take a stored weight apart."""
+        if packed.multiplier is None or packed.group_size is None:
+            return cls(packed, packed.codes().float(), None, -127, 127)
+        multiplier = packed.multiplier.repeat_interleave(packed.group_size, -1)[..., : packed.in_channels]
+        codes = unpack_int4(packed.qweight)[..., : packed.in_channels]
+        return cls(packed, codes.float(), multiplier.contiguous(), -8, 7)
+
+    def values(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight of codes (any float) and scales `[O]`, fp32 `[O, *taps, I]`.
+
+        Differentiable. With the stored codes and scales it is the stored weight, bit for bit.
+        """
+        image = codes if self.multiplier is None else codes * self.multiplier
+        return image * scale.view(-1, *[1] * (image.ndim - 1))
+
+    def to_codes(self, weight: Tensor) -> Tensor:
+        """Return a float weight `[O, *taps, I]` in units of the steps: fractional, not clamped."""
+        step = self.values(torch.ones_like(self.codes), self.packed.scale)
+        return weight.to(step) / step
+
+    def repack(self, codes: Tensor, scale: Tensor) -> PackedWeight:
+        """Store whole codes within the range, with scales fp32 `[O]`."""
+        whole = codes.detach().to(torch.int8)
+        return pack_weight(whole, scale.detach().clone(), self.packed.multiplier, group_size=self.packed.group_size)
+
+
+def round_through(codes: Tensor, low: int, high: int) -> Tensor:
+    """Return the nearest whole codes within the range; the gradient passes straight through."""
+    # `codes - codes` is exactly 0, so the result is whole; the other order, `codes + (whole - codes)`, need not be.
+    return codes.detach().round().clamp(low, high) + (codes - codes.detach())
+
+
+def soft_step(v: Tensor) -> Tensor:
+    """Return `h(v)` in 0..1: the rectified sigmoid.
+
+    Source:
+        Nagel et al. 2020, Up or Down? Adaptive Rounding for Post-Training Quantization, equation 23.
+    """
+    return (torch.sigmoid(v) * _STRETCH + _OFFSET).clamp(0, 1)
+
+
+def inverse_soft_step(h: Tensor) -> Tensor:
+    """Return the `v` for which `soft_step(v)` is `h`, which is in 0..1."""
+    return torch.logit((h - _OFFSET) / _STRETCH)
+
+
+def undecided(h: Tensor, beta: float) -> Tensor:
+    """Return 0 where `h` is 0 or 1 and 1 where it is one half; the larger `beta`, the flatter in between.
+
+    Source:
+        Nagel et al. 2020, equation 24.
+    """
+    return 1 - (2 * h - 1).abs().pow(beta)
+
+
+@contextmanager
+def fake_execution(layers: Iterable[QuantLayer]) -> Iterator[None]:
+    """Within a `with` block, let layers run in fake execution."""
+    executions = {layer: layer.execution for layer in layers}
+    try:
+        for layer in executions:
+            layer.execution = "fake"
+        yield
+    finally:
+        for layer, execution in executions.items():
+            layer.execution = execution
+
+
+@contextmanager
+def weights_replaced(weights: Mapping[QuantLayer, Callable[[], Tensor]]) -> Iterator[None]:
+    """Within a `with` block, let the fake execution of layers use other weights.
+
+    Args:
+        weights: layer -> function that returns its weight, fp32 `[O, *taps, I]`.
+    """
+    try:
+        for layer, weight in weights.items():
+            vars(layer)["values"] = _in_torch_layout(weight)
+        yield
+    finally:
+        for layer in weights:
+            vars(layer).pop("values", None)
+
+
+def store(layer: QuantLayer, packed: PackedWeight) -> None:
+    """Give a layer another weight of the same form; it is not copied."""
+    layer.qweight, layer.scale, layer.multiplier = packed.qweight, packed.scale, packed.multiplier
+
+
+def _in_torch_layout(weight: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: weight().movedim(-1, 1)

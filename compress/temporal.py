@@ -1,0 +1,794 @@
+"""Temporal features as tables: layers that depend on the timestep alone are replaced by their outputs.
+
+A sampler deploys T timesteps, so such a layer has T outputs. `TimeTable` holds them, one row each, and the layer's
+weights leave the file and the hot path. A layer that is read by tables alone holds nothing at all: `Absent`. Which is
+which is found by running, not by name. Layers that also read global conditions have no such table; `FeatureMemo`
+keeps their latest outputs while pictures are made.
+
+Letters: T rows of a table, N samples, I input and O output features.
+
+Source: Huang et al. 2025, Temporal Feature Matters (cache-based maintenance, disturbance-aware selection).
+"""
+
+import hashlib
+import inspect
+import math
+import struct
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dcomp import DcompError
+from dcomp.calibrate.calibration_set import CalibrationSet, RecordedCall
+from dcomp.calibrate.clock import StepClock
+from dcomp.calibrate.cost import layer_bytes, macs_per_output
+from dcomp.calibrate.pipeline import prediction_of
+from dcomp.calibrate.range_search import search_weight
+from dcomp.calibrate.record import spread
+from dcomp.calibrate.structure import Role, Structure
+from dcomp.compress.layers import QuantLinear, WeightForm
+from dcomp.compress.manifest import CheckpointError
+from dcomp.compress.scheme import QScheme
+
+MAX_ROWS = 10_000
+MAX_LAYERS = 100_000
+ABSENT = "absent"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+PROBED_CALLS = 3  # recorded calls by which layers are found absent and the disturbance is measured
+MEMO_BYTES = 256 << 20
+_ROW_TOLERANCE = 1e-5  # of the largest output: equal rows through one matrix product may differ by rounding
+_REMEDY = "Download the checkpoint again or compress the model again"
+
+
+class FeatureError(DcompError):
+    """A temporal feature that cannot be a table, or a table that is asked for what it does not hold."""
+
+
+class TimeTable(nn.Module):
+    """The outputs of a linear layer that depends on the timestep alone.
+
+    It is no `nn.Linear`: an adapter for the layer would be fed with the zeros of an `Absent`, and has to be refused.
+
+    Attributes:
+        timesteps: fp32 `[T]`, strictly descending, in the units that the denoiser is told.
+        values: fp16 or fp32 `[T, O]`.
+        clock: tells the timestep; must be attached to the denoiser.
+    """
+
+    timesteps: Tensor
+    values: Tensor
+
+    def __init__(self, timesteps: Tensor, values: Tensor, in_features: int, clock: StepClock | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, values.shape[1]
+        self.clock = clock
+        self.register_buffer("timesteps", timesteps)
+        self.register_buffer("values", values)
+        self._read: tuple[Tensor, list[float]] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rows of the clock's timestep; only shape, dtype and device of `x` are used.
+
+        A timestep between two rows is interpolated linearly, one outside takes the nearest row.
+
+        Args:
+            x: `[..., I]`; the first axis is that of the samples where their timesteps differ.
+
+        Returns:
+            `[..., O]` in the dtype of `x`, in memory of its own.
+
+        Raises:
+            FeatureError: the clock is missing or was told nothing, or there are not as many samples as timesteps.
+        """
+        told = () if self.clock is None else self.clock.row_timesteps or (self.clock.timestep,)
+        if not told or any(math.isnan(t) for t in told):
+            raise FeatureError(
+                "A table does not know the timestep",
+                where=str(self),
+                remedy="Give it a clock that follows the denoiser, and call the denoiser as a whole.",
+            )
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        if len(told) == 1:
+            return y.copy_(self._row(told[0]))
+        if x.ndim < 2 or len(told) != len(x):
+            raise FeatureError(
+                f"A table is read for {list(x.shape[:-1])} rows, but the denoiser was told {len(told)} timesteps",
+                where=str(self),
+                remedy="Pass one timestep for each sample, or one for all of them.",
+            )
+        rows = torch.stack([self._row(t).float() for t in told])
+        return y.copy_(rows.view(len(told), *[1] * (x.ndim - 2), self.out_features))
+
+    def check(self) -> None:
+        """Look at what a file filled in.
+
+        Raises:
+            CheckpointError: the timesteps do not descend, or a number is not finite.
+        """
+        good = bool(torch.isfinite(self.values).all() and torch.isfinite(self.timesteps).all())
+        if not good or bool((self.timesteps.diff() >= 0).any()):
+            raise CheckpointError("A table of temporal features is damaged", where=str(self), remedy=_REMEDY)
+
+    @property
+    def weight(self) -> WeightForm:
+        """Shape, dtype and device of the weight, which is not there; some models look at its dtype."""
+        return WeightForm(torch.Size((self.out_features, self.in_features)), self.values.device)
+
+    def _row(self, t: float) -> Tensor:
+        """Return `[O]`: a row as it is stored, or fp32 between two of them."""
+        known = self._known()
+        # Rounded like the table, lest a timestep that was told as a double lies between itself and the next row.
+        t = struct.unpack("f", struct.pack("f", min(max(t, known[-1]), known[0])))[0]
+        row = bisect_left(known, -t, key=lambda timestep: -timestep)  # the first one that is not above t
+        if known[row] == t:
+            return self.values[row]
+        part = (known[row - 1] - t) / (known[row - 1] - known[row])
+        return torch.lerp(self.values[row - 1].float(), self.values[row].float(), part)
+
+    def _known(self) -> list[float]:
+        # On a GPU every reading of the buffer would wait for the device.
+        if self._read is None or self._read[0] is not self.timesteps:
+            self._read = (self.timesteps, self.timesteps.tolist())
+        return self._read[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._read = None  # the buffer is filled in place
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move buffers to a device but never change their dtype, whatever `fn` does."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return cast(Self, super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Return the sizes."""
+        rows, width = self.values.shape
+        return f"rows={rows}, width={width}, dtype={_dtype_name(self.values.dtype)}"
+
+
+class Absent(nn.Module):
+    """Stands where a layer was whose output nobody reads any more: zeros of its width."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return zeros `[..., O]` in the dtype of `x`."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> WeightForm:
+        """Shape and dtype of the weight, which is not there; some models look at its dtype."""
+        return WeightForm(torch.Size((self.out_features, self.in_features)), torch.device("cpu"))
+
+    def extra_repr(self) -> str:
+        """Return the width."""
+        return f"width={self.out_features}"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What becomes of one layer.
+
+    Attributes:
+        form: "table" or "absent".
+        rows: T; 0 if absent.
+        width: O.
+        layer_bytes: of the layer that goes, at the scheme that the plan was made for.
+    """
+
+    form: Literal["table", "absent"]
+    rows: int
+    width: int
+    layer_bytes: int
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the table with values of a dtype."""
+        return self.rows * (self.width * dtype.itemsize + torch.float32.itemsize)
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Which layers become tables.
+
+    Attributes:
+        features: by layer name, in order of execution.
+        kept: layers of `Role.TIME` that stay what they are -> why.
+        calls: recorded calls that it was found by; tables are filled at their batch shape.
+    """
+
+    features: dict[str, Feature]
+    kept: dict[str, str]
+    calls: tuple[RecordedCall, ...] = field(repr=False, compare=False)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all tables with values of a dtype."""
+        return sum(feature.nbytes(dtype) for feature in self.features.values())
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of all layers that go, at the schemes that the plan was made for."""
+        return sum(feature.layer_bytes for feature in self.features.values())
+
+    def named(self, form: Literal["table", "absent"]) -> list[str]:
+        """Names of the layers that take a form."""
+        return [name for name, feature in self.features.items() if feature.form == form]
+
+
+@dataclass(frozen=True)
+class FeatureReport:
+    """What replacing layers by tables did.
+
+    Attributes:
+        tables: names of the layers that are tables now.
+        absent: names of those that hold nothing.
+        rows: T.
+        nbytes: of all tables.
+        layer_bytes: of the layers before, as the plan counts them.
+        disturbance: largest difference between predictions before and after, over the plan's calls.
+        peak: largest absolute value of the predictions before.
+    """
+
+    tables: tuple[str, ...]
+    absent: tuple[str, ...]
+    rows: int
+    nbytes: int
+    layer_bytes: int
+    disturbance: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One form of a feature against the float layer.
+
+    Attributes:
+        error: squared error, summed over timesteps and channels.
+        cosine: mean cosine distance over the timesteps.
+        nbytes: in the file.
+    """
+
+    error: float
+    cosine: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FeatureChoice:
+    """Both forms of a feature, and the closer one."""
+
+    table: Variant
+    quantized: Variant
+
+    @property
+    def form(self) -> Literal["table", "quantized"]:
+        """The form with the smaller error, then with the smaller cosine distance; the table if they are equal."""
+        table, quantized = self.table, self.quantized
+        worse = (table.error, table.cosine) > (quantized.error, quantized.cosine)
+        return "quantized" if worse else "table"
+
+    @property
+    def chosen(self) -> Variant:
+        """The form that is taken."""
+        return self.table if self.form == "table" else self.quantized
+
+
+@torch.no_grad()
+def plan_features(
+    denoiser: nn.Module,
+    structure: Structure,
+    calibration: CalibrationSet,
+    *,
+    timesteps: Iterable[float] | None = None,
+    schemes: Mapping[str, QScheme] | None = None,
+    keep: Mapping[str, str] | None = None,
+) -> FeaturePlan:
+    """Find out which layers can be tables, and which of them nobody reads then. Changes nothing.
+
+    All layers of `Role.TIME` become tables. Then each one, in order of execution, answers zeros: it is absent if the
+    predictions of `PROBED_CALLS` recorded calls stay the same in every bit.
+
+    Args:
+        denoiser: float model in eval mode.
+        structure: what probing it found.
+        calibration: recorded calls of this very model.
+        timesteps: those that will be deployed; by default all of the recorded trajectory.
+        schemes: of layers, for their bytes; a layer without one counts as it is.
+        keep: names of layers that shall stay what they are -> why.
+
+    Raises:
+        FeatureError: there are no timesteps, too many, or some that are not finite.
+    """
+    rows = len(_distinct(calibration.all_timesteps if timesteps is None else timesteps))
+    chosen = spread(len(calibration), PROBED_CALLS)
+    calls = tuple(call for i, call in enumerate(calibration.calls(_device(denoiser))) if i in chosen)
+    names = [name for name, facts in structure.layers.items() if facts.role is Role.TIME]
+    return _plan(denoiser, names, calls, rows, schemes or {}, keep or {})
+
+
+@torch.no_grad()
+def cache_features(
+    denoiser: nn.Module,
+    plan: FeaturePlan,
+    timesteps: Iterable[float],
+    dtype: torch.dtype = torch.float16,
+    *,
+    clock: StepClock | None = None,
+) -> FeatureReport:
+    """Replace the planned layers by tables, in place.
+
+    Rows come from the float layers, run at the batch shape of the plan's first call: at another batch size a matrix
+    product may sum in another order.
+
+    Args:
+        denoiser: model in eval mode in which the planned layers are still float; others may be quantized.
+        plan: from `plan_features` of this model.
+        timesteps: those that are deployed, in any order, repeats allowed.
+        dtype: of the values, torch.float16 or torch.float32.
+        clock: already follows the denoiser; by default its `dcomp_clock`, which is attached if it has none.
+
+    Raises:
+        FeatureError: a layer is not float, a value does not fit into the dtype, or the timesteps are unusable.
+    """
+    if dtype not in DTYPES.values():
+        raise FeatureError(f"Tables hold no {dtype}", where="dtype", remedy=f"Use {' or '.join(DTYPES)}.")
+    known = _distinct(timesteps)
+    layers = {name: _float_linear(denoiser, name) for name in plan.features}
+    before = [_predict(denoiser, call) for call in plan.calls]
+    traced = _trace(denoiser, plan.named("table"), plan.calls[0], known) if layers else {}
+    tables = {name: outputs.to(dtype) for name, (_, outputs) in traced.items()}
+    for name, values in tables.items():
+        if not bool(torch.isfinite(values).all()):
+            raise FeatureError(
+                f"A temporal feature does not fit into {dtype}", where=name, remedy="Use float32, or keep the layer."
+            )
+    clock = clock or _clock_of(denoiser)
+    for name, layer in layers.items():
+        made: nn.Module = Absent(layer.in_features, layer.out_features)
+        if name in tables:
+            rows = torch.tensor(known, dtype=torch.float32, device=tables[name].device)
+            made = TimeTable(rows, tables[name], layer.in_features, clock)
+        _replace(denoiser, name, made.train(layer.training))
+    after = [replace(call, output=prediction) for call, prediction in zip(plan.calls, before, strict=True)]
+    return FeatureReport(
+        tuple(plan.named("table")),
+        tuple(plan.named("absent")),
+        len(known),
+        sum(table.nbytes + 4 * len(known) for table in tables.values()),
+        plan.layer_bytes,
+        disturbance(denoiser, after),
+        max((prediction.abs().max().item() for prediction in before), default=0.0),
+    )
+
+
+@torch.no_grad()
+def disturbance(denoiser: nn.Module, calls: Iterable[RecordedCall]) -> float:
+    """Return the largest difference between a denoiser's predictions and those of recorded calls."""
+    return max(((_predict(denoiser, call) - call.output).abs().max().item() for call in calls), default=0.0)
+
+
+@torch.no_grad()
+def choose_features(
+    denoiser: nn.Module,
+    plan: FeaturePlan,
+    schemes: Mapping[str, QScheme],
+    timesteps: Iterable[float],
+    dtype: torch.dtype = torch.float16,
+    *,
+    quantize: "Callable[[nn.Linear, QScheme], nn.Module] | None" = None,
+) -> tuple[FeaturePlan, dict[str, FeatureChoice]]:
+    """Compare each table with the quantized form of its layer, and take the closer one. Changes nothing.
+
+    Errors are sums over the timesteps, each layer on its float inputs. A layer that is better quantized is run, hence
+    the layers that it reads are absent no longer: the plan is made anew until no table loses.
+
+    Args:
+        denoiser: the float model.
+        plan: of it, with all layers as tables that can be.
+        schemes: of layers, by name; those without one have no quantized form.
+        timesteps: those that are deployed.
+        dtype: of the tables' values.
+        quantize: makes the quantized form of a float layer; by default with rounding to nearest.
+
+    Returns:
+        The plan without the layers that are better quantized (they are in `kept`), and the comparison of every
+        layer that is a table in one of the plans made on the way and has a scheme.
+    """
+    known, quantize, names = _distinct(timesteps), quantize or _round_to_nearest, [*plan.features, *plan.kept]
+    choices: dict[str, FeatureChoice] = {}
+    while True:
+        fresh = [name for name in plan.named("table") if name in schemes and name not in choices]
+        for name, (inputs, outputs) in (_trace(denoiser, fresh, plan.calls[0], known) if fresh else {}).items():
+            layer = _float_linear(denoiser, name)
+            quantized = quantize(layer, schemes[name])(inputs)
+            bytes_of_table = plan.features[name].nbytes(dtype)
+            choices[name] = FeatureChoice(
+                _variant(outputs.to(dtype), outputs, bytes_of_table),
+                _variant(quantized, outputs, layer_bytes(layer, schemes[name])),
+            )
+        lost = [name for name in plan.named("table") if name in choices and choices[name].form == "quantized"]
+        if not lost:
+            return plan, choices
+        kept = {**plan.kept, **dict.fromkeys(lost, "its quantized form is closer than its table")}
+        plan = _plan(denoiser, names, plan.calls, len(known), schemes, kept)
+
+
+def empty_table(name: str, layer: nn.Module, entry: Any) -> TimeTable | Absent:
+    """Make what a checkpoint's config says, with uninitialised buffers on the current default device.
+
+    Args:
+        name: of the layer.
+        layer: float layer in its place; may be on the meta device.
+        entry: untrusted; "absent", or an object with exactly the keys `rows`, `width` and `dtype`.
+
+    Raises:
+        CheckpointError: the entry is impossible for this layer.
+    """
+    if type(layer) is not nn.Linear:
+        raise _broken("names no linear layer", name)
+    if entry == ABSENT:
+        return Absent(layer.in_features, layer.out_features)
+    if not isinstance(entry, Mapping) or set(entry) != {"rows", "width", "dtype"}:
+        raise _broken("is neither 'absent' nor an object with rows, width and dtype", name)
+    rows, width, dtype = entry["rows"], entry["width"], entry["dtype"]
+    if type(rows) is not int or not 1 <= rows <= MAX_ROWS:
+        raise _broken(f"needs 1 to {MAX_ROWS} rows", name)
+    if type(width) is not int or width != layer.out_features:
+        raise _broken(f"needs the width {layer.out_features}", name)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _broken(f"needs one of the dtypes {', '.join(DTYPES)}", name)
+    return TimeTable(
+        torch.empty(rows, dtype=torch.float32), torch.empty(rows, width, dtype=DTYPES[dtype]), layer.in_features
+    )
+
+
+def to_config(denoiser: nn.Module) -> dict[str, Any]:
+    """Describe the tables that a denoiser has now: layer name -> what `empty_table` reads."""
+    config: dict[str, Any] = {}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, TimeTable):
+            rows, width = module.values.shape
+            config[name] = {"rows": rows, "width": width, "dtype": _dtype_name(module.values.dtype)}
+        elif isinstance(module, Absent):
+            config[name] = ABSENT
+    return config
+
+
+def from_config(denoiser: nn.Module, config: Any) -> None:
+    """Replace layers by empty tables for a checkpoint to fill; nothing is replaced if an entry is impossible.
+
+    The tables get their clock, and have to be checked (`TimeTable.check`), after the weights are there.
+
+    Args:
+        denoiser: model with float layers, usually on the meta device.
+        config: untrusted; what `to_config` returned.
+
+    Raises:
+        CheckpointError: there is no such layer, or an entry is impossible for it.
+    """
+    if not isinstance(config, Mapping) or len(config) > MAX_LAYERS:
+        raise _broken(f"the features are no object with at most {MAX_LAYERS} entries", "features")
+    modules = dict(denoiser.named_modules())
+    made = {}
+    for name, entry in config.items():
+        layer = modules.get(name) if isinstance(name, str) and name else None
+        if layer is None:
+            raise _broken("names no layer of the model", str(name))
+        with torch.device(next(layer.parameters(), torch.empty(0)).device):
+            made[name] = empty_table(name, layer, entry)
+    for name, module in made.items():
+        _replace(denoiser, name, module)
+
+
+class FeatureMemo:
+    """Remembers outputs of layers by the bytes of each input row, until it is removed; also a context manager.
+
+    Rows that were seen before are not computed again: an unchanged pooled text or guidance, the uncond rows of
+    another picture, a picture made again with the same conditions. Within one trajectory every timestep is new, so
+    layers behind the timestep gain nothing there. A call whose rows are all new is computed as it stands; one with
+    some known rows computes only the others, and a smaller product may round another way in the last bit. Weights
+    must not change, and the denoiser must not be copied, meanwhile.
+
+    Attributes:
+        rows: input rows that layers were called with.
+        hits: rows of them that were not computed.
+        macs: multiply-accumulates that all rows would have cost.
+        macs_saved: those of the hits.
+        nbytes: of the outputs that are kept now.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Linear], max_bytes: int) -> None:
+        self.rows = self.hits = self.macs = self.macs_saved = self.nbytes = 0
+        self._max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
+        self._patches = ExitStack()
+        self._patches.enter_context(
+            _answering({layer: self._answer(name, layer, layer.forward) for name, layer in layers.items()})
+        )
+
+    def _answer(self, name: str, layer: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        macs = layer.out_features * macs_per_output(layer)
+
+        def forward(x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+                return compute(x)
+            rows = x.reshape(-1, x.shape[-1])
+            keys = [(name, digest) for digest in _row_digests(rows)]
+            found = [self._kept.get(key) for key in keys]
+            missing = [i for i, known in enumerate(found) if known is None]
+            self.rows += len(keys)
+            self.macs += len(keys) * macs
+            self.hits += len(keys) - len(missing)
+            self.macs_saved += (len(keys) - len(missing)) * macs
+            if len(missing) == len(keys):
+                y = compute(x)
+                for key, row in zip(keys, y.reshape(-1, y.shape[-1]), strict=True):
+                    self._keep(key, row)
+                return y
+            fresh = dict(zip(missing, compute(rows[missing]) if missing else (), strict=True))
+            y = torch.stack([fresh[i] if known is None else known for i, known in enumerate(found)])
+            for i, key in enumerate(keys):
+                self._keep(key, y[i])
+            return y.view(*x.shape[:-1], -1)
+
+        return forward
+
+    def _keep(self, key: tuple[str, bytes], row: Tensor) -> None:
+        """Make a row the latest; forget the oldest ones beyond the bound."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return
+        self._kept[key] = row.clone()  # a view would keep the whole batch alive
+        self.nbytes += row.nbytes
+        while self.nbytes > self._max_bytes:
+            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
+
+    def remove(self) -> None:
+        """Let the layers compute again and forget everything but the counts; harmless when called again."""
+        self._patches.close()
+        self._kept.clear()
+        self.nbytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def precompute_features(
+    denoiser: nn.Module,
+    structure: Structure,
+    *,
+    roles: Collection[Role] = (Role.MODULATION,),
+    max_bytes: int = MEMO_BYTES,
+) -> FeatureMemo:
+    """Keep the outputs of linear layers with a role, float or quantized, for inputs that come again.
+
+    Rows are told apart by their bytes, which a GPU has to hand over: there it only pays for large layers.
+
+    Args:
+        denoiser: the model; its layers answer from memory until `FeatureMemo.remove`.
+        structure: what probing it found.
+        roles: of the layers.
+        max_bytes: most bytes of kept outputs; the ones not used for longest are forgotten.
+    """
+    modules = dict(denoiser.named_modules())
+    names = [name for name in structure.layers if name in structure.named(*roles)]
+    found = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
+    return FeatureMemo(cast(dict[str, nn.Linear], found), max_bytes)
+
+
+def _row_digests(rows: Tensor) -> list[bytes]:
+    stored = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return [hashlib.blake2b(row.data, digest_size=16).digest() for row in stored]
+
+
+def _plan(
+    denoiser: nn.Module,
+    names: Sequence[str],
+    calls: Sequence[RecordedCall],
+    rows: int,
+    schemes: Mapping[str, QScheme],
+    keep: Mapping[str, str],
+) -> FeaturePlan:
+    modules = dict(denoiser.named_modules())
+    seen = [_outputs(denoiser, names, call) for call in calls]
+    reasons = {name: keep.get(name) or _obstacle(modules[name], [run[name] for run in seen]) for name in names}
+    # All rows of a recorded call have one timestep, so that the first one speaks for all.
+    firsts = [
+        {name: run[name][0].reshape(-1, run[name][0].shape[-1])[0] for name in names if not reasons[name]}
+        for run in seen
+    ]
+
+    def predictions(absent: Collection[str]) -> Iterator[Tensor]:
+        for call, row in zip(calls, firsts, strict=True):
+            values = {name: torch.zeros_like(row[name]) if name in absent else row[name] for name in row}
+            with _answering({modules[name]: _repeat(value) for name, value in values.items()}):
+                yield _predict(denoiser, call)
+
+    expected = list(predictions(()))
+    absent: set[str] = set()
+    features = {}
+    for name in (name for name in names if not reasons[name]):
+        same = all(torch.equal(p, e) for p, e in zip(predictions({*absent, name}), expected, strict=True))
+        layer = cast(nn.Linear, modules[name])
+        stored = layer_bytes(layer, schemes.get(name))
+        absent |= {name} if same else set()
+        features[name] = Feature("absent" if same else "table", 0 if same else rows, layer.out_features, stored)
+    return FeaturePlan(features, {name: reason for name, reason in reasons.items() if reason}, tuple(calls))
+
+
+def _obstacle(layer: nn.Module, runs: Sequence[Sequence[Tensor]]) -> str | None:
+    """Say why a layer cannot be a table; None if it can."""
+    if type(layer) is not nn.Linear:
+        return f"{type(layer).__name__} is no float linear layer"
+    if not all(runs):
+        return "not executed in every recorded call"
+    for outputs in runs:
+        rows = torch.cat([output.reshape(-1, layer.out_features) for output in outputs])
+        if not bool((rows - rows[0]).abs().max() <= _ROW_TOLERANCE * rows.abs().max()):
+            return "has several outputs at one timestep"
+    return None
+
+
+def _repeat(row: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: row.expand(*x.shape[:-1], -1).contiguous()
+
+
+@contextmanager
+def _answering(answers: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Let functions answer in the place of modules; hooks on these still run."""
+    before = {module: vars(module).get("forward") for module in answers}
+    for module, answer in answers.items():
+        vars(module)["forward"] = answer
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            del vars(module)["forward"]
+            vars(module).update({} if forward is None else {"forward": forward})
+
+
+def _predict(denoiser: nn.Module, call: RecordedCall) -> Tensor:
+    return prediction_of(denoiser(*call.args, **call.kwargs))
+
+
+def _outputs(denoiser: nn.Module, names: Iterable[str], call: RecordedCall) -> dict[str, list[Tensor]]:
+    """Run a call and return all outputs of each layer in it."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        for name, outputs in seen.items():
+            hook = denoiser.get_submodule(name).register_forward_hook(lambda *run, kept=outputs: kept.append(run[-1]))
+            stack.callback(hook.remove)
+        _predict(denoiser, call)
+    return seen
+
+
+class _AllSeen(Exception):  # noqa: N818 - no error: it ends a call of which nothing more is wanted
+    pass
+
+
+def _trace(
+    denoiser: nn.Module, names: Sequence[str], call: RecordedCall, timesteps: Sequence[float]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the inputs `[T, I]` and outputs `[T, O]` of layers in a call that is made at each timestep.
+
+    A call ends with the last of these layers, which is early in a transformer.
+    """
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    done: set[str] = set()
+
+    def hook(name: str) -> Callable[..., None]:
+        def finished(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if name not in done:
+                both = (args[0] if args else kwargs["input"], output)
+                x, y = (tensor.reshape(-1, tensor.shape[-1])[0].clone() for tensor in both)
+                rows[name].append((x, y))
+                done.add(name)
+            if len(done) == len(names):
+                raise _AllSeen
+
+        return finished
+
+    with ExitStack() as stack:
+        for name in names:
+            layer = denoiser.get_submodule(name)
+            stack.callback(layer.register_forward_hook(hook(name), with_kwargs=True).remove)
+        for t in timesteps:
+            done.clear()
+            args, kwargs = _at_timestep(denoiser, call, t)
+            try:
+                denoiser(*args, **kwargs)
+            except _AllSeen:
+                continue
+            missing = next(name for name in names if name not in done)
+            raise FeatureError(f"A layer is not executed at timestep {t:g}", where=missing, remedy="Keep the layer.")
+    stacked = {name: [torch.stack(side) for side in zip(*pairs, strict=True)] for name, pairs in rows.items()}
+    return {name: (inputs, outputs) for name, (inputs, outputs) in stacked.items()}
+
+
+def _at_timestep(denoiser: nn.Module, call: RecordedCall, t: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    bound = inspect.signature(denoiser.forward).bind(*call.args, **call.kwargs)
+    told = bound.arguments["timestep"]
+    if isinstance(told, Tensor):
+        whole = not told.is_floating_point() and not float(t).is_integer()
+        bound.arguments["timestep"] = torch.full_like(told, t, dtype=torch.float32 if whole else told.dtype)
+    else:
+        bound.arguments["timestep"] = int(t) if isinstance(told, int) and float(t).is_integer() else t
+    return bound.args, bound.kwargs
+
+
+def _round_to_nearest(layer: nn.Linear, scheme: QScheme) -> nn.Module:
+    weight = layer.weight.detach().float()
+    packed = search_weight(weight, scheme.weight_bits, scheme.group_size, scheme.weight_range)
+    quantized = QuantLinear.from_float(layer, packed, scheme)
+    quantized.execution = "fake"
+    return quantized
+
+
+def _variant(values: Tensor, exact: Tensor, nbytes: int) -> Variant:
+    values, exact = values.double(), exact.double()
+    error = (values - exact).square().sum().item()
+    cosine = 1 - functional.cosine_similarity(values, exact).mean().item()
+    return Variant(error if math.isfinite(error) else math.inf, cosine if math.isfinite(cosine) else 2.0, nbytes)
+
+
+def _distinct(timesteps: Iterable[float]) -> list[float]:
+    """Return timesteps as fp32 holds them, descending."""
+    rounded = torch.tensor([float(t) for t in timesteps], dtype=torch.float32)
+    known = sorted(set(rounded.tolist()), reverse=True)
+    if not 1 <= len(known) <= MAX_ROWS or not bool(torch.isfinite(rounded).all()):
+        raise FeatureError(
+            f"A table needs 1 to {MAX_ROWS} finite timesteps", where="timesteps", remedy="Deploy other timesteps."
+        )
+    return known
+
+
+def _float_linear(denoiser: nn.Module, name: str) -> nn.Linear:
+    layer = denoiser.get_submodule(name)
+    if type(layer) is not nn.Linear:
+        raise FeatureError(
+            f"{type(layer).__name__} is no float linear layer",
+            where=name,
+            remedy="Make tables before layers are quantized.",
+        )
+    return layer
+
+
+def _clock_of(denoiser: nn.Module) -> StepClock:
+    clock = getattr(denoiser, "dcomp_clock", None)
+    if not isinstance(clock, StepClock):
+        clock = StepClock()
+        clock.attach(denoiser)
+        denoiser.dcomp_clock = clock  # type: ignore[assignment]
+    return clock
+
+
+def _replace(denoiser: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), leaf, module)
+
+
+def _device(denoiser: nn.Module) -> torch.device:
+    return next(denoiser.parameters()).device
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _broken(problem: str, name: str) -> CheckpointError:
+    return CheckpointError(f"The feature {name[:80]!r} {problem}", where="features", remedy=_REMEDY)

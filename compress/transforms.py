@@ -1,0 +1,155 @@
+"""Exact changes of a layer's coordinates that make it easier to quantize: smoothing, rotation, a low-rank branch.
+
+Each keeps the float function. Smoothing: `y = (x / sigma) (sigma W)`. Rotation: `y = (x H) (W H)^T` with H orthonormal
+and symmetric. Branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What
+is applied to inputs while running is the business of the layers; nothing here keeps or folds anything.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dcomp.kernels import qparams
+
+Quantizer = Callable[[Tensor], Tensor]
+"""Quantizes and dequantizes; the shape stays."""
+
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+FACTOR_LIMIT = 256.0  # a factor lies between 1 / limit and limit
+
+_LEAST_GAIN = 0.01  # of the squared error: less is not worth a product for each input
+_SMALL = 256  # rows or columns up to which a whole singular value decomposition is cheap
+
+
+def smoothing_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """Return sigma `[I]`, fp32: inputs are divided by it and weights multiplied.
+
+    `sigma = x_absmax^alpha / weight_absmax^(1 - alpha)`, scaled to a geometric mean of 1, then limited. A channel whose
+    inputs or weights are all zero has the factor 1.
+
+    Args:
+        x_absmax: largest magnitude of each input channel, `[I]`.
+        weight_absmax: likewise of the weights that meet it.
+        alpha: 0 to 1; how much of the input's range goes to the weight.
+
+    Source:
+        Xiao et al. 2023, SmoothQuant (equation 4).
+    """
+    x_absmax, weight_absmax = x_absmax.double(), weight_absmax.double()
+    live = (x_absmax > 0) & (weight_absmax > 0)
+    exponent = alpha * x_absmax[live].log() - (1 - alpha) * weight_absmax[live].log()
+    sigma = torch.ones(x_absmax.shape, device=x_absmax.device)
+    sigma[live] = (exponent - exponent.mean()).exp().clamp(1 / FACTOR_LIMIT, FACTOR_LIMIT).float()
+    return sigma
+
+
+def choose_smoothing(
+    layer: nn.Linear | nn.Conv2d,
+    weight: Tensor,
+    x: Tensor,
+    quantize_input: Quantizer,
+    quantize_weight: Quantizer,
+    grid: Sequence[float] = ALPHAS,
+) -> Tensor | None:
+    """Choose the smoothing factors with the least squared error of the layer's output.
+
+    Args:
+        layer: gives the geometry; its weight is not read.
+        weight: float `[O, *taps, I]`.
+        x: a sample of inputs, `[..., I]`, or `[N, I, H, W]` of a convolution.
+        quantize_input: simulates the input's quantizer, with what else happens to inputs before it.
+        quantize_weight: likewise for weights.
+        grid: values of alpha; 0 stands for no smoothing, which is always tried.
+
+    Returns:
+        sigma, fp32 `[I]`; None where no factors lower the error by 1 %.
+    """
+    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    x, weight = x.detach().float(), weight.detach().float()
+    exact = _output(layer, weight, x)
+
+    def error(values: Tensor, factors: Tensor) -> float:
+        y = _output(layer, quantize_weight(factors), quantize_input(values))
+        return float((y - exact).double().square().sum())
+
+    x_absmax = x.abs().movedim(axis, -1).flatten(0, -2).amax(0)
+    weight_absmax = weight.abs().flatten(0, -2).amax(0)
+    best, least = None, (1 - _LEAST_GAIN) * error(x, weight)
+    for alpha in grid:
+        if alpha:
+            sigma = smoothing_factors(x_absmax, weight_absmax, alpha)
+            inverse = (1 / sigma).view(-1, 1, 1) if axis == 1 else 1 / sigma
+            found = error(x * inverse, weight * sigma)
+            if found < least:
+                best, least = sigma, found
+    return best
+
+
+def rotate_weight(weight: Tensor, block: int) -> Tensor:
+    """Rotate the input channels of a weight `[O, *taps, I]`, in blocks along them, as its inputs will be."""
+    return qparams.hadamard(weight, block)
+
+
+def low_rank_branch(
+    weight: Tensor, rank: int, quantize: Quantizer, iterations: int = 16
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a weight into a branch of low rank and a residual that loses least when it is quantized.
+
+    The branch starts as the best approximation of the weight, then of the weight without the quantized residual, and so
+    on until the error grows; the best of all is returned.
+
+    Args:
+        weight: float `[O, *taps, I]`.
+        rank: of the branch; one beyond what the weight can have is filled up with zeros.
+        quantize: quantizes and dequantizes a residual.
+        iterations: most branches tried.
+
+    Returns:
+        down (fp16 `[rank, *taps, I]`), up (fp16 `[O, rank]`), and the residual (fp32, like the weight): what the branch
+        as it is stored leaves of the weight.
+
+    Source:
+        Li et al. 2025, SVDQuant (section 4.2); the alternation is that of its reference code.
+    """
+    rows = weight.detach().float().flatten(1)
+    quantized = torch.zeros_like(rows)
+    least = math.inf
+    for _ in range(max(1, iterations)):
+        down, up = _factors(rows - quantized, rank)
+        residual = rows - up.float() @ down.float()
+        quantized = quantize(residual.view(weight.shape)).flatten(1)
+        error = float((residual - quantized).double().square().sum())
+        if not error < least:
+            break
+        best, least = (down, up, residual), error
+    down, up, residual = best
+    return down.view(rank, *weight.shape[1:]), up, residual.view(weight.shape)
+
+
+def _output(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, weight)
+    shape: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return functional.conv2d(x, weight.permute(0, 3, 1, 2), None, *shape)
+
+
+def _factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return down (fp16 `[rank, K]`) and up (fp16 `[O, rank]`) of the best approximation of `rows` `[O, K]`.
+
+    Both carry the square roots of the singular values, so that neither leaves the range of fp16.
+    """
+    if min(rows.shape) > max(_SMALL, 4 * rank):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(rows, q=rank + 16, niter=4)
+    else:
+        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+        v = vh.t()
+    root = s[:rank].sqrt()
+    missing = rank - len(root)
+    up, down = u[:, :rank] * root, (v[:, :rank] * root).t()
+    return functional.pad(down, (0, 0, 0, missing)).half(), functional.pad(up, (0, missing)).half()
