@@ -7,6 +7,7 @@ use or input, 3 valid but not good enough, 130 interrupted. Heavy libraries are 
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,6 +121,15 @@ def _named_settings(method: str | None, quality: str | None) -> dict[str, Any]:
     return {f"stages.0.{key}": value for key, value in settings_of(method, quality).items()}
 
 
+def _megabytes(size: str | None) -> float | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", size.strip(), re.IGNORECASE)
+    if not match:
+        raise UsageError(f"{size!r} is no size", where="--budget", remedy="Write for example --budget 12MB.")
+    return float(match[1]) * {"KB": 1e-3, "MB": 1.0, "GB": 1e3}[match[2].upper()]
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -147,6 +157,13 @@ def quantize(
     ] = None,
     quality: Annotated[
         str | None, typer.Option(help="Time to spend: fast, default or best.", rich_help_panel="Recipe")
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Bits a parameter, over all of them: 4 or 8 for each layer.", rich_help_panel="Recipe"),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="The same with a size of the denoiser, as 12MB.", rich_help_panel="Recipe")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A built-in recipe or a YAML file.", rich_help_panel="Recipe")
@@ -178,6 +195,9 @@ def quantize(
     seed: Seed = None,
     batch_size: BatchSize = None,
     calibration: Annotated[Path | None, typer.Option(help="A calibration set that `dcomp calibrate` recorded.")] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Use a calibration set of other weights or settings all the same.")
+    ] = False,
     device: Device = "cpu",
     dry_run: DryRun = False,
     fresh: Fresh = False,
@@ -202,6 +222,8 @@ def quantize(
         {
             **_named_settings(method, quality),
             "lora": lora,
+            "stages.0.target_bits": target_bits,
+            "stages.0.max_megabytes": _megabytes(budget),
             "stages.0.format": format,
             "stages.0.keep": keep,
             "calibration.prompts": prompts,
@@ -214,7 +236,7 @@ def quantize(
             "calibration.batch_size": batch_size,
         },
     )
-    _compress(model, resolved, output, calibration, device, dry_run, fresh, overwrite, json)
+    _compress(model, resolved, output, calibration, device, dry_run, fresh, overwrite, json, allow_mismatch)
 
 
 @app.command()
@@ -243,6 +265,7 @@ def _compress(
     fresh: bool,
     overwrite: bool,
     json: bool,
+    allow_mismatch: bool = False,
 ) -> None:
     from dcomp.recipes import console, screens
     from dcomp.recipes.run import default_output, plan_recipe, run_recipe
@@ -261,6 +284,7 @@ def _compress(
             device=device,
             fresh=fresh,
             overwrite=overwrite,
+            allow_mismatch=allow_mismatch,
             on_plan=screens.print_plan,
             progress=progress,
         )

@@ -28,6 +28,7 @@ from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
+from dcomp.compress.temporal import TimeTable, from_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -54,12 +55,14 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         step_bins: which activation table serves which timestep; None without static activations.
         schemes: scheme id -> scheme.
         layers: layer name -> scheme id.
+        features: layer name -> its table of temporal features, see `temporal.to_config`.
     """
 
     def __init__(
         self,
         layers: Mapping[str, str] | None = None,
         schemes: Mapping[str, Mapping[str, Any]] | None = None,
+        features: Mapping[str, Any] | None = None,
         step_bins: Mapping[str, Any] | None = None,
         schema: int = SCHEMA,
         dcomp_version: str = __version__,
@@ -80,6 +83,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         for name, key in self.layers.items():
             if key not in self.schemes:
                 raise _broken(f"Layer {name[:80]!r} names the unknown scheme {key[:80]!r}", "layers")
+        self.features = dict(_mapping(features, "features"))
 
     @classmethod
     def from_denoiser(cls, denoiser: nn.Module) -> "DcompQuantizationConfig":
@@ -106,7 +110,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: a key is unknown or a value impossible.
         """
-        known = {"quant_method", "schema", "dcomp_version", "step_bins", "schemes", "layers"}
+        known = {"quant_method", "schema", "dcomp_version", "step_bins", "schemes", "layers", "features"}
         unknown = sorted(str(key)[:80] for key in config_dict if key not in known)
         if unknown:
             raise _broken(f"The key {unknown[0]!r} is unknown", "quantization_config")
@@ -122,6 +126,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             "step_bins": self.step_bins.to_dict() if self.step_bins else None,
             "schemes": {key: scheme.to_dict() for key, scheme in self.schemes.items()},
             "layers": dict(self.layers),
+            **({"features": dict(self.features)} if self.features else {}),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -170,6 +175,7 @@ class DcompQuantizer(DiffusersQuantizer):
         for name, key in config.layers.items():
             parent, leaf = _parent_of(model, name)
             setattr(parent, leaf, _empty_layer(name, getattr(parent, leaf), config.schemes[key], bins))
+        from_config(model, config.features)
         model.config.quantization_config = config
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -211,7 +217,7 @@ class DcompQuantizer(DiffusersQuantizer):
         module = model.get_submodule(path)
         expected = module.get_parameter(leaf) if leaf in module._parameters else module.get_buffer(leaf)
         stored = state_dict[param_name]
-        if isinstance(module, QuantLayer) and leaf in module._buffers:
+        if isinstance(module, QuantLayer | TimeTable) and leaf in module._buffers:
             if stored.dtype != expected.dtype:
                 raise _broken(f"Tensor {param_name!r} is {stored.dtype} instead of {expected.dtype}", "weights")
             if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
@@ -229,6 +235,9 @@ class DcompQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         attach_clock(model, self.quantization_config.step_bins)
+        for module in model.modules():
+            if isinstance(module, TimeTable):
+                module.check()
         return model
 
     @property
@@ -248,12 +257,18 @@ class DcompQuantizer(DiffusersQuantizer):
 
 
 def attach_clock(denoiser: nn.Module, bins: StepBins | None) -> StepClock:
-    """Give all quantized layers of a denoiser one clock that follows its calls, and keep it as `dcomp_clock`."""
-    clock = StepClock(bins)
-    clock.attach(denoiser)
-    denoiser.dcomp_clock = clock  # type: ignore[assignment]
+    """Give quantized layers and tables of a denoiser one clock that follows its calls, and keep it as `dcomp_clock`."""
+    clock = getattr(denoiser, "dcomp_clock", None)
+    if not isinstance(clock, StepClock):
+        clock = StepClock()
+        clock.attach(denoiser)
+        denoiser.dcomp_clock = clock  # type: ignore[assignment]
+    clock.bins = bins
     for layer in quantized_layers(denoiser).values():
         layer.clock = clock
+    for module in denoiser.modules():
+        if isinstance(module, TimeTable):
+            module.clock = clock
     return clock
 
 

@@ -2,20 +2,17 @@
 
 A sampler deploys T timesteps, so such a layer has T outputs. `TimeTable` holds them, one row each, and the layer's
 weights leave the file and the hot path. A layer that is read by tables alone holds nothing at all: `Absent`. Which is
-which is found by running, not by name. Layers that also read global conditions have no such table; `FeatureMemo`
-keeps their latest outputs while pictures are made.
+which is found by running, not by name. Layers that also read global conditions have no such table.
 
 Letters: T rows of a table, N samples, I input and O output features.
 
 Source: Huang et al. 2025, Temporal Feature Matters (cache-based maintenance, disturbance-aware selection).
 """
 
-import hashlib
 import inspect
 import math
 import struct
 from bisect import bisect_left
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +25,7 @@ from torch.nn import functional
 from dcomp import DcompError
 from dcomp.calibrate.calibration_set import CalibrationSet, RecordedCall
 from dcomp.calibrate.clock import StepClock
-from dcomp.calibrate.cost import layer_bytes, macs_per_output
+from dcomp.calibrate.cost import layer_bytes
 from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.range_search import search_weight
 from dcomp.calibrate.record import spread
@@ -42,7 +39,6 @@ MAX_LAYERS = 100_000
 ABSENT = "absent"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 PROBED_CALLS = 3  # recorded calls by which layers are found absent and the disturbance is measured
-MEMO_BYTES = 256 << 20
 _ROW_TOLERANCE = 1e-5  # of the largest output: equal rows through one matrix product may differ by rounding
 _REMEDY = "Download the checkpoint again or compress the model again"
 
@@ -490,110 +486,6 @@ def from_config(denoiser: nn.Module, config: Any) -> None:
             made[name] = empty_table(name, layer, entry)
     for name, module in made.items():
         _replace(denoiser, name, module)
-
-
-class FeatureMemo:
-    """Remembers outputs of layers by the bytes of each input row, until it is removed; also a context manager.
-
-    Rows that were seen before are not computed again: an unchanged pooled text or guidance, the uncond rows of
-    another picture, a picture made again with the same conditions. Within one trajectory every timestep is new, so
-    layers behind the timestep gain nothing there. A call whose rows are all new is computed as it stands; one with
-    some known rows computes only the others, and a smaller product may round another way in the last bit. Weights
-    must not change, and the denoiser must not be copied, meanwhile.
-
-    Attributes:
-        rows: input rows that layers were called with.
-        hits: rows of them that were not computed.
-        macs: multiply-accumulates that all rows would have cost.
-        macs_saved: those of the hits.
-        nbytes: of the outputs that are kept now.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Linear], max_bytes: int) -> None:
-        self.rows = self.hits = self.macs = self.macs_saved = self.nbytes = 0
-        self._max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
-        self._patches = ExitStack()
-        self._patches.enter_context(
-            _answering({layer: self._answer(name, layer, layer.forward) for name, layer in layers.items()})
-        )
-
-    def _answer(self, name: str, layer: nn.Linear, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        macs = layer.out_features * macs_per_output(layer)
-
-        def forward(x: Tensor) -> Tensor:
-            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-                return compute(x)
-            rows = x.reshape(-1, x.shape[-1])
-            keys = [(name, digest) for digest in _row_digests(rows)]
-            found = [self._kept.get(key) for key in keys]
-            missing = [i for i, known in enumerate(found) if known is None]
-            self.rows += len(keys)
-            self.macs += len(keys) * macs
-            self.hits += len(keys) - len(missing)
-            self.macs_saved += (len(keys) - len(missing)) * macs
-            if len(missing) == len(keys):
-                y = compute(x)
-                for key, row in zip(keys, y.reshape(-1, y.shape[-1]), strict=True):
-                    self._keep(key, row)
-                return y
-            fresh = dict(zip(missing, compute(rows[missing]) if missing else (), strict=True))
-            y = torch.stack([fresh[i] if known is None else known for i, known in enumerate(found)])
-            for i, key in enumerate(keys):
-                self._keep(key, y[i])
-            return y.view(*x.shape[:-1], -1)
-
-        return forward
-
-    def _keep(self, key: tuple[str, bytes], row: Tensor) -> None:
-        """Make a row the latest; forget the oldest ones beyond the bound."""
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return
-        self._kept[key] = row.clone()  # a view would keep the whole batch alive
-        self.nbytes += row.nbytes
-        while self.nbytes > self._max_bytes:
-            self.nbytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def remove(self) -> None:
-        """Let the layers compute again and forget everything but the counts; harmless when called again."""
-        self._patches.close()
-        self._kept.clear()
-        self.nbytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def precompute_features(
-    denoiser: nn.Module,
-    structure: Structure,
-    *,
-    roles: Collection[Role] = (Role.MODULATION,),
-    max_bytes: int = MEMO_BYTES,
-) -> FeatureMemo:
-    """Keep the outputs of linear layers with a role, float or quantized, for inputs that come again.
-
-    Rows are told apart by their bytes, which a GPU has to hand over: there it only pays for large layers.
-
-    Args:
-        denoiser: the model; its layers answer from memory until `FeatureMemo.remove`.
-        structure: what probing it found.
-        roles: of the layers.
-        max_bytes: most bytes of kept outputs; the ones not used for longest are forgotten.
-    """
-    modules = dict(denoiser.named_modules())
-    names = [name for name in structure.layers if name in structure.named(*roles)]
-    found = {name: modules[name] for name in names if isinstance(modules.get(name), nn.Linear)}
-    return FeatureMemo(cast(dict[str, nn.Linear], found), max_bytes)
-
-
-def _row_digests(rows: Tensor) -> list[bytes]:
-    stored = rows.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return [hashlib.blake2b(row.data, digest_size=16).digest() for row in stored]
 
 
 def _plan(

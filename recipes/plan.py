@@ -143,6 +143,12 @@ def weight_bits(stage: QuantizeStage) -> int:
     return 4 if stage.preset.startswith("w4") else 8
 
 
+def treatment_of(stage: QuantizeStage) -> Treatment:
+    """Return how a stage quantizes layers, whatever their precision."""
+    names = ("weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
+    return Treatment(**{name: getattr(stage, name) for name in names})
+
+
 class _CallSeen(Exception):  # noqa: N818 - not an error: it ends a trajectory that has shown what was wanted
     pass
 
@@ -168,9 +174,7 @@ def first_call(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generat
 def _decide(denoiser: nn.Module, structure: Structure, stage: QuantizeStage | None) -> dict[str, Decision]:
     if stage is None:
         return choose_schemes(denoiser, structure, "float")
-    names = ("weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
-    treatment = Treatment(**{name: getattr(stage, name) for name in names})
-    return choose_schemes(denoiser, structure, stage.preset, stage.keep, stage.overrides, treatment)
+    return choose_schemes(denoiser, structure, stage.preset, stage.keep, stage.overrides, treatment_of(stage))
 
 
 def _decide_foreign(structure: Structure, stage: QuantizeStage) -> dict[str, Decision]:

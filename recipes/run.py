@@ -8,32 +8,32 @@ everything that it depends on; the next run goes on with it, and a successful on
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dcomp import UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
-from dcomp.calibrate.clock import StepBins
+from dcomp.calibrate.mismatch import check_matches
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
-from dcomp.calibrate.replay import gather_rows
+from dcomp.calibrate.sampling import Sampling
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
-from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser
-from dcomp.compress.scheme import QScheme
-from dcomp.compress.tuning import TuneResult, tune
+from dcomp.compress.quantize import LayerErrors
+from dcomp.compress.temporal import Absent, TimeTable
 from dcomp.recipes.console import Progress
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
+from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
 from dcomp.recipes.work_folder import work_folder
-
-TUNE_ROWS = 16  # of one iteration of tuning
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
 
@@ -128,6 +128,7 @@ def run_recipe(
     device: str = "cpu",
     fresh: bool = False,
     overwrite: bool = False,
+    allow_mismatch: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -141,6 +142,7 @@ def run_recipe(
         device: where the model runs.
         fresh: throw away the work of an interrupted run instead of going on with it.
         overwrite: replace an existing checkpoint, in one step at the end.
+        allow_mismatch: use a calibration set of other weights or settings all the same, with a note of the distance.
         on_plan: called with the plan before any weight is touched.
         progress: called with a text, the count done and the total.
 
@@ -155,7 +157,7 @@ def run_recipe(
         _check_foreign(stage, device)
     given = CalibrationSet.open(calibration) if calibration else None
     if given:
-        recipe = recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration)})
+        recipe = recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration, allow_mismatch)})
     with work_folder(output, fresh) as root:
         pipeline, adapters, prompts, notes = _open(model, recipe, device)
         plan, probe = make_plan(pipeline, recipe, prompts, notes)
@@ -165,9 +167,9 @@ def run_recipe(
         work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", *prompts)
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
-        errors: dict[str, LayerErrors] = {}
+        mismatch: list[str] = []
+        result = StageResult(plan.decisions)
         foreign: ForeignResult | None = None
-        tuned: TuneResult | None = None
         if stage and stage.format != "dcomp":
             report(f"{stage.format} weights", 0, 1)
             foreign = quantize_foreign(pipeline, stage.format, weight_bits(stage), work / "foreign")
@@ -175,16 +177,18 @@ def run_recipe(
             report(f"{stage.format} weights", 1, 1)
         elif stage and schemes:
             if given:
-                _require_same_model(given, pipeline)
+                mismatch = check_matches(given, pipeline, _generation(recipe.calibration), allow_mismatch)
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
-            errors, tuned = _quantize(pipeline, recorded, schemes, stage, work, report)
+            result = quantize_stage(pipeline, recorded, plan, stage, prompts, work, report)
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
             pipeline,
             output,
             ManifestFields(
                 recipe=recipe.to_dict(),
-                layers=_records(plan, errors) if foreign is None else _foreign_records(plan, foreign),
+                layers=_records(plan, result, pipeline.denoiser)
+                if foreign is None
+                else _foreign_records(plan, foreign),
                 calibration_sha256=recorded.hash if recorded else None,
                 loras=[asdict(adapter) for adapter in adapters],
             ),
@@ -194,8 +198,8 @@ def run_recipe(
         )
         report("writing and checking", 1, 1)
         shutil.rmtree(root, ignore_errors=True)
-    all_notes = (*plan.notes, *(recorded.notes if recorded else ()), *(_tuning_notes(tuned) if tuned else ()))
-    return RunResult(output, manifest, errors, time.perf_counter() - started, all_notes)
+    all_notes = (*plan.notes, *mismatch, *(recorded.notes if recorded else ()), *result.notes)
+    return RunResult(output, manifest, result.errors, time.perf_counter() - started, all_notes)
 
 
 def _check_foreign(stage: QuantizeStage, device: str) -> None:
@@ -260,72 +264,23 @@ def _record(
         max_calls=options.max_calls,
         max_bytes=options.max_megabytes << 20,
         progress=(lambda done, total: progress("calibration set", done, total)) if progress else None,
+        sampling=Sampling(options.sampling, options.mu, options.sigma),
     )
 
 
-def _settings_of(recorded: CalibrationSet, asked: Calibration) -> Calibration:
-    """Return the settings that a set was recorded with; what was asked for by name must agree."""
+def _settings_of(recorded: CalibrationSet, asked: Calibration, allow_mismatch: bool) -> Calibration:
+    """Return the settings that a set was recorded with; what was asked for by name must agree, or is kept."""
     known = {key: recorded.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
     known["samples"] = len(recorded.prompts)
     other = [key for key in asked.model_fields_set & known.keys() if getattr(asked, key) != known[key]]
-    if other:
+    deployed = {"steps", "guidance", "height", "width"} if allow_mismatch else set()
+    if set(other) - deployed:
         raise UsageError(
             "The calibration set was recorded with " + ", ".join(f"{key} {known[key]}" for key in sorted(other)),
             where=str(recorded.folder),
-            remedy="Leave these options out, or record another set with `dcomp calibrate`.",
+            remedy="Leave these options out, record another set with `dcomp calibrate`, or pass --allow-mismatch.",
         )
-    return asked.model_copy(update=known)
-
-
-def _require_same_model(recorded: CalibrationSet, pipeline: OpenPipeline) -> None:
-    if recorded.model != pipeline.fingerprint():
-        raise UsageError(
-            "The calibration set was recorded with another model, scheduler or adapter",
-            where=str(recorded.folder),
-            remedy="Record one with `dcomp calibrate` and the same --scheduler and --lora.",
-        )
-
-
-def _quantize(
-    pipeline: OpenPipeline,
-    recorded: CalibrationSet,
-    schemes: dict[str, QScheme],
-    stage: QuantizeStage,
-    work: Path,
-    report: Progress,
-) -> tuple[dict[str, LayerErrors], TuneResult | None]:
-    """Quantize the layers, tune what is left to tune, and compare the integers with the floats they stand for."""
-    bins, denoiser = None, pipeline.denoiser
-    if any(scheme.input_granularity == "tensor" for scheme in schemes.values()):
-        bins = StepBins.uniform(recorded.timesteps, stage.step_bins, pipeline.scheduler, others=recorded.all_timesteps)
-    options = PassOptions(rows=stage.rows, seed=int(recorded.settings["seed"]))
-    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, options)
-    tuned = None
-    if stage.tune:
-        rows = gather_rows(recorded, stage.tune * TUNE_ROWS, options.seed, denoiser=denoiser)
-        tuned = tune(
-            denoiser,
-            rows,
-            iterations=stage.tune,
-            batch_rows=TUNE_ROWS,
-            trajectories=rows.trajectories,
-            guidance=pipeline.guidance(recorded.settings["guidance"]),
-            learn=("scales", "biases", "norms", *(("rounding",) if stage.tune_rounding else ())),
-            seed=options.seed,
-            snapshot=work / "tuning.safetensors",
-            progress=report,
-        )
-    differences = compare_executions(denoiser, recorded, report)
-    return {name: replace(e, int_vs_fake=differences.get(name)) for name, e in errors.items()}, tuned
-
-
-def _tuning_notes(tuned: TuneResult) -> list[str]:
-    if not tuned.kept:
-        return ["Tuning did not lower the error on trajectories that it had not seen; its values were not taken."]
-    ratio = (tuned.held_out_final / tuned.held_out_initial) ** 0.5 if tuned.held_out_initial else 1.0
-    return [
-        f"Tuning lowered the predictions' error on trajectories that it had not seen to {ratio:.2f} of what it was."
-    ]
+    return asked.model_copy(update={key: value for key, value in known.items() if key not in other})
 
 
 def _changed_components(
@@ -342,18 +297,19 @@ def _changed_components(
     return saved
 
 
-def _records(plan: Plan, errors: dict[str, LayerErrors]) -> dict[str, LayerRecord]:
+def _records(plan: Plan, result: StageResult, denoiser: nn.Module) -> dict[str, LayerRecord]:
     records = {}
-    for name, decision in plan.decisions.items():
-        before, after = plan.layer_bytes[name]
-        scheme, error = decision.scheme, errors.get(name)
+    for name, decision in result.decisions.items():
+        module = denoiser.get_submodule(name)
+        scheme, error = decision.scheme, result.errors.get(name)
+        table = isinstance(module, TimeTable | Absent)
         records[name] = LayerRecord(
             role=str(plan.structure.layers[name].role),
-            scheme=scheme.label if scheme else None,
-            weight_bits=scheme.weight_bits if scheme else 32,
+            scheme=scheme.label if scheme else "table" if table else None,
+            weight_bits=scheme.weight_bits if scheme else 16 if table else 32,
             input_bits=scheme.input_bits if scheme else 32,
-            bytes_before=before,
-            bytes_after=after,
+            bytes_before=plan.layer_bytes[name][0],
+            bytes_after=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
             weight_error=error.weight if error else None,
             output_error=error.output if error else None,
             error_by_step=list(error.by_step) if error else [],

@@ -30,7 +30,9 @@ class Calibration(_Frozen):
         guidance: guidance scale; none: the pipeline's default.
         scheduler: diffusers scheduler class to deploy with; none: the model's own.
         height, width: picture size in pixels; none: the pipeline's default.
-        max_calls: denoiser calls kept of each trajectory, spread evenly over it.
+        sampling: which calls are kept: `uniform` over the trajectory, or `normal`, drawn around `mu` with `sigma`, both
+            as parts of the trajectory from the picture (0) to the noise (1).
+        max_calls: denoiser calls kept of each trajectory.
         max_megabytes: bound of the set on disk.
     """
 
@@ -44,6 +46,9 @@ class Calibration(_Frozen):
     width: Annotated[int, Field(ge=8, le=16_384)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch_size: Annotated[int, Field(ge=1, le=1_024)] = 8
+    sampling: Literal["uniform", "normal"] = "uniform"
+    mu: Annotated[float, Field(ge=0, le=1)] = 0.4
+    sigma: Annotated[float, Field(gt=0, le=10)] = 0.4
     max_calls: Annotated[int, Field(ge=1, le=1_000)] = 25
     max_megabytes: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
 
@@ -58,12 +63,17 @@ class QuantizeStage(_Frozen):
             still correct it; `adaround` then learns the codes of each block.
         inputs: 8-bit ranges of convolutions: `dynamic` finds them while running, `static` has tables for the steps.
         step_bins: number of static tables over the trajectory, at most one a calibrated step.
+        bins: how timesteps are put into them: equally many in each, by measured drift of the ranges, or by log-SNR.
         weight_range, input_range: how ranges are chosen: least squared error, or minimum and maximum.
         split: layers that read a concatenation and get quantizers of their own for each part of it: those that read
             it directly, all of them, or none.
         smooth: move magnitude from inputs to weights, where that lowers the error; none: layers with 4-bit inputs.
         rotate: rotate inputs and weights of layers with 4-bit inputs by a Hadamard matrix.
         rank: of a float branch beside the weight of layers with 4-bit inputs; 0 for no branch.
+        temporal: layers that depend on the timestep alone: stay `layers`, become tables of their outputs at the
+            deployed timesteps (`cache`), or tables where that is closer to float (`choose`).
+        target_bits: bits a parameter, over all parameters; weights get 4 or 8 bits, where each does least harm.
+        max_megabytes: the same with a size of the denoiser as the budget, in millions of bytes.
         rows: samples of recorded calls that ranges and codes are chosen with.
         tune: iterations of tuning scales, biases and norms against the float model's predictions.
         tune_rounding: tune the codes as well.
@@ -77,12 +87,16 @@ class QuantizeStage(_Frozen):
     rounding: Literal["nearest", "gptq", "adaround"] = "gptq"
     inputs: Literal["dynamic", "static"] = "dynamic"
     step_bins: Annotated[int, Field(ge=1, le=1_000)] = 25
+    bins: Literal["uniform", "drift", "log_snr"] = "uniform"
     weight_range: Literal["mse", "minmax"] = "mse"
     input_range: Literal["mse", "minmax"] = "mse"
     split: Literal["direct", "all", "none"] = "direct"
     smooth: bool | None = None
     rotate: bool = False
     rank: Annotated[int, Field(ge=0, le=1_024)] = 0
+    temporal: Literal["layers", "cache", "choose"] = "layers"
+    target_bits: Annotated[float, Field(gt=0, le=32)] | None = None
+    max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     rows: Annotated[int, Field(ge=1, le=65_536)] = 512
     tune: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     tune_rounding: bool = False

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from dcomp.calibrate.calibration_set import CalibrationSet, RecordedCall
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.pipeline import Generation, open_pipeline, prediction_of
 from dcomp.calibrate.record import record_calibration_set
-from dcomp.calibrate.structure import LayerFacts, Role, Structure, probe_structure
+from dcomp.calibrate.structure import Role, Structure, probe_structure
 from dcomp.compress.manifest import CheckpointError
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.temporal import (
@@ -37,7 +36,6 @@ from dcomp.compress.temporal import (
     empty_table,
     from_config,
     plan_features,
-    precompute_features,
     to_config,
 )
 from tests.support.tiny import NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
@@ -612,110 +610,3 @@ def test_damaged_tables_are_found(leaf: str, value: list[Any]) -> None:
     table._buffers[leaf] = torch.tensor(value)
     with pytest.raises(CheckpointError, match="damaged"):
         table.check()
-
-
-@pytest.mark.parametrize("name", [UNET, DIT, FLUX])
-def test_a_memo_of_new_rows_changes_no_bit_and_leaves_nothing_behind(name: str, cases: Callable[[str], Case]) -> None:
-    case = cases(name)
-    denoiser = case.denoiser()
-    with precompute_features(denoiser, case.structure) as memo:
-        for call in case.calibration.calls():
-            for _ in range(2):
-                assert torch.equal(predict(denoiser, call), call.output)
-    modulation = case.structure.named(Role.MODULATION)
-    assert bool(memo.hits) == bool(modulation)
-    assert memo.nbytes == 0
-    memo.remove()
-    assert all("forward" not in vars(module) for module in denoiser.modules())
-
-
-def ddim_trajectory(denoiser: nn.Module, labels: list[int], steps: int) -> list[Tensor]:
-    """Guided predictions of DiT, uncond rows second as its pipeline has them; latents differ by label."""
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(sum(labels))
-    latents = torch.randn(len(labels), 4, 8, 8, generator=generator).repeat(2, 1, 1, 1)
-    both = torch.tensor([*labels, *[1000] * len(labels)])
-    predictions = []
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            told = t.expand(len(both))
-            predictions.append(denoiser(latents, timestep=told, class_labels=both, return_dict=False)[0])
-            latents = scheduler.step(predictions[-1][:, :4], t, latents).prev_sample
-    return predictions
-
-
-def test_what_a_memo_saves_on_dit_is_what_can_be_counted_by_hand(cases: Callable[[str], Case]) -> None:
-    case, steps = cases(DIT), 8
-    denoiser = case.denoiser()
-    layers = case.structure.named(Role.MODULATION)
-    assert len(layers) == 3
-    per_row = sum(denoiser.get_submodule(name).weight.numel() for name in layers)
-    first, second = (ddim_trajectory(denoiser, [label], steps) for label in (1, 207))
-    with precompute_features(denoiser, case.structure) as memo:
-        got = ddim_trajectory(denoiser, [1], steps)
-        assert all(torch.equal(a, b) for a, b in zip(got, first, strict=True))
-        assert (memo.rows, memo.hits) == (2 * 3 * steps, 0)  # every timestep is new
-
-        got = ddim_trajectory(denoiser, [207], steps)
-        for a, b in zip(got, second, strict=True):
-            assert (a - b).abs().max() <= 1e-4 * b.abs().max()
-        assert (memo.rows, memo.hits) == (4 * 3 * steps, 3 * steps)  # the uncond rows of the second picture
-        assert (memo.macs, memo.macs_saved) == (4 * steps * per_row, steps * per_row)
-
-        ddim_trajectory(denoiser, [1], steps)
-        assert memo.hits == (1 + 2) * 3 * steps  # the first picture's conditions again
-        assert memo.nbytes == 3 * steps * 4 * sum(denoiser.get_submodule(name).out_features for name in layers)
-
-
-def test_pooled_conditions_are_computed_once_in_a_trajectory(cases: Callable[[str], Case]) -> None:
-    case = cases(FLUX)
-    denoiser = case.denoiser()
-    condition = {name for name in case.structure.named(Role.MODULATION) if "embedder" in name}
-    assert len(condition) == 4
-    with precompute_features(denoiser, case.structure) as memo:
-        for call in case.calibration.calls():
-            predict(denoiser, call)
-    assert memo.hits == 4 * 2 * (STEPS - 1)  # layers, samples, steps after the first
-
-
-def test_a_memo_forgets_the_oldest_rows_beyond_its_bound() -> None:
-    layer = nn.Linear(2, 4).requires_grad_(False)
-    structure = Structure({"0": _facts("0")}, (), ())
-    denoiser = nn.Sequential(layer)
-    rows = torch.randn(3, 2)
-    with precompute_features(denoiser, structure, max_bytes=2 * 16) as memo:
-        for i in (0, 1, 0, 2):  # the third makes row 0 the latest, so the fourth drives row 1 out
-            denoiser(rows[i : i + 1])
-        assert (memo.hits, memo.nbytes) == (1, 32)
-        denoiser(rows[:1])
-        assert memo.hits == 2
-        denoiser(rows[1:2])
-        assert memo.hits == 2
-
-
-def test_known_and_new_rows_of_one_call_come_back_in_their_places() -> None:
-    layer = nn.Linear(8, 4).requires_grad_(False)
-    denoiser = nn.Sequential(layer)
-    x = torch.randn(2, 3, 8)
-    with precompute_features(denoiser, Structure({"0": _facts("0")}, (), ())) as memo:
-        denoiser(x[:, 1])
-        got = denoiser(x)
-        assert memo.hits == 2
-        assert denoiser(torch.zeros(0, 8)).shape == (0, 4)
-        got[0, 1] = 7  # not a view of what is kept
-        assert torch.allclose(denoiser(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
-
-
-def test_a_memo_stays_out_of_the_way_of_gradients() -> None:
-    layer = nn.Linear(2, 2)
-    denoiser = nn.Sequential(layer)
-    with precompute_features(denoiser, Structure({"0": _facts("0")}, (), ())) as memo:
-        denoiser(torch.ones(1, 2)).sum().backward()
-        denoiser(torch.ones(1, 2)).sum().backward()
-    assert layer.weight.grad.tolist() == [[2.0, 2.0], [2.0, 2.0]]
-    assert memo.hits == 0
-
-
-def _facts(name: str) -> LayerFacts:
-    return LayerFacts(name, "linear", Role.MODULATION, frozenset({"time", "condition"}))
