@@ -28,7 +28,7 @@ from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
-from dcomp.compress.temporal import TimeTable, from_config
+from dcomp.compress.temporal import TimeTable, from_config, to_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -100,6 +100,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         return cls(
             layers={name: keys[layer.scheme] for name, layer in layers.items()},
             schemes={key: scheme.to_dict() for scheme, key in keys.items()},
+            features=to_config(denoiser),
             step_bins=bins.to_dict() if bins else None,
         )
 

@@ -53,18 +53,23 @@ class Objective:
     def weights(self, errors: Tensor, units: Tensor) -> Tensor:
         """Return what turns errors into parts of the mean error of their step over some of the units, fp64 `[U]`."""
         mean = self.by_step(errors, units)
-        mean = torch.where(mean.isnan(), self.by_step(errors, torch.arange(len(errors))), mean)
+        mean = torch.where(mean.isnan(), self.by_step(errors, (~errors.isnan()).nonzero().flatten()), mean)
         return 1 / mean.clamp_min(max(_LEAST_UNIT * float(mean.max()), 1e-300))[self.steps]
 
-    def measure(self, progress: Progress) -> Tensor:
-        """Return the errors of all units, fp64 `[U]`."""
-        parts = []
+    def sample(self, units: Tensor, per_step: int) -> Tensor:
+        """Return the first few of some units at each step, ascending."""
+        chosen = [units[self.steps[units] == step][:per_step] for step in range(len(self.timesteps))]
+        return torch.cat(chosen).sort().values
+
+    def measure(self, units: Tensor, progress: Progress) -> Tensor:
+        """Return the errors of some units, fp64 `[U]`; NaN for all others."""
+        errors = torch.full((len(self.units),), torch.nan, dtype=torch.float64)
         with torch.no_grad():
-            for units in torch.arange(len(self.units)).split(self.batch):
-                progress("errors of the prediction", int(units[0]), len(self.units))
-                parts.append(self.errors(units).double())
-        progress("errors of the prediction", len(self.units), len(self.units))
-        return torch.cat(parts)
+            for done, part in enumerate(units.split(self.batch)):
+                progress("errors of the prediction", done * self.batch, len(units))
+                errors[part] = self.errors(part).double()
+        progress("errors of the prediction", len(units), len(units))
+        return errors
 
     def by_step(self, errors: Tensor, units: Tensor) -> Tensor:
         """Return the mean error of some units at each step, fp64; NaN where a step has none of them."""

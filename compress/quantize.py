@@ -7,6 +7,7 @@ file in the work folder: a killed run goes on where it stopped.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.record import CalibrationSet, RecordedCall
-from dcomp.calibrate.replay import gather_rows
+from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.calibrate.tree_file import replacing
 from dcomp.compress.loader import attach_clock
 from dcomp.compress.quantize_layer import Layer, QuantizationError, quantize_layer
@@ -71,7 +72,7 @@ class PassOptions:
         seed: of the choice of rows.
     """
 
-    rows: int = 512
+    rows: int = 256
     seed: int = 0
 
 
@@ -107,8 +108,7 @@ def quantize_denoiser(
     if not layers:
         attach_clock(denoiser, bins)
         return {}
-    count = min(options.rows, _rows_that_fit(denoiser, next(calibration.calls())))
-    rows = gather_rows(calibration, count, options.seed, denoiser=denoiser)
+    rows = rows_of_pass(denoiser, calibration, options)
     folder = work / "layers"
     folder.mkdir(parents=True, exist_ok=True)
     clock, results = StepClock(bins), _Results(folder, RowSteps(rows.timesteps), len(layers), progress)
@@ -131,6 +131,12 @@ def quantize_denoiser(
     return results.errors
 
 
+def rows_of_pass(denoiser: nn.Module, calibration: CalibrationSet, options: PassOptions) -> RowBatch:
+    """Return the rows that a pass over the whole denoiser works with."""
+    count = min(options.rows, _rows_that_fit(denoiser, next(calibration.calls())))
+    return gather_rows(calibration, count, options.seed, denoiser=denoiser)
+
+
 def compare_executions(
     denoiser: nn.Module, calibration: CalibrationSet, progress: Progress = lambda text, done, total: None
 ) -> dict[str, float]:
@@ -148,7 +154,8 @@ def compare_executions(
         def hook(layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
             fake = layer.fake_forward(args[0])
             peak = fake.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-            worst[name] = max(worst.get(name, 0.0), float((y - fake).abs().max() / peak))
+            difference = ((y - fake).abs().max() / peak).nan_to_num(nan=math.inf)  # `max` would overlook NaN
+            worst[name] = max(worst.get(name, 0.0), float(difference))
 
         return hook
 
@@ -320,7 +327,12 @@ def _rows_that_fit(denoiser: nn.Module, call: RecordedCall) -> int:
 
 
 def _float_layer(denoiser: nn.Module, name: str) -> Layer:
-    layer = denoiser.get_submodule(name)
+    try:
+        layer = denoiser.get_submodule(name)
+    except AttributeError as error:
+        raise QuantizationError(
+            "The denoiser has no such layer", where=name, remedy="Leave it out of the schemes."
+        ) from error
     if not isinstance(layer, Layer) or is_quantized(layer):
         raise QuantizationError(
             f"{type(layer).__name__} is no float linear or convolution layer",

@@ -17,7 +17,7 @@ from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.gptq import input_moments, round_gptq
 from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear
 from dcomp.compress.scheme import QScheme
-from dcomp.compress.split import float_parts, join_parts, part_slices
+from dcomp.compress.split import float_parts, join_parts, part_slices, parts_of
 from dcomp.compress.transforms import choose_smoothing, low_rank_branch, rotate_weight
 from dcomp.kernels import qparams
 from dcomp.kernels.packing import PackedWeight
@@ -178,3 +178,20 @@ def _by_bin(x: Tensor, row_bins: Tensor | None) -> Iterator[tuple[int, Tensor]]:
         return
     for step_bin in row_bins.unique().tolist():
         yield step_bin, x[row_bins == step_bin]
+
+
+def transformed_weight(weight: Tensor, layer: Quantized) -> list[Tensor]:
+    """Return the float weight of each part of a quantized layer in the coordinates of its codes, `[O, *taps, I]`.
+
+    Args:
+        weight: of the float layer, in torch's layout.
+        layer: its quantized form.
+    """
+    canonical, found = to_canonical(weight.float()), []
+    for part, channels in zip(parts_of(layer), part_slices(canonical.shape[-1], layer.scheme.boundaries), strict=True):
+        own = canonical[..., channels]
+        if part.lr_down is not None and part.lr_up is not None:
+            own = own - (part.lr_up.float() @ part.lr_down.float().flatten(1)).view_as(own)
+        own = own if part.smooth_inv is None else own / part.smooth_inv
+        found.append(rotate_weight(own, qparams.rotation_block(own.shape[-1])) if layer.scheme.rotate else own)
+    return found

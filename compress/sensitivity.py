@@ -113,7 +113,7 @@ def measure_sensitivity(
             found = {}
             for label, quantized in _forms(denoiser, rows, name, schemes, bins):
                 with _in_place(denoiser, name, quantized, bins), torch.no_grad():
-                    errors = objective.measure(lambda text, done, total: None)
+                    errors = objective.measure(every, lambda text, done, total: None)
                 if not torch.isfinite(errors).all():
                     raise SensitivityError(
                         "The prediction is not finite", where=f"{name}, {label}", remedy="Leave this scheme out."

@@ -32,6 +32,8 @@ from dcomp.kernels.packing import PackedWeight
 Learnable = Literal["scales", "biases", "norms", "rounding", "input_scales"]
 Progress = Callable[[str, int, int], None]
 
+MEASURED_PER_STEP = 8  # rows, or pairs, by which errors before and after are known, of both kinds of trajectories
+
 _SLOWEST, _FASTEST = -0.9, 9.0  # bounds of a scale's growth: it keeps its sign and never vanishes
 
 
@@ -43,7 +45,8 @@ class TuningError(DcompError):
 class TuneResult:
     """What tuning did.
 
-    The four losses are mean squared errors, each step in units of its error before on the rows that were learned from.
+    The four losses are mean squared errors, each step in units of its error before on the rows that were learned from;
+    `MEASURED_PER_STEP` rows of a step stand for all.
 
     Attributes:
         initial: on the rows that were learned from: 1 if no step is without error.
@@ -109,17 +112,19 @@ def tune(
     """
     objective = Objective(denoiser, rows, guidance, batch_rows)
     groups = torch.arange(len(objective.units)) if trajectories is None else trajectories[objective.units[:, 0]]
-    seen, judges = hold_out(groups, seed)
+    seen, held_out = hold_out(groups, seed)
+    known, judges = (objective.sample(units, MEASURED_PER_STEP) for units in (seen, held_out))
+    measured = torch.cat((known, judges))
     options = [iterations, batch_rows, guidance, sorted(learn), lr, rounding_lr, seed, seen.tolist()]
     with _parameters_guarded(denoiser), _Learned(denoiser, frozenset(learn)) as learned:
         file = Snapshot(snapshot, f"{json.dumps(options)} {learned.digest()} {objective.digest()}")
         optimizer = CosineAdam([(learned.values, lr), (learned.codes, rounding_lr)], iterations)
         state = file.read() or {}
         first = int(state.pop("iteration", torch.tensor(0)))
-        before = state.pop("errors") if state else objective.measure(progress)
+        before = state.pop("errors") if state else objective.measure(measured, progress)
         if state:
             optimizer.load(state)
-        weights = objective.weights(before, seen)
+        weights = objective.weights(before, known)
         order = StratifiedOrder(objective.steps[seen], seed)
 
         def now(iteration: int) -> dict[str, Tensor]:
@@ -135,15 +140,15 @@ def tune(
         progress("tuning", iterations, iterations)
         file.write(partial(now, iterations), at_once=True)
         learned.write()
-        after = objective.measure(progress)
+        after = objective.measure(measured, progress)
         kept = bool((after * weights)[judges].mean() < (before * weights)[judges].mean())
         if not kept:
             learned.put_back()
     held = zip(objective.timesteps, *(objective.by_step(errors, judges) for errors in (before, after)), strict=True)
     before, after = before * weights, after * weights
     return TuneResult(
-        float(before[seen].mean()),
-        float(after[seen].mean()),
+        float(before[known].mean()),
+        float(after[known].mean()),
         float(before[judges].mean()),
         float(after[judges].mean()),
         kept,

@@ -11,6 +11,7 @@ Letters: N tokens or samples with a scale each, M rows in each, I channels, G = 
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,11 +199,18 @@ def fake_quant_group(x: Tensor, group: int) -> Tensor:
 
 def _straight_through(x: Tensor, values: Tensor) -> Tensor:
     """Return `values` with the gradient of `x`."""
-    if not x.requires_grad:
-        return values
-    # `x - x` is exactly 0 for finite values, so adding it changes no bit; -0.0 becomes 0.0.
-    x = x.float()
-    return values + (x - x.detach())
+    return _StraightThrough.apply(x, values) if x.requires_grad else values  # type: ignore[no-untyped-call]
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:

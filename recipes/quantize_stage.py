@@ -17,9 +17,10 @@ from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_ranges
 from dcomp.compress.allocation import Allocation, allocate
+from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
 from dcomp.compress.coverage import coverage
 from dcomp.compress.policy import Decision, choose_schemes
-from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser
+from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.sensitivity import measure_sensitivity, options_of, proxy_correlation
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
@@ -81,7 +82,25 @@ def quantize_stage(
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
     bins = _step_bins(pipeline, recorded, schemes, stage, seed)
-    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, PassOptions(stage.rows, seed))
+    options = PassOptions(stage.rows, seed)
+    learned = [name for name, scheme in schemes.items() if scheme.rounding == "adaround"]
+    reference = None
+    if learned:
+        rows = rows_of_pass(denoiser, recorded, options)
+        reference = record_blocks(denoiser, rows, plan.structure.blocks, learned, work / "float-blocks")
+    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, options)
+    if reference:
+        blocks = reconstruct_blocks(
+            denoiser,
+            rows,
+            reference,
+            work / "blocks",
+            iterations=stage.block_iterations,
+            seed=seed,
+            progress=report,
+        )
+        kept = sum(block.kept for block in blocks.values())
+        notes.append(f"Reconstruction brought {kept} of {len(blocks)} blocks nearer to float; others kept their codes.")
     if stage.tune and schemes:
         notes += _tuning_notes(_tune(denoiser, recorded, stage, guidance, seed, work, report))
     differences = compare_executions(denoiser, recorded, report)

@@ -75,6 +75,7 @@ class QuantizeStage(_Frozen):
         target_bits: bits a parameter, over all parameters; weights get 4 or 8 bits, where each does least harm.
         max_megabytes: the same with a size of the denoiser as the budget, in millions of bytes.
         rows: samples of recorded calls that ranges and codes are chosen with.
+        block_iterations: steps in which the codes of a block are learned, with `adaround`.
         tune: iterations of tuning scales, biases and norms against the float model's predictions.
         tune_rounding: tune the codes as well.
         keep: layer name patterns to leave in float, in addition to what the preset leaves.
@@ -97,7 +98,8 @@ class QuantizeStage(_Frozen):
     temporal: Literal["layers", "cache", "choose"] = "layers"
     target_bits: Annotated[float, Field(gt=0, le=32)] | None = None
     max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
-    rows: Annotated[int, Field(ge=1, le=65_536)] = 512
+    rows: Annotated[int, Field(ge=1, le=65_536)] = 256
+    block_iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     tune: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     tune_rounding: bool = False
     keep: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()

@@ -27,6 +27,7 @@ from tests.support.tiny import save_tiny_pipeline
 UNET, TEXT = "UNet2DModel", "UNet2DConditionModel"
 COMMANDS = ["quantize", "compress", "calibrate", "validate", "generate", "bench", "inspect", "doctor", "demo"]
 SHORT = ["--samples", "2", "--steps", "3", "--batch-size", "2"]
+QUICK = [*SHORT, "--set", "stages.0.tune=0"]
 SCREEN = 12  # lines that an error may take
 Run = Callable[..., tuple[int, str, str]]
 
@@ -176,6 +177,9 @@ def test_a_missing_or_empty_folder_is_refused_by_every_command(models: dict[str,
 QUANTIZE: dict[str, tuple[list[str], str]] = {
     "two presets": (["--w4a8", "--w8a8"], "--w8a8 and --w4a8 exclude each other"),
     "a preset and a recipe": (["--w4a8", "--recipe", "w8a8"], "--w4a8 and --recipe exclude each other"),
+    "4-bit inputs and another preset": (["--w8a8", "--w4a4"], "--w8a8 and --w4a4 exclude each other"),
+    "unknown method": (["--method", "gtpq"], "Did you mean gptq?"),
+    "unknown quality": (["--quality", "bests"], "Did you mean best?"),
     "unknown recipe": (["--recipe", "w4a9"], "Did you mean 'w4a8'?"),
     "unknown key": (["--set", "calibraton.steps=3"], "did you mean 'calibration'?"),
     "unknown key of a stage": (["--set", "stages.0.stepbins=3"], "did you mean 'step_bins'?"),
@@ -317,10 +321,10 @@ def test_two_writers_at_once_do_not_mix(models: dict[str, Path], run: Run, monke
 
     def second(plan: Any, **_: Any) -> None:
         monkeypatch.setattr(screens, "print_plan", lambda plan, **_: None)
-        seen.append(run("quantize", models[UNET], "-o", "out", *SHORT))
+        seen.append(run("quantize", models[UNET], "-o", "out", *QUICK))
 
     monkeypatch.setattr(screens, "print_plan", second)
-    code, _, err = run("quantize", models[UNET], "-o", "out", *SHORT)
+    code, _, err = run("quantize", models[UNET], "-o", "out", *QUICK)
     assert code == 0, err
     assert_one_screen(*seen[0], code_wanted=1, words="Another process")
     assert left_in(Path.cwd()) == ["out"]
@@ -371,13 +375,39 @@ def test_dry_run_writes_nothing_and_tells_the_resolved_recipe(models: dict[str, 
     assert file_hashes(models[TEXT]) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--w4a4"], {"preset": "w4a4", "rounding": "gptq", "rows": 512, "tune": 200}),
+        (["--quality", "fast"], {"preset": "w4a8", "rounding": "gptq", "rows": 128, "tune": 0}),
+        (["--quality", "best"], {"rounding": "gptq", "rows": 1024, "tune": 1500, "tune_rounding": True}),
+        (["--w8a8", "--method", "minmax"], {"preset": "w8a8", "rounding": "nearest", "inputs": "static", "tune": 0}),
+        (["--method", "nearest", "--quality", "best"], {"rounding": "nearest", "rows": 1024, "tune": 0}),
+        (["--quality", "fast", "--set", "stages.0.tune=7"], {"rows": 128, "tune": 7}),
+        (["--recipe", "own.yaml", "--method", "gptq"], {"preset": "w8a8", "rounding": "gptq", "rows": 9, "tune": 0}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_methods_and_qualities_are_values_in_the_recipe(
+    options: list[str], wanted: dict[str, Any], models: dict[str, Path], run: Run
+) -> None:
+    Path("own.yaml").write_text("stages: [{kind: quantize, preset: w8a8, rounding: nearest, rows: 9, tune: 3}]")
+    data = read_json(run("quantize", models[UNET], *options, "--dry-run", "--json"))
+    stage = data["recipe"]["stages"][0]
+    assert {key: stage[key] for key in wanted} == wanted
+    assert not {"method", "quality"} & {*stage, *data["recipe"]}
+
+
 def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Path], run: Run) -> None:
     Path("words.txt").write_text("a cat\na red house\n")
     arguments = ["quantize", models[TEXT], "-o", "out", "--scheduler", "EulerDiscrete", "--prompts", "words.txt"]
-    result = read_json(run(*arguments, *SHORT, "--json"))
+    result = read_json(run(*arguments, *QUICK, "--json"))
     assert set(result) == documented("quantize")
     assert result["output"] == "out"
     assert set(result["files"]) == set(file_hashes(Path("out"))) - {"dcomp.json"}
+    entry = next(iter(result["layer_errors"].values()))
+    assert set(entry) == {"weight", "output", "by_step", "int_vs_fake"}
+    assert all(f"`{key}`" in DOCS.read_text().split("An entry of `layer_errors`")[1][:900] for key in entry)
 
     report = read_json(run("inspect", "out", "--json"))
     assert set(report) == documented("inspect")
@@ -406,10 +436,10 @@ def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Pat
 def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
     facts = read_json(run("calibrate", models[UNET], "-o", "set", *SHORT, "--json"))
     assert set(facts) == documented("calibrate")
-    run("quantize", models[UNET], "-o", "out", *SHORT, "--calibration", "set", "--json")
+    run("quantize", models[UNET], "-o", "out", *QUICK, "--calibration", "set", "--json")
     assert file_hashes(Path("out")) == file_hashes(checkpoint)
-    other = run("quantize", models[TEXT], "-o", "other", *SHORT, "--calibration", "set")
-    assert_one_screen(*other, code_wanted=2, words="recorded with another model")
+    other = run("quantize", models[TEXT], "-o", "other", *QUICK, "--calibration", "set")
+    assert_one_screen(*other, code_wanted=2, words="recorded otherwise")
     assert left_in(Path.cwd()) == ["out", "set"]
 
 
@@ -427,7 +457,7 @@ def test_bench_speaks_json(models: dict[str, Path], checkpoint: Path, run: Run) 
 
 
 def test_the_line_that_loads_the_result_comes_last(models: dict[str, Path], run: Run) -> None:
-    code, out, err = run("quantize", models[UNET], "--w8a8", *SHORT)
+    code, out, err = run("quantize", models[UNET], "--w8a8", *QUICK)
     assert code == 0, err
     assert out.splitlines()[-1] == f'import dcomp; pipe = dcomp.load("{UNET}-w8a8")'
     assert "Plan" in err
@@ -461,6 +491,7 @@ def test_an_ended_run_goes_on_and_gives_the_same_bytes(
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("ended")
     long = ["--samples", "200", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1"]
+    long += ["--quality", "fast"]
     arguments = ["quantize", models[UNET], "-o", "out", *long]
     process = program(*arguments, cwd=tmp_path)
     work = tmp_path / ".out.dcomp-work"

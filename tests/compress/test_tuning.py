@@ -292,7 +292,11 @@ def test_without_guidance_rows_are_judged_one_by_one(case):
         assert torch.allclose(plain.errors(torch.arange(len(rows.outputs))), squares, rtol=1e-5)
     guided = Objective(denoiser, rows, GUIDANCE, 16)
     assert (plain.batch, guided.batch) == (16, 8)
-    assert torch.allclose(guided.measure(lambda *_: None), _guided_error(denoiser, rows, "int"), rtol=1e-4)
+    assert torch.allclose(
+        guided.measure(torch.arange(len(guided.units)), lambda *_: None),
+        _guided_error(denoiser, rows, "int"),
+        rtol=1e-4,
+    )
 
 
 def test_what_cannot_be_tuned_is_refused(case):

@@ -9,9 +9,10 @@ import torch
 from dcomp.calibrate.model_files import read_safetensors_header
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.compress.manifest import read_manifest
+from dcomp.compress.policy import Treatment
 from dcomp.compress.scheme import SchemeError
 from dcomp.recipes.load import parse_recipe
-from dcomp.recipes.plan import first_call, weight_bits
+from dcomp.recipes.plan import first_call, treatment_of, weight_bits
 from dcomp.recipes.run import plan_recipe
 from dcomp.recipes.schema import QuantizeStage
 from tests.support.checkpoints import file_hashes, short_recipe
@@ -33,7 +34,7 @@ def test_planned_bytes_are_the_bytes_that_are_written(name: str, tiny_model: Mod
     stored: dict[str, int] = {}
     for file in folder.glob("*.safetensors"):
         for key, info in read_safetensors_header(file).tensors.items():
-            layer = key.rpartition(".")[0]
+            layer = key.partition(".parts.")[0] if ".parts." in key else key.rpartition(".")[0]
             stored[layer] = stored.get(layer, 0) + info.nbytes
     for layer, (before, after) in plan.layer_bytes.items():
         assert stored[layer] == after < before
@@ -53,11 +54,13 @@ def test_planning_writes_nothing(tiny_model: Models, tmp_path: Path, monkeypatch
 
 def test_presets_are_planned_in_the_order_of_their_sizes(tiny_model: Models) -> None:
     plans = {
-        preset: plan_recipe(tiny_model(UNET), short_recipe(UNET, preset)) for preset in ("float", "w8a16", "w4a16")
+        preset: plan_recipe(tiny_model(UNET), short_recipe(UNET, preset))
+        for preset in ("float", "w8a16", "w4a16", "w4a8", "w4a4")
     }
     assert plans["float"].coverage.ratio == 1.0
     assert 0.25 < plans["w8a16"].coverage.ratio < 0.32
-    assert 0.125 < plans["w4a16"].coverage.ratio < plans["w8a16"].coverage.ratio
+    for preset in ("w4a16", "w4a8", "w4a4"):
+        assert 0.125 < plans[preset].coverage.ratio < plans["w8a16"].coverage.ratio
     assert len({plan.macs for plan in plans.values()}) == 1
     assert plans["float"].seconds < plans["w8a16"].seconds
 
@@ -108,6 +111,25 @@ def test_overrides_beat_the_preset_and_every_preset_name_is_a_label(tiny_model: 
         assert "float" in schemes
 
 
-@pytest.mark.parametrize(("preset", "bits"), [("w4a8", 4), ("w4a16", 4), ("w8a8", 8), ("w8a16", 8)])
+def test_keys_of_the_stage_reach_the_schemes(tiny_model: Models) -> None:
+    recipe = short_recipe(UNET, "w4a4")
+    values = {
+        "weight_range": "minmax", "input_range": "minmax", "rounding": "adaround", "inputs": "static", "split": "all",
+        "smooth": False, "rotate": True, "rank": 3,
+    }  # fmt: skip
+    assert treatment_of(QuantizeStage.model_validate(values)) == Treatment(**values)  # type: ignore[arg-type]
+    stage = recipe.stages[0].model_copy(update=values)
+    plan = plan_recipe(tiny_model(UNET), recipe.model_copy(update={"stages": (stage,)}))
+    schemes = [decision.scheme for decision in plan.decisions.values() if decision.scheme]
+    four, eight = ([s for s in schemes if s.input_bits == bits] for bits in (4, 8))
+    assert {(s.weight_range, s.input_range, s.rounding, s.smooth) for s in schemes} == {
+        ("minmax", "minmax", "adaround", False)
+    }
+    assert {(s.rotate, s.rank) for s in four} == {(True, 3)}
+    assert {(s.rotate, s.rank, s.input_granularity) for s in eight} == {(False, 0, "tensor")}
+    assert len([s for s in four if s.boundaries]) > 0
+
+
+@pytest.mark.parametrize(("preset", "bits"), [("w4a8", 4), ("w4a16", 4), ("w4a4", 4), ("w8a8", 8), ("w8a16", 8)])
 def test_weight_bits_are_those_of_the_presets_name(preset: str, bits: int) -> None:
     assert weight_bits(QuantizeStage.model_validate({"preset": preset})) == bits

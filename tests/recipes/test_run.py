@@ -23,10 +23,11 @@ from dcomp.calibrate.clock import StepBins
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
-from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import check_manifest
 from dcomp.compress.quantize import quantize_denoiser
+from dcomp.compress.split import quantized_layers
 from dcomp.recipes.load import load_recipe
+from dcomp.recipes.methods import settings_of
 from dcomp.recipes.plan import Plan, make_plan
 from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
@@ -73,7 +74,7 @@ def test_every_architecture_becomes_a_checkpoint_that_stays_close(
     assert sum(r.bytes_after for r in records) < 0.35 * sum(r.bytes_before for r in records)
     pipe = dcomp.load(tiny_checkpoint(name), check="full")
     original, compressed = open_pipeline(tiny_model(name)), OpenPipeline(pipe, tiny_checkpoint(name))
-    quantized = [layer for layer in compressed.denoiser.modules() if isinstance(layer, QuantLayer)]
+    quantized = quantized_layers(compressed.denoiser)
     assert len(quantized) == sum(record.scheme is not None for record in manifest.layers.values()) > 10
     # Other noise than the calibration's, the same timesteps.
     settings, prompts = settings_for(name, seed=5), prompts_for(original)
@@ -184,7 +185,14 @@ def test_interrupted_runs_go_on_and_end_with_the_same_bytes(
     whole: RunResult, tiny_model: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    for text, done in (("calibration set", 1), ("weights", 7), ("activation ranges", 2), ("writing and checking", 0)):
+    for text, done in (
+        ("calibration set", 1),
+        ("layers", 0),
+        ("layers", 7),
+        ("layers", 20),
+        ("integers against floats", 0),
+        ("writing and checking", 0),
+    ):
         with pytest.raises(KeyboardInterrupt):
             run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at(text, done))
         assert not output.exists()
@@ -196,10 +204,65 @@ def test_interrupted_runs_go_on_and_end_with_the_same_bytes(
     assert [name for name in left_in(tmp_path) if name != "out"] == []
 
 
+def with_stage(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update=values),)})
+
+
+def test_tuning_goes_on_where_it_stopped_and_is_told_of(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(UNET), tune=4)
+    tuned = run_recipe(tiny_model(UNET), recipe, tmp_path / "tuned")
+    for text, done in (("tuning", 0), ("tuning", 3)):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(UNET), recipe, tmp_path / "out", progress=interrupt_at(text, done))
+    again = run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    assert file_hashes(again.output) == file_hashes(tuned.output)
+    assert again.errors == tuned.errors
+    assert [note for note in tuned.notes if note.startswith("Tuning")] == list(set(tuned.notes) - set(whole.notes))
+    # Four steps of tuning change values, never the grid: the layers' errors are those from before.
+    assert {name: (e.weight, e.output) for name, e in tuned.errors.items()} == {
+        name: (e.weight, e.output) for name, e in whole.errors.items()
+    }
+
+
+@pytest.mark.parametrize("name", [UNET, DIT])
+def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
+    name: str, tiny_model: Models, tmp_path: Path
+) -> None:
+    recipe = with_stage(short_recipe(name, "w4a4"), rotate=True, rank=4, split="all")
+    result = run_recipe(tiny_model(name), recipe, tmp_path / "out")
+    pipe = dcomp.load(tmp_path / "out", check="full")
+    original, compressed = open_pipeline(tiny_model(name)), OpenPipeline(pipe, tmp_path / "out")
+    layers = quantized_layers(compressed.denoiser)
+    assert layers.keys() == result.errors.keys()
+    assert {layer.execution for layer in layers.values()} == {"int"}
+    four = [layer.scheme for layer in layers.values() if layer.scheme.input_bits == 4]
+    assert four
+    assert all(scheme.rotate and scheme.rank == 4 for scheme in four)
+    assert all(error.int_vs_fake is not None and error.int_vs_fake <= 1e-5 for error in result.errors.values())
+    prompts, settings = prompts_for(original), settings_for(name, seed=5)
+    expected, found = (p.run(prompts, [8, 9], settings, decode=False).latents for p in (original, compressed))
+    assert 0 < (found - expected).norm() < 0.25 * expected.norm()
+
+
+def test_methods_rank_as_the_literature_says(tiny_model: Models, tmp_path: Path) -> None:
+    set_ = tmp_path / "set"
+    record_calibration(tiny_model(TEXT), short_recipe(TEXT), set_)
+    error = {}
+    for method in ("minmax", "nearest", "gptq"):
+        recipe = with_stage(short_recipe(TEXT), **settings_of(method, "fast"))
+        result = run_recipe(tiny_model(TEXT), recipe, tmp_path / method, calibration=set_)
+        outputs = torch.tensor([layer.output for layer in result.errors.values()])
+        error[method] = float(outputs.square().mean().sqrt())
+    assert error["gptq"] < error["nearest"] < error["minmax"]
+
+
 def test_work_of_another_recipe_is_not_taken_over(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_recipe(
-            tiny_model(UNET), short_recipe(UNET, "w8a8"), tmp_path / "out", progress=interrupt_at("layer errors", 0)
+            tiny_model(UNET),
+            short_recipe(UNET, "w8a8"),
+            tmp_path / "out",
+            progress=interrupt_at("integers against floats", 0),
         )
     run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out")
     assert file_hashes(tmp_path / "out") == file_hashes(whole.output)
@@ -208,13 +271,13 @@ def test_work_of_another_recipe_is_not_taken_over(whole: RunResult, tiny_model: 
 def test_fresh_throws_the_work_away(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("layer errors", 0))
-    weights = {file: file.stat().st_ino for file in tmp_path.rglob("weights/*.safetensors")}
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("integers against floats", 0))
+    weights = {file: file.stat().st_ino for file in tmp_path.rglob("layers/*.safetensors")}
     assert weights
     seen = []
 
     def progress(text: str, done: int, total: int) -> None:
-        if text == "weights" and done == 0:
+        if text == "layers" and done == 0:
             seen.append([file for file in weights if file.exists()])
 
     run_recipe(tiny_model(UNET), short_recipe(UNET), output, fresh=True, progress=progress)
@@ -242,7 +305,8 @@ def test_a_recorded_calibration_set_gives_the_same_bytes(whole: RunResult, tiny_
 
 def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Models, tmp_path: Path) -> None:
     record_calibration(tiny_model(UNET), short_recipe(UNET, seed=3), tmp_path / "set")
-    result = run_recipe(tiny_model(UNET), load_recipe("w4a8"), tmp_path / "out", calibration=tmp_path / "set")
+    recipe = load_recipe("w4a8", (), {"stages.0.tune": 0})
+    result = run_recipe(tiny_model(UNET), recipe, tmp_path / "out", calibration=tmp_path / "set")
     calibration = result.manifest.recipe["calibration"]
     assert (calibration["steps"], calibration["seed"], calibration["samples"]) == (3, 3, 2)
 
@@ -261,8 +325,8 @@ def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_p
     record_calibration(tmp_path / "other", short_recipe(UNET), tmp_path / "set")
     record_calibration(tiny_model(DIT), short_recipe(DIT), tmp_path / "set of another kind")
     before = left_in(tmp_path)
-    for name in ("set", "set of another kind"):
-        with pytest.raises(UsageError, match="recorded with another model") as caught:
+    for name, words in (("set", "other weights of the unet"), ("set of another kind", "recorded otherwise")):
+        with pytest.raises(UsageError, match=words) as caught:
             run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out", calibration=tmp_path / name)
         assert "dcomp calibrate" in caught.value.remedy
         assert left_in(tmp_path) == before
@@ -488,15 +552,13 @@ def test_a_disk_that_fills_up_at_any_point_loses_no_finished_work(
     assert file_hashes(output) == file_hashes(whole.output)
 
 
-@pytest.mark.parametrize(
-    "damaged", ["weights/*.safetensors", "ranges.safetensors", "calibration/*.safetensors", "calibration/*.json"]
-)
+@pytest.mark.parametrize("damaged", ["layers/*.safetensors", "calibration/*.safetensors", "calibration/*.json"])
 def test_damaged_work_is_an_error_that_fresh_solves(
     damaged: str, whole: RunResult, tiny_model: Models, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("layer errors", 0))
+        run_recipe(tiny_model(UNET), short_recipe(UNET), output, progress=interrupt_at("integers against floats", 0))
     file = next((tmp_path / ".out.dcomp-work").rglob(damaged))
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises(DcompError, match="damaged") as caught:

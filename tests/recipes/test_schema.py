@@ -6,6 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dcomp.compress import policy
+from dcomp.recipes.load import load_recipe
 from dcomp.recipes.schema import PRESETS, Calibration, QuantizeStage, Recipe
 
 CALIBRATIONS = st.builds(
@@ -23,7 +25,17 @@ STAGES = st.builds(
     QuantizeStage,
     preset=st.sampled_from(PRESETS),
     format=st.sampled_from(["dcomp", "quanto", "bnb"]),
+    rounding=st.sampled_from(["nearest", "gptq", "adaround"]),
+    inputs=st.sampled_from(["dynamic", "static"]),
     step_bins=st.integers(1, 1000),
+    weight_range=st.sampled_from(["mse", "minmax"]),
+    split=st.sampled_from(["direct", "all", "none"]),
+    smooth=st.none() | st.booleans(),
+    rotate=st.booleans(),
+    rank=st.integers(0, 1024),
+    rows=st.integers(1, 65_536),
+    tune=st.integers(0, 1_000_000),
+    tune_rounding=st.booleans(),
     keep=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
     overrides=st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from([*PRESETS, "W8A8"]), max_size=3),
 )
@@ -49,6 +61,11 @@ def test_every_default_is_spelled_out() -> None:
     assert set(data["calibration"]) == set(Calibration.model_fields)
     assert set(data["stages"][0]) == set(QuantizeStage.model_fields)
     assert data["stages"][0]["kind"] == "quantize"
+
+
+def test_presets_of_recipes_are_those_of_the_policy() -> None:
+    assert set(PRESETS) == set(policy.PRESETS)
+    assert all(load_recipe(preset).stages[0].preset == load_recipe(preset).name == preset for preset in PRESETS)
 
 
 def test_order_of_keys_does_not_change_the_hash() -> None:
@@ -79,6 +96,17 @@ def test_order_of_keys_does_not_change_the_hash() -> None:
         (QuantizeStage, {"step_bins": 0}),
         (QuantizeStage, {"step_bins": 1001}),
         (QuantizeStage, {"weight_range": "best"}),
+        (QuantizeStage, {"rounding": "stochastic"}),
+        (QuantizeStage, {"inputs": "tensor"}),
+        (QuantizeStage, {"split": True}),
+        (QuantizeStage, {"smooth": "maybe"}),
+        (QuantizeStage, {"rank": -1}),
+        (QuantizeStage, {"rank": 1025}),
+        (QuantizeStage, {"rows": 0}),
+        (QuantizeStage, {"tune": -1}),
+        (QuantizeStage, {"tune": 10**9}),
+        (QuantizeStage, {"method": "gptq"}),
+        (QuantizeStage, {"quality": "best"}),
         (QuantizeStage, {"keep": ("",)}),
         (QuantizeStage, {"keep": "conv_in"}),
         (QuantizeStage, {"overrides": {"conv_in": "w3a3"}}),

@@ -17,11 +17,16 @@ from dcomp.recipes.load import load_recipe
 from dcomp.recipes.schema import Recipe
 from tests.support.tiny import tiny_pipeline
 
-SHORT: dict[str, Any] = {"calibration.samples": 2, "calibration.steps": 3, "calibration.batch_size": 2}
+SHORT: dict[str, Any] = {
+    "calibration.samples": 2,
+    "calibration.steps": 3,
+    "calibration.batch_size": 2,
+    "stages.0.tune": 0,
+}
 
 
 def short_recipe(name: str, preset: str = "w4a8", **values: Any) -> Recipe:
-    """A built-in recipe for two pictures of three steps; `values` are keys of its calibration."""
+    """A built-in recipe for two pictures of three steps, without tuning; `values` are keys of its calibration."""
     # Flux has no size of its own: its default would be 4096 tokens.
     size = {"calibration.height": 16, "calibration.width": 16} if name == "FluxTransformer2DModel" else {}
     return load_recipe(preset, (), SHORT | size | {f"calibration.{key}": value for key, value in values.items()})
