@@ -101,11 +101,16 @@ def _beside(parameter: Tensor) -> list[Tensor]:
     return [value for value in (*packed, rows) if isinstance(value, Tensor)]
 
 
-def _torchao(config: Callable[[], Any]) -> Apply:
+def _torchao(config: Callable[[], Any], divisor: int = 1) -> Apply:
+    """Quantize linear layers; torchao refuses those that its groups do not divide, and they stay float."""
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        return isinstance(layer, nn.Linear) and layer.in_features % divisor == 0
+
     def apply(context: Context) -> int:
         from torchao.quantization import quantize_
 
-        quantize_(context.denoiser, config())
+        quantize_(context.denoiser, config(), fits)
         return stored_bytes(context.denoiser)
 
     return apply
@@ -222,9 +227,9 @@ _LINEAR = "linear layers only"
 PEERS = (
     Peer("torchao int8 weights", "w8a16", "torchao", _torchao(_ao_int8), _LINEAR),
     Peer("torchao int8 weights, int8 dynamic", "w8a8", "torchao", _torchao(_ao_int8_dynamic), _LINEAR),
-    Peer("torchao int4 weights (Int4WeightOnlyConfig)", "w4a16", "torchao", _torchao(_ao_int4), _LINEAR),
-    Peer("torchao int4 weights (IntxWeightOnlyConfig)", "w4a16", "torchao", _torchao(_ao_intx4), _LINEAR),
-    Peer("torchao int4 weights, int8 dynamic", "w4a8", "torchao", _torchao(_ao_int8_dynamic_intx4), _LINEAR),
+    Peer("torchao int4 weights (Int4WeightOnlyConfig)", "w4a16", "torchao", _torchao(_ao_int4, GROUP), _LINEAR),
+    Peer("torchao int4 weights (IntxWeightOnlyConfig)", "w4a16", "torchao", _torchao(_ao_intx4, GROUP), _LINEAR),
+    Peer("torchao int4 weights, int8 dynamic", "w4a8", "torchao", _torchao(_ao_int8_dynamic_intx4, GROUP), _LINEAR),
     Peer("quanto qint8", "w8a16", "optimum-quanto", _quanto("qint8")),
     Peer("quanto qint8, qint8 activations", "w8a8", "optimum-quanto", _quanto("qint8", "qint8")),
     Peer("quanto qint4", "w4a16", "optimum-quanto", _quanto("qint4")),

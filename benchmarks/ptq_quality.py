@@ -161,7 +161,11 @@ class Report:
         return key in self.rows and "not_run" not in self.rows[key]
 
     def add(self, key: str, row: dict[str, Any]) -> None:
-        """Take a row and write the file."""
+        """Take a row in place of an older one of that name, which another version's recipe made, and write the file."""
+        name = ("group", "bits", "name", "seed")
+        same = [old for old, other in self.rows.items() if all(other.get(k) == row.get(k) for k in name)]
+        for old in same:
+            del self.rows[old]
         self.rows[key] = row
         self.write()
         shown = {name: value for name, value in row.items() if name not in ("changes", "latent_errors")}
@@ -482,29 +486,37 @@ def ladder_table(entry: dict[str, Any], report: Report) -> str:
     lines = [
         f"Ladder of {entry['bits'].upper()}, {len(entry['seeds'])} calibration seeds",
         "",
-        "| step | latent error | error / error before | its spread over seeds | |",
-        "|---|---:|---:|---:|---|",
+        "| step | latent error | error / error before | its spread over seeds | pictures nearer | |",
+        "|---|---:|---:|---:|---:|---|",
     ]
-    before: list[float] | None = None
+    before: list[dict[str, Any]] | None = None
     against: list[str] = []
     for rung in entry["rungs"]:
-        rows = [report.rows[key] for key in rung["rows"]]
+        rows = [report.rows.get(key, {"not_run": "measured again since"}) for key in rung["rows"]]
         reasons = [row["not_run"] for row in rows if "not_run" in row]
         errors = [row.get("latent_error") for row in rows]
         if reasons or None in errors:
-            lines.append(f"| {rung['name']} | not run: {(reasons or ['not finite'])[0]} | | | |")
+            lines.append(f"| {rung['name']} | not run: {(reasons or ['not finite'])[0]} | | | | |")
             continue
         mean = f"{statistics.mean(errors):.4f}"
         if before is None:
-            lines.append(f"| {rung['name']} | {mean} | | | |")
+            lines.append(f"| {rung['name']} | {mean} | | | | |")
         else:
-            ratios = [now / then for now, then in zip(errors, before, strict=True)]
+            ratios = [now / then["latent_error"] for now, then in zip(errors, before, strict=True)]
+            pairs = [
+                (now, then)
+                for row, other in zip(rows, before, strict=True)
+                for now, then in zip(row["latent_errors"], other["latent_errors"], strict=True)
+            ]
+            nearer = f"{sum(now < then for now, then in pairs) / len(pairs):.0%}"
             verdict = judge(ratios)
             if verdict != "helps":
                 against.append(rung["name"])
             spread = f"{min(ratios):.3f} to {max(ratios):.3f}" if len(ratios) > 1 else "one seed"
-            lines.append(f"| {rung['name']} | {mean} | {statistics.mean(ratios):.3f} | {spread} | {verdict} |")
-        before = errors
+            lines.append(
+                f"| {rung['name']} | {mean} | {statistics.mean(ratios):.3f} | {spread} | {nearer} | {verdict} |"
+            )
+        before = rows
     verdict = f"Not monotone: {', '.join(against)}." if against else "Monotone: every step helps."
     return "\n".join([*lines, "", verdict])
 

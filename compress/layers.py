@@ -185,8 +185,9 @@ class QuantLayer(Quantized):
             "input_scale": input_scale,
             "input_zero": input_zero,
             "smooth_inv": smooth_inv,
-            "lr_down": low_rank and low_rank[0],
-            "lr_up": low_rank and low_rank[1],
+            # As a file holds them: products over other strides round otherwise.
+            "lr_down": low_rank and low_rank[0].contiguous(),
+            "lr_up": low_rank and low_rank[1].contiguous(),
         }
         for name, value in given.items():
             expected = quantized._buffers[name]

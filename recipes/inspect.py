@@ -22,6 +22,7 @@ class InspectedLayer:
     bytes_after: int
     weight_error: float | None
     output_error: float | None
+    error_by_step: list[float]
     reason: str | None
 
 

@@ -22,6 +22,7 @@ from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import LayerRecord, Manifest, Totals
 from dcomp.compress.policy import PRESETS
+from dcomp.compress.quantize import LayerErrors
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer
 from dcomp.kernels.packing import PackedWeight
@@ -30,6 +31,7 @@ from dcomp.recipes.doctor import examine
 from dcomp.recipes.generate import generate
 from dcomp.recipes.inspect import inspect
 from dcomp.recipes.load import load_recipe
+from dcomp.recipes.methods import METHODS, QUALITIES
 from dcomp.recipes.run import RunResult, plan_recipe, record_calibration
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
 from dcomp.recipes.verdict import ValidationResult
@@ -176,13 +178,26 @@ def test_the_page_of_recipes_lists_all_keys_and_their_defaults() -> None:
 
 def test_the_page_of_recipes_has_every_preset_for_every_role() -> None:
     presets, reasons = tables(TEXTS["recipes.md"], "## Presets")
-    order = ("w8a8", "w4a8", "w4a16", "w8a16", "float")
+    order = ("w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float")
     assert names(presets) == set(Role) == names(reasons)
     assert [row[0].strip("`") for row in reasons] == list(Role), "roles in the order in which they apply"
     assert set(order) == set(PRESETS)
     for role, *labels in presets:
         schemes = [PRESETS[preset][Role(role.strip("`"))] for preset in order]
         assert labels == [scheme.label if scheme else "float" for scheme in schemes], role
+
+
+def test_the_page_of_recipes_has_every_method_and_quality() -> None:
+    for heading, known in (("### Methods", METHODS), ("### Qualities", QUALITIES)):
+        said = {}
+        for name, values in tables(TEXTS["recipes.md"], heading)[0]:
+            said[name.strip("`")] = yaml.safe_load("{" + ", ".join(re.findall(r"`([^`]+)`", values)) + "}")
+        assert said == known
+
+
+def test_errors_of_layers_have_the_keys_of_the_page() -> None:
+    entry = TEXTS["json.md"].split("An entry of `layer_errors` has ")[1].split("\n\n")[0]
+    assert {name for name in inline(entry) if name.isidentifier()} == {field.name for field in fields(LayerErrors)}
 
 
 def snippets() -> dict[str, Any]:

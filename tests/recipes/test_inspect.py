@@ -36,14 +36,19 @@ def test_every_layer_is_told_with_bits_bytes_and_error(report: Inspection, tiny_
         assert layer.bytes_after < layer.bytes_before * (0.3 if layer.weight_bits == 4 else 0.6)
         assert 0 < (layer.weight_error or 0) < (0.12 if layer.weight_bits == 4 else 0.012)
         assert 0 < (layer.output_error or 0) < 0.2
+        assert len(layer.error_by_step) == 3
+        assert min(layer.error_by_step) <= (layer.output_error or 0) <= max(layer.error_by_step)
         assert layer.reason
     assert report.left_in_float == []
 
 
-def test_facts_come_from_the_recipe_and_the_files(report: Inspection) -> None:
-    assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 3, short_recipe(NAME).to_dict())
+def test_facts_come_from_the_recipe_and_the_files(report: Inspection, static_checkpoint: Models) -> None:
+    assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 0, short_recipe(NAME).to_dict())
+    static = inspect(static_checkpoint(NAME))
+    assert static.step_bins == 3
+    assert dict(static.facts())["calibrated"] == "2 trajectories of 3 steps, 3 activation tables"
     facts = dict(report.facts())
-    assert facts["calibrated"] == "2 trajectories of 3 steps, 3 activation tables"
+    assert facts["calibrated"] == "2 trajectories of 3 steps"
     assert facts["layers in float"] == "none"
     assert facts["made from"].startswith("UNet2DModel (")
 

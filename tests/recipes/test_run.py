@@ -31,7 +31,7 @@ from dcomp.recipes.methods import settings_of
 from dcomp.recipes.plan import Plan, make_plan
 from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
-from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe
+from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe, with_stage
 from tests.support.tiny import load_pipeline, tiny_pipeline
 
 UNET, TEXT, DIT = "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"
@@ -65,15 +65,16 @@ def left_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize("name", SIX)
+@pytest.mark.parametrize(("name", "inputs"), [*((name, "dynamic") for name in SIX), (UNET, "static"), (TEXT, "static")])
 def test_every_architecture_becomes_a_checkpoint_that_stays_close(
-    name: str, tiny_model: Models, tiny_checkpoint: Models
+    name: str, inputs: str, tiny_model: Models, tiny_checkpoint: Models, static_checkpoint: Models
 ) -> None:
-    manifest = check_manifest(tiny_checkpoint(name))
+    folder = {"dynamic": tiny_checkpoint, "static": static_checkpoint}[inputs](name)
+    manifest = check_manifest(folder)
     records = [record for record in manifest.layers.values() if record.scheme]
     assert sum(r.bytes_after for r in records) < 0.35 * sum(r.bytes_before for r in records)
-    pipe = dcomp.load(tiny_checkpoint(name), check="full")
-    original, compressed = open_pipeline(tiny_model(name)), OpenPipeline(pipe, tiny_checkpoint(name))
+    pipe = dcomp.load(folder, check="full")
+    original, compressed = open_pipeline(tiny_model(name)), OpenPipeline(pipe, folder)
     quantized = quantized_layers(compressed.denoiser)
     assert len(quantized) == sum(record.scheme is not None for record in manifest.layers.values()) > 10
     # Other noise than the calibration's, the same timesteps.
@@ -88,7 +89,8 @@ def test_every_architecture_becomes_a_checkpoint_that_stays_close(
     error = (found.latents - expected.latents).norm() / expected.latents.norm()
     # Four bits move every layer of a random model by about 7%; its trajectory must not add that up.
     assert 0 < error < 0.15
-    assert compressed.denoiser.dcomp_clock.unseen == 0
+    clock = compressed.denoiser.dcomp_clock
+    assert (clock.bins.count if clock.bins else None, clock.unseen) == (3 if inputs == "static" else None, 0)
 
 
 @pytest.mark.parametrize("preset", ["float", "no stages"])
@@ -202,10 +204,6 @@ def test_interrupted_runs_go_on_and_end_with_the_same_bytes(
     assert file_hashes(output) == file_hashes(whole.output)
     assert result.errors == whole.errors
     assert [name for name in left_in(tmp_path) if name != "out"] == []
-
-
-def with_stage(recipe: Recipe, **values: Any) -> Recipe:
-    return recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update=values),)})
 
 
 def test_tuning_goes_on_where_it_stopped_and_is_told_of(whole: RunResult, tiny_model: Models, tmp_path: Path) -> None:
@@ -325,7 +323,7 @@ def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_p
     record_calibration(tmp_path / "other", short_recipe(UNET), tmp_path / "set")
     record_calibration(tiny_model(DIT), short_recipe(DIT), tmp_path / "set of another kind")
     before = left_in(tmp_path)
-    for name, words in (("set", "other weights of the unet"), ("set of another kind", "recorded otherwise")):
+    for name, words in (("set", "other weights of the unet"), ("set of another kind", "another denoiser")):
         with pytest.raises(UsageError, match=words) as caught:
             run_recipe(tiny_model(UNET), short_recipe(UNET), tmp_path / "out", calibration=tmp_path / name)
         assert "dcomp calibrate" in caught.value.remedy
@@ -333,7 +331,7 @@ def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_p
 
 
 def test_another_scheduler_is_part_of_the_checkpoint(tiny_model: Models, tmp_path: Path) -> None:
-    recipe = short_recipe(TEXT, scheduler="EulerDiscrete")
+    recipe = with_stage(short_recipe(TEXT, scheduler="EulerDiscrete"), inputs="static")
     run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())
     config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
@@ -345,7 +343,7 @@ def test_another_scheduler_is_part_of_the_checkpoint(tiny_model: Models, tmp_pat
     opened = open_pipeline(tmp_path / "out")
     assert type(opened.scheduler).__name__ == "EulerDiscreteScheduler"
     found = opened.run(["a cat", "a red house"], [0, 1], settings_for(TEXT)).latents
-    assert opened.denoiser.dcomp_clock.unseen == 0
+    assert (opened.denoiser.dcomp_clock.bins.count, opened.denoiser.dcomp_clock.unseen) == (3, 0)
     expected = open_pipeline(tiny_model(TEXT), scheduler="EulerDiscrete")
     reference = expected.run(["a cat", "a red house"], [0, 1], settings_for(TEXT)).latents
     assert (found - reference).norm() < 0.15 * reference.norm()

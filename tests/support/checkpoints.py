@@ -32,6 +32,11 @@ def short_recipe(name: str, preset: str = "w4a8", **values: Any) -> Recipe:
     return load_recipe(preset, (), SHORT | size | {f"calibration.{key}": value for key, value in values.items()})
 
 
+def with_stage(recipe: Recipe, **values: Any) -> Recipe:
+    """A recipe with other values in its stage."""
+    return recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update=values),)})
+
+
 @contextmanager
 def checked_in_a_fork() -> Iterator[None]:
     """Let the check of a written folder run in a fork, which need not import everything again as a fresh process."""
