@@ -127,7 +127,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             "step_bins": self.step_bins.to_dict() if self.step_bins else None,
             "schemes": {key: scheme.to_dict() for key, scheme in self.schemes.items()},
             "layers": dict(self.layers),
-            **({"features": dict(self.features)} if self.features else {}),
+            "features": dict(self.features),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:

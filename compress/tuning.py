@@ -89,8 +89,7 @@ def tune(
     Args:
         denoiser: with quantized layers, in eval mode.
         rows: recorded calls with the float model's predictions.
-        trajectories: integers `[N]`, the trajectory of each row; a tenth of them judges the result. Without it each
-            row, or pair, counts as one, and the judges know the trajectories of the others.
+        trajectories: integers `[N]`, groups of rows of which a tenth judges the result; None: those of the rows.
         iterations: optimizer steps; the learning rates fall to 0 along a cosine.
         batch_rows: rows of a step, and of a forward pass that measures.
         guidance: scale that the pipeline guides with; None for the plain error, also of pairs.
@@ -111,7 +110,7 @@ def tune(
         units by step and the held-out judgement are ours.
     """
     objective = Objective(denoiser, rows, guidance, batch_rows)
-    groups = torch.arange(len(objective.units)) if trajectories is None else trajectories[objective.units[:, 0]]
+    groups = (rows.trajectories if trajectories is None else trajectories)[objective.units[:, 0]]
     seen, held_out = hold_out(groups, seed)
     known, judges = (objective.sample(units, MEASURED_PER_STEP) for units in (seen, held_out))
     measured = torch.cat((known, judges))

@@ -229,7 +229,6 @@ def _tune(
     return tune(
         denoiser,
         rows,
-        trajectories=rows.trajectories,
         iterations=stage.tune,
         batch_rows=TUNE_ROWS,
         guidance=guidance,

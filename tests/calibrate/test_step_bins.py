@@ -142,7 +142,7 @@ class Twice(nn.Module):
 def test_step_ranges_are_those_of_the_rows_of_each_step() -> None:
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(40, 3, generator=generator), torch.tensor([5.0, 9.0, 1.0, 9.0]).repeat(10)
-    rows = RowBatch((x, t), {}, x, t, None, frozenset({(0,), (1,)}))
+    rows = RowBatch((x, t), {}, x, t, torch.zeros(len(x), dtype=torch.int64), None, frozenset({(0,), (1,)}))
     timesteps, ranges = step_ranges(Twice(), rows, ["layers.1", "layers.0"])
     assert timesteps == (9.0, 5.0, 1.0)
     for i, step in enumerate(timesteps):

@@ -69,10 +69,11 @@ def _case(count):
         {"encoder_hidden_states": text, "return_dict": False},
         outputs,
         timesteps,
+        torch.arange(count).repeat_interleave(2 * len(TIMESTEPS)),
         torch.arange(2 * pairs).view(-1, 2),
         frozenset({(0,), (1,), ("encoder_hidden_states",)}),
     )
-    return _quantize(denoiser), rows, torch.arange(count).repeat_interleave(2 * len(TIMESTEPS))
+    return _quantize(denoiser), rows, rows.trajectories
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +162,11 @@ def test_codes_that_are_learned_halve_the_error_of_correlated_inputs():
     torch.manual_seed(0)
     denoiser = _TwoLayers().eval().requires_grad_(False)
     x, t = torch.randn(512, 8) @ torch.randn(8, 32) / 8**0.5, torch.arange(512) % 4.0
-    rows = RowBatch((x, t), {}, denoiser(x, t)[0], t, None, frozenset({(0,), (1,)}))
+    rows = RowBatch((x, t), {}, denoiser(x, t)[0], t, torch.arange(512) // 4, None, frozenset({(0,), (1,)}))
     scheme = QScheme(4, 32, input_bits=16, input_granularity=None)
     for name, layer in list(denoiser.named_children()):
         setattr(denoiser, name, QuantLinear.from_float(layer, search_weight(layer.weight, 4, 32), scheme))
-    options = {"trajectories": torch.arange(512) // 4, "iterations": 100, "batch_rows": 32, "learn": ("rounding",)}
+    options = {"iterations": 100, "batch_rows": 32, "learn": ("rounding",)}
     codes = denoiser.first.packed().codes().clone()
     # Half a code is farther than 100 steps of this rate, which shrinks along a cosine.
     assert not tune(denoiser, rows, rounding_lr=5e-3, **options).kept
