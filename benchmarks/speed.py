@@ -40,7 +40,8 @@ class _Calls:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from dcomp.calibrate.record import RecordedCall
 
-        self._call = RecordedCall(args, kwargs, None, trajectory=0, call=0, step=0, timestep=500.0, contexts=("cond",))
+        place = {"trajectory": 0, "call": 0, "step": 0, "timestep": 500.0, "contexts": ("cond",)}
+        self._call = RecordedCall(args, kwargs, args[0], **place)
 
     def __len__(self) -> int:
         return 1

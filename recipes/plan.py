@@ -19,6 +19,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Weights searched per second, below the 2.5 to 3.4 million measured on one busy core; only for the plan's estimate.
 WEIGHTS_PER_SECOND = 1_000_000
+# Calls' worth of time for each row: of the pass (fake, float, moments, once more for chunks), of a step of tuning.
+PASS_CALLS, TUNE_CALLS = 3.0, 4.0
+TUNE_ROWS = 16  # of one iteration of tuning
 FIXED_SECONDS = 15.0  # opening, writing, and the fresh process that checks what was written
 
 
@@ -116,11 +119,11 @@ def make_plan(
         total = _shrink_linears(total, denoiser, structure, weight_bits(stage))
     seconds, memory = FIXED_SECONDS, psutil.Process().memory_info().rss + total.bytes_after
     if total.bytes_after != total.bytes_before and not foreign:
-        static = any(d.scheme and d.scheme.input_granularity == "tensor" for d in decisions.values())
-        samples = len(prompts) if static else min(len(prompts), options.batch_size)
-        replays = min(options.max_calls, options.steps) if static else 0
-        seconds += call_seconds * samples * (options.steps + replays)
-        seconds += total.parameters / WEIGHTS_PER_SECOND
+        assert stage
+        # Calls are measured with all contexts of one prompt, rows are contexts.
+        seconds += call_seconds * len(prompts) * options.steps
+        seconds += total.parameters / WEIGHTS_PER_SECOND + call_seconds * PASS_CALLS * stage.rows
+        seconds += call_seconds * TUNE_CALLS * TUNE_ROWS * stage.tune
     plan = Plan(
         model=str(pipeline.source),
         denoiser=type(denoiser).__name__,

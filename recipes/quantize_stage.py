@@ -23,13 +23,13 @@ from dcomp.compress.policy import Decision, choose_schemes
 from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.sensitivity import measure_sensitivity, options_of, proxy_correlation
+from dcomp.compress.split import quantized_layers
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
 from dcomp.compress.tuning import TuneResult, tune
 from dcomp.recipes.console import Progress
-from dcomp.recipes.plan import Plan, treatment_of
+from dcomp.recipes.plan import TUNE_ROWS, Plan, treatment_of
 from dcomp.recipes.schema import QuantizeStage
 
-TUNE_ROWS = 16  # of one iteration of tuning
 SENSITIVITY_ROWS = 32
 PROXY_CHANGES, PROXY_SAMPLES, PROXY_STEPS = 12, 4, 10  # of the check that sensitivities rank as final latents do
 
@@ -103,6 +103,11 @@ def quantize_stage(
         notes.append(f"Reconstruction brought {kept} of {len(blocks)} blocks nearer to float; others kept their codes.")
     if stage.tune and schemes:
         notes += _tuning_notes(_tune(denoiser, recorded, stage, guidance, seed, work, report))
+    for name, layer in quantized_layers(denoiser).items():
+        planned = decisions[name]
+        if planned.scheme is not None and planned.scheme.smooth and not layer.scheme.smooth:
+            reason = planned.reason.replace(", smoothed", ", smoothing left out: it did not help")
+            decisions[name] = Decision(layer.scheme, reason)
     differences = compare_executions(denoiser, recorded, report)
     errors = {name: replace(error, int_vs_fake=differences.get(name)) for name, error in errors.items()}
     return StageResult(decisions, errors, tuple(notes))
