@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from dcomp import UsageError
 from dcomp.recipes.console import Progress
 from dcomp.recipes.load import load_recipe
+from dcomp.recipes.methods import QUALITIES
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.report import write_html, write_json
 from dcomp.recipes.run import run_recipe
@@ -41,7 +43,7 @@ def run_demo(
     on_plan: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[ValidationResult, Path]:
-    """Quantize the embedded pipeline to W4A8, validate it and write the report page.
+    """Quantize the embedded pipeline to W4A8 with the quality `fast`, validate it and write the report page.
 
     Args:
         output: folder that receives `emoji-sd-w4a8/` and `report/`.
@@ -54,7 +56,8 @@ def run_demo(
         The validation's result and the folder of the page.
     """
     model = embedded_model()
-    values: dict[str, float] = {"calibration.guidance": GUIDANCE}
+    values: dict[str, Any] = {"calibration.guidance": GUIDANCE, "calibration.samples": 32}
+    values |= {f"stages.0.{key}": value for key, value in QUALITIES["fast"].items()}
     if quick:
         values |= {"calibration.samples": 4, "calibration.steps": 6}
     recipe = load_recipe("w4a8", (), values)
