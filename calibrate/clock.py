@@ -125,11 +125,25 @@ class StepBins:
                 where=f"{len(observed)} timesteps, {count} bins",
                 remedy="Record a calibration set with at least one call and ask for one bin or more.",
             )
-        everything = sorted({*observed, *(float(t) for t in others)}, reverse=True)
         count = min(count, len(observed))
         firsts = [-(-b * len(observed) // count) for b in range(1, count)]
-        log_snr = log_snr_function(scheduler, max(everything))
-        boundaries = tuple(_halfway(log_snr, observed[first - 1], observed[first]) for first in firsts)
+        return cls.beginning_at(firsts, observed, scheduler, others=others)
+
+    @classmethod
+    def beginning_at(
+        cls, firsts: Iterable[int], timesteps: Sequence[float], scheduler: Any = None, *, others: Iterable[float] = ()
+    ) -> Self:
+        """Divide a schedule's timesteps where bins begin.
+
+        Args:
+            firsts: position of the first timestep of each bin but the first, ascending.
+            timesteps: the observed ones, descending.
+            scheduler: gives the log-SNR of a timestep; without one the timestep is taken for a flow time.
+            others: timesteps of the same schedule that were not observed; they join the nearest bin.
+        """
+        everything = sorted({float(t) for t in (*timesteps, *others)}, reverse=True)
+        log_snr = log_snr_function(scheduler, everything[0])
+        boundaries = tuple(_halfway(log_snr, timesteps[first - 1], timesteps[first]) for first in firsts)
         return cls(tuple(everything), tuple(_bin(boundaries, t) for t in everything), boundaries)
 
 
@@ -231,6 +245,16 @@ class StepClock:
         self.last_sample = sample
         self.call += 1
         self.step = self.call // self._order
+
+
+def clock_of(denoiser: nn.Module) -> StepClock:
+    """Return the clock that a denoiser keeps as `dcomp_clock`; one without gets a clock that follows its calls."""
+    clock = getattr(denoiser, "dcomp_clock", None)
+    if not isinstance(clock, StepClock):
+        clock = StepClock()
+        clock.attach(denoiser)
+        denoiser.dcomp_clock = clock  # type: ignore[assignment]
+    return clock
 
 
 class ClockHandle:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dcomp.calibrate.calibration_set import CalibrationError, CalibrationSet, RecordedCall
-from dcomp.calibrate.structure import _POSITIONS, _TIME
+from dcomp.calibrate.structure import POSITIONS, TIMESTEP
 
 Path = tuple[str | int, ...]
 """Where a leaf lies: position or name of the argument, then keys and positions inside it."""
@@ -139,7 +139,7 @@ class _Survey:
         batched = {
             path
             for path, leaf in _leaves(call.args, call.kwargs).items()
-            if _name(path, names) not in _POSITIONS
+            if _name(path, names) not in POSITIONS
             and (_is_time(path, names) or (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch))
         }
         # A smaller last batch shows which of the other axes had the length of the batch by chance.
@@ -231,7 +231,7 @@ def _name(path: Path, names: Sequence[str]) -> str:
 
 
 def _is_time(path: Path, names: Sequence[str]) -> bool:
-    return len(path) == 1 and _name(path, names) == _TIME
+    return len(path) == 1 and _name(path, names) == TIMESTEP
 
 
 def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcomp.calibrate.clock import StepBins, StepBinsError, _bin, _halfway, log_snr_function
+from dcomp.calibrate.clock import StepBins, StepBinsError, log_snr_function
 from dcomp.calibrate.replay import RowBatch
 
 CHUNK_ROWS = 16  # rows that run at once
@@ -36,7 +36,7 @@ def range_drift_bins(
     """
     _check(timesteps, count)
     costs = _drift_costs(_checked(ranges, len(timesteps)))
-    return _bins(timesteps, _cuts(costs, count), scheduler, others)
+    return StepBins.beginning_at(_cuts(costs, count), timesteps, scheduler, others=others)
 
 
 def log_snr_bins(
@@ -56,7 +56,7 @@ def log_snr_bins(
     _check(timesteps, count)
     log_snr = log_snr_function(scheduler, max(*timesteps, *others, timesteps[0]))
     values = torch.tensor([log_snr(t) for t in timesteps], dtype=torch.float64)
-    return _bins(timesteps, _cuts(_variance_costs(values), count), scheduler, others)
+    return StepBins.beginning_at(_cuts(_variance_costs(values), count), timesteps, scheduler, others=others)
 
 
 def range_drift(ranges: Tensor, bin_of: Sequence[int]) -> float:
@@ -191,10 +191,3 @@ def _cuts(costs: Tensor, count: int) -> list[int]:
         cuts.insert(0, int(firsts[end]))
         end = cuts[0] - 1
     return cuts
-
-
-def _bins(timesteps: Sequence[float], cuts: Sequence[int], scheduler: Any, others: Iterable[float]) -> StepBins:
-    everything = sorted({float(t) for t in (*timesteps, *others)}, reverse=True)
-    log_snr = log_snr_function(scheduler, everything[0])
-    boundaries = tuple(_halfway(log_snr, timesteps[cut - 1], timesteps[cut]) for cut in cuts)
-    return StepBins(tuple(everything), tuple(_bin(boundaries, t) for t in everything), boundaries)

@@ -2,7 +2,7 @@
 
 One recorded call is cut to a single sample and repeated, each time with another group of inputs changed; a layer
 depends on a group if and only if something that it reads or returns differs in any bit. Class names play no part;
-`_POSITIONS` is the one table of exceptions. Only hashes of activations are kept, and nothing is changed: the denoiser
+`POSITIONS` is the one table of exceptions. Only hashes of activations are kept, and nothing is changed: the denoiser
 is in its former mode afterwards.
 
 A *layer* here is an `nn.Linear` or `nn.Conv2d`, not a subclass of them, which may compute something else; other parts
@@ -25,8 +25,8 @@ from dcomp.calibrate.tensor_watch import TensorWatch
 
 GROUPS = ("time", "latents", "text", "condition")
 
-_TIME, _TEXT = "timestep", "encoder_hidden_states"
-_POSITIONS = ("img_ids", "txt_ids")  # Flux: coordinates of tokens, without a batch axis, the same in every call
+TIMESTEP, _TEXT = "timestep", "encoder_hidden_states"
+POSITIONS = ("img_ids", "txt_ids")  # Flux: coordinates of tokens, without a batch axis, the same in every call
 
 
 class StructureError(DcompError):
@@ -179,12 +179,12 @@ class _Call:
         sample = bound.arguments.get(latents)
         if not isinstance(sample, Tensor) or not sample.is_floating_point() or sample.ndim < 2 or not len(sample):
             raise StructureError(f"The first argument `{latents}` is not a batch of latents", remedy=remedy)
-        if bound.arguments.get(_TIME) is None:
-            raise StructureError(f"The call has no argument `{_TIME}`", remedy=remedy)
+        if bound.arguments.get(TIMESTEP) is None:
+            raise StructureError(f"The call has no argument `{TIMESTEP}`", remedy=remedy)
         batch = len(sample)
 
         def cut(path: tuple[str, ...], value: Any) -> Any:
-            batched = isinstance(value, Tensor) and value.ndim and len(value) == batch and path[0] not in _POSITIONS
+            batched = isinstance(value, Tensor) and value.ndim and len(value) == batch and path[0] not in POSITIONS
             return value[:1].clone() if batched else value
 
         return cls(_rebound(bound, cut), latents)
@@ -209,7 +209,7 @@ class _Call:
         return _Call(bound, self.latents) if found else None
 
     def _group(self, path: tuple[str, ...], value: Any) -> str | None:
-        if path[0] == _TIME:
+        if path[0] == TIMESTEP:
             return "time" if isinstance(value, Tensor | int | float) else None
         if not isinstance(value, Tensor) or value.dtype == torch.bool or any("mask" in part for part in path):
             return None
@@ -217,7 +217,7 @@ class _Call:
             return "latents"
         if path[0].startswith(_TEXT):
             return "text"
-        return "condition" if value.ndim and len(value) == 1 and path[0] not in _POSITIONS else None
+        return "condition" if value.ndim and len(value) == 1 and path[0] not in POSITIONS else None
 
 
 def _rebound(bound: inspect.BoundArguments, change: Callable[[tuple[str, ...], Any], Any]) -> inspect.BoundArguments:

@@ -19,6 +19,7 @@ from dcomp.calibrate.tree_file import decode, encode, open_tensors, read_descrip
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.quantize_layer import transformed_weight
 from dcomp.compress.reconstruction import BlockResult, reconstruct_block
+from dcomp.compress.soft_rounding import fake_execution
 from dcomp.compress.split import parts_of, quantized_layers
 
 BLOCK_ROWS = 16  # rows of an optimizer step, and of a chunk
@@ -100,21 +101,13 @@ def reconstruct_blocks(
     """
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, BlockResult] = {}
-    layers = quantized_layers(denoiser)
-    before = {layer: layer.execution for layer in layers.values()}
-    try:
-        for layer in layers.values():
-            layer.execution = "fake"
-        with ExitStack() as stack:
-            for name in reference.names:
-                block = denoiser.get_submodule(name)
-                wait = _Waiting(name, block, rows, reference, folder, iterations, seed, results, progress)
-                stack.enter_context(wait.installed())
-            with torch.no_grad():
-                denoiser(*rows.args, **rows.kwargs)
-    finally:
-        for layer, execution in before.items():
-            layer.execution = execution
+    parts = [layer for layer in denoiser.modules() if isinstance(layer, QuantLayer)]
+    with fake_execution(parts), torch.no_grad(), ExitStack() as stack:
+        for name in reference.names:
+            block = denoiser.get_submodule(name)
+            wait = _Waiting(name, block, rows, reference, folder, iterations, seed, results, progress)
+            stack.enter_context(wait.installed())
+        denoiser(*rows.args, **rows.kwargs)
     return results
 
 

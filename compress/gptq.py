@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dcomp import DcompError
-from dcomp.kernels.packing import PackedWeight, pack_weight, unpack_int4
+from dcomp.compress.code_grid import CodeGrid
+from dcomp.kernels.packing import PackedWeight
 
 WIDEST = 4608  # columns of one block of H: 512 channels of a 3x3 convolution, 81 MiB
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 4096
@@ -116,29 +117,24 @@ def round_gptq(weight: Tensor, start: PackedWeight, moments: Moments, damp: floa
         Frantar et al. 2023, GPTQ (algorithm 1); the order of columns is that of its reference code.
     """
     weight = weight.detach().float()
-    multiplier = torch.ones_like(weight)
-    codes, low, high = start.qweight, -127, 127
-    if start.multiplier is not None:
-        assert start.group_size is not None
-        multiplier = start.multiplier.float().repeat_interleave(start.group_size, -1)[..., : start.in_channels]
-        codes, low, high = unpack_int4(start.qweight)[..., : start.in_channels], -8, 7
-    steps = multiplier * _per_channel(start.scale, weight)
+    grid = CodeGrid.of(start)
+    steps = grid.values(torch.ones_like(grid.codes), start.scale)
     chosen = [
-        _choose_codes(w, s, low, high, h.double(), damp)
+        _choose_codes(w, s, grid.low, grid.high, h.double(), damp)
         for w, s, h in zip(_by_block(weight, moments), _by_block(steps, moments), moments.blocks, strict=True)
     ]
     new_codes = torch.cat([c.view(*weight.shape[:-1], -1) for c in chosen], -1)
-    new_scale = _fitted_scale(weight, new_codes * multiplier, start.scale, moments)
+    new_scale = _fitted_scale(weight, grid.values(new_codes, torch.ones_like(start.scale)), start.scale, moments)
 
-    codes, scale = codes.float(), start.scale
+    codes, scale = grid.codes, start.scale
     least = metric_error(weight, start, moments)
     for tried in (start.scale, new_scale):
-        error = metric_error(weight, _packed(new_codes, tried, start), moments)
+        error = metric_error(weight, grid.repack(new_codes, tried), moments)
         better = error < least
         least = torch.where(better, error, least)
         codes = torch.where(_per_channel(better, codes), new_codes, codes)
         scale = torch.where(better, tried, scale)
-    return _packed(codes, scale, start)
+    return grid.repack(codes, scale)
 
 
 def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:
@@ -249,10 +245,6 @@ def _fitted_scale(weight: Tensor, image: Tensor, scale: Tensor, moments: Moments
     cross, square = _products(image, moments, weight.double(), image)
     fitted = (cross / square).float()
     return torch.where(fitted.isfinite() & (fitted >= torch.finfo(torch.float32).tiny), fitted, scale)
-
-
-def _packed(codes: Tensor, scale: Tensor, like: PackedWeight) -> PackedWeight:
-    return pack_weight(codes.to(torch.int8), scale, like.multiplier, group_size=like.group_size)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

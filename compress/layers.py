@@ -329,17 +329,9 @@ class QuantLayer(Quantized):
         weight = (self.qweight.flatten(1), self.scale, multiplier, self._bias, self._in_channels)
         return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight))
 
-    def _fake_rows(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize `[..., I]`, each row with a scale of its own."""
-        if self.scheme.input_bits == 8:
-            return qparams.fake_quant_token(x)
-        return qparams.fake_quant_group(x.reshape(-1, 1, x.shape[-1]), self._input_group).view(x.shape)
-
     @property
     def _input_group(self) -> int:
-        """Channels of a group of inputs; whatever a checkpoint says, no more than there are."""
-        assert self.scheme.input_group is not None
-        return min(self.scheme.input_group, self._in_channels + self._in_channels % 2)
+        return _input_group(self.scheme, self._in_channels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move buffers to a device but never change their dtype, whatever `fn` does."""
@@ -381,8 +373,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
-        inputs = self._transformed(x)
-        inputs = inputs.float() if self.scheme.input_bits == 16 else self._fake_rows(inputs)
+        inputs = fake_quant_dynamic(self._transformed(x), self.scheme)
         return self._with_branch(functional.linear(inputs, self.values(), self._bias), x)
 
     def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
@@ -412,9 +403,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
 
     @property
     def _granularities(self) -> tuple[str, ...]:
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        over_pixels = shape == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
-        return ("tensor", "sample", "token") if over_pixels else ("tensor", "sample")
+        return ("tensor", "sample", "token") if is_pointwise(self) else ("tensor", "sample")
 
     def int_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in integers to `[N, C, H, W]`; the result is channels-last."""
@@ -452,13 +441,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             if isinstance(rows, Tensor):
                 scale, zero = scale.view(-1, 1, 1, 1), zero.view(-1, 1, 1, 1)
             return qparams.fake_quant_static(x, scale, zero)
-        if self.scheme.input_granularity == "token":
-            return self._fake_rows(x.movedim(1, -1)).movedim(-1, 1)
-        if self.scheme.input_bits == 4:
-            pixels = x.movedim(1, -1)
-            values = qparams.fake_quant_group(pixels.flatten(1, 2), self._input_group)
-            return values.view(pixels.shape).movedim(-1, 1)
-        return qparams.fake_quant_sample(x) if self.scheme.input_bits == 8 else x.float()
+        return fake_quant_dynamic(x.movedim(1, -1), self.scheme).movedim(-1, 1)
 
     def _sample_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return uint8 codes, scale and zero of each sample; codes of groups are shifted to have their zero at 128."""
@@ -517,6 +500,34 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         if rows is None or len(rows) != len(x) or not len(x):
             return self.clock.bin
         return rows.to(x.device)
+
+
+def fake_quant_dynamic(x: Tensor, scheme: QScheme) -> Tensor:
+    """Quantize and dequantize inputs `[..., I]` with the ranges of the moment, as a layer of the scheme does; fp32.
+
+    Args:
+        x: transformed inputs, samples along the first axis.
+        scheme: one without static ranges; float inputs stay what they are.
+    """
+    if scheme.input_bits == 16:
+        return x.float()
+    if scheme.input_bits == 4:
+        rows = x.flatten(1, -2) if scheme.input_granularity == "sample" else x.reshape(-1, 1, x.shape[-1])
+        return qparams.fake_quant_group(rows, _input_group(scheme, x.shape[-1])).view(x.shape)
+    return qparams.fake_quant_token(x) if scheme.input_granularity == "token" else qparams.fake_quant_sample(x)
+
+
+def _input_group(scheme: QScheme, channels: int) -> int:
+    """Channels of a group of inputs; whatever a checkpoint says, no more than there are."""
+    assert scheme.input_group is not None
+    return min(scheme.input_group, channels + channels % 2)
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is in effect a linear layer over pixels."""
+    unpadded = conv.padding in ("valid", "same", (0, 0))
+    geometry = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+    return unpadded and geometry == ((1, 1), (1, 1), (1, 1), 1)
 
 
 def take_linear_geometry(quantized: Any, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:

@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from dcomp import DcompError, UsageError, __version__
-from dcomp.calibrate.clock import StepBins, StepClock
+from dcomp.calibrate.clock import StepBins, StepClock, clock_of
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.structure import is_layer
 from dcomp.compress.layers import QuantLayer
@@ -259,11 +259,7 @@ class DcompQuantizer(DiffusersQuantizer):
 
 def attach_clock(denoiser: nn.Module, bins: StepBins | None) -> StepClock:
     """Give quantized layers and tables of a denoiser one clock that follows its calls, and keep it as `dcomp_clock`."""
-    clock = getattr(denoiser, "dcomp_clock", None)
-    if not isinstance(clock, StepClock):
-        clock = StepClock()
-        clock.attach(denoiser)
-        denoiser.dcomp_clock = clock  # type: ignore[assignment]
+    clock = clock_of(denoiser)
     clock.bins = bins
     for layer in quantized_layers(denoiser).values():
         layer.clock = clock

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from dcomp.calibrate.structure import LayerFacts, Role, Structure
+from dcomp.compress.layers import is_pointwise
 from dcomp.compress.scheme import GROUP_SIZE, Granularity, QScheme, RangeName, Rounding, SchemeError
 
 Preset = Mapping[Role, "QScheme | None"]
@@ -122,7 +123,8 @@ def choose_schemes(
     """
     treatment = treatment or Treatment()
     schemes = _preset_named(preset) if isinstance(preset, str) else preset
-    changes = {pattern: _scheme_of(value) for pattern, value in (overrides or {}).items()}
+    overrides = overrides or {}
+    changes = {pattern: _scheme_of(value) for pattern, value in overrides.items()}
     kept, changed = _select(structure, keep), _select(structure, changes)
     fragments = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
     decisions = {}
@@ -135,13 +137,11 @@ def choose_schemes(
             decisions[name] = Decision(None, float_reason)
         elif name in changed:
             pattern = changed[name][-1]
-            given = (overrides or {})[pattern]
-            own = changes[pattern] if isinstance(given, QScheme) else None
-            words = f"set by {pattern!r}"
-            if own is not None:
-                decisions[name] = Decision(own, f"{words}: {own}")
+            scheme, words = changes[pattern], f"set by {pattern!r}"
+            if isinstance(overrides[pattern], QScheme):
+                decisions[name] = Decision(scheme, f"{words}: {scheme}")
             else:
-                decisions[name] = _decide(denoiser.get_submodule(name), facts, changes[pattern], words, treatment)
+                decisions[name] = _decide(denoiser.get_submodule(name), facts, scheme, words, treatment)
         else:
             decisions[name] = _by_role(denoiser.get_submodule(name), facts, schemes, treatment)
     return decisions
@@ -201,13 +201,7 @@ def _granularity(layer: nn.Module, scheme: QScheme, treatment: Treatment) -> Gra
         return "token"
     if scheme.input_bits == 8 and treatment.inputs == "static":
         return "tensor"
-    shape = (layer.kernel_size, layer.stride, _even_padding(layer), layer.dilation, layer.groups)
-    over_pixels = shape == ((1, 1), (1, 1), (0, 0), (1, 1), 1)  # a linear layer, in effect
-    return "token" if over_pixels else "sample"
-
-
-def _even_padding(conv: nn.Conv2d) -> Any:
-    return (0, 0) if isinstance(conv.padding, str) and conv.kernel_size == (1, 1) else conv.padding
+    return "token" if is_pointwise(layer) else "sample"
 
 
 def _boundaries(facts: LayerFacts, treatment: Treatment) -> tuple[int, ...]:

@@ -32,7 +32,6 @@ from dcomp.compress.split import empty_layer, is_quantized, quantized_layers
 __all__ = [
     "INT_TOLERANCE",
     "LayerErrors",
-    "PassOptions",
     "QuantizationError",
     "compare_executions",
     "quantize_denoiser",
@@ -63,19 +62,6 @@ class LayerErrors:
     int_vs_fake: float | None = None
 
 
-@dataclass(frozen=True)
-class PassOptions:
-    """How the pass works.
-
-    Attributes:
-        rows: rows of the calibration set; fewer where their activations would need more than `ROWS_BYTES`.
-        seed: of the choice of rows.
-    """
-
-    rows: int = 256
-    seed: int = 0
-
-
 def quantize_denoiser(
     denoiser: nn.Module,
     calibration: CalibrationSet,
@@ -83,7 +69,9 @@ def quantize_denoiser(
     bins: StepBins | None,
     work: Path,
     progress: Progress = lambda text, done, total: None,
-    options: PassOptions | None = None,
+    *,
+    rows: int = 256,
+    seed: int = 0,
 ) -> dict[str, LayerErrors]:
     """Replace the layers of a denoiser by quantized ones, in place.
 
@@ -94,7 +82,8 @@ def quantize_denoiser(
         bins: which activation table serves which timestep; None if no scheme has static inputs.
         work: folder of resumable results; must belong to this model, calibration set, schemes and options.
         progress: called with a text, the count done and the total.
-        options: how many rows, and which.
+        rows: rows of the calibration set; fewer where their activations would need more than `ROWS_BYTES`.
+        seed: of the choice of rows.
 
     Returns:
         The errors of each quantized layer, in order of execution.
@@ -103,19 +92,18 @@ def quantize_denoiser(
         QuantizationError: weights or activations are not finite, or a layer was never called. The denoiser then is as
             it was.
     """
-    options = options or PassOptions()
     layers = {name: _float_layer(denoiser, name) for name in schemes}
     if not layers:
         attach_clock(denoiser, bins)
         return {}
-    rows = rows_of_pass(denoiser, calibration, options)
+    batch = rows_of_pass(denoiser, calibration, rows, seed)
     folder = work / "layers"
     folder.mkdir(parents=True, exist_ok=True)
-    clock, results = StepClock(bins), _Results(folder, RowSteps(rows.timesteps), len(layers), progress)
+    clock, results = StepClock(bins), _Results(folder, RowSteps(batch.timesteps), len(layers), progress)
     with clock.attach(denoiser), ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
             stack.enter_context(_waiting(name, layer, schemes[name], clock, results))
-        denoiser(*rows.args, **rows.kwargs)
+        denoiser(*batch.args, **batch.kwargs)
     unseen = [name for name in layers if name not in results.layers]
     if unseen:
         raise QuantizationError(
@@ -131,10 +119,10 @@ def quantize_denoiser(
     return results.errors
 
 
-def rows_of_pass(denoiser: nn.Module, calibration: CalibrationSet, options: PassOptions) -> RowBatch:
-    """Return the rows that a pass over the whole denoiser works with."""
-    count = min(options.rows, _rows_that_fit(denoiser, next(calibration.calls())))
-    return gather_rows(calibration, count, options.seed, denoiser=denoiser)
+def rows_of_pass(denoiser: nn.Module, calibration: CalibrationSet, rows: int, seed: int) -> RowBatch:
+    """Return the rows that a pass over the whole denoiser works with, at most `rows`."""
+    count = min(rows, _rows_that_fit(denoiser, next(calibration.calls())))
+    return gather_rows(calibration, count, seed, denoiser=denoiser)
 
 
 def compare_executions(

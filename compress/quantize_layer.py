@@ -15,7 +15,7 @@ from dcomp import DcompError
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.gptq import input_moments, round_gptq
-from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear
+from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear, fake_quant_dynamic
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, join_parts, part_slices, parts_of
 from dcomp.compress.transforms import choose_smoothing, low_rank_branch, rotate_weight
@@ -125,9 +125,12 @@ class _Part:
 
     def _input_quantized(self, x: Tensor) -> Tensor:
         """Quantize and dequantize inputs, in their own coordinates."""
-        conv = x.ndim == 4 and isinstance(self.layer, nn.Conv2d)
-        values = fake_quant_input(self._transformed(x, None), self.scheme, conv)
-        return self._transformed(values, None)
+        values = self._transformed(x, None)
+        if self.scheme.input_granularity == "tensor":  # the range of all rows together stands for a static one
+            return self._transformed(qparams.fake_quant_sample(values[None])[0], None)
+        conv = isinstance(self.layer, nn.Conv2d)
+        last = fake_quant_dynamic(values.movedim(1, -1) if conv else values, self.scheme)
+        return self._transformed(last.movedim(-1, 1) if conv else last, None)
 
     def _transformed(self, x: Tensor, smooth_inv: Tensor | None) -> Tensor:
         """Smooth and rotate inputs along their channels."""
@@ -142,24 +145,6 @@ class _Part:
     @staticmethod
     def _block(values: Tensor) -> int:
         return qparams.rotation_block(values.shape[-1])
-
-
-def fake_quant_input(x: Tensor, scheme: QScheme, conv: bool) -> Tensor:
-    """Fake-quantize inputs as a layer of this scheme will; a static range is that of all of them together."""
-    if scheme.input_bits == 16:
-        return x
-    last = x.movedim(1, -1) if conv else x
-    if scheme.input_bits == 4:
-        assert scheme.input_group is not None
-        rows = last.reshape(len(last), -1, last.shape[-1]) if scheme.input_granularity == "sample" else None
-        rows = last.reshape(-1, 1, last.shape[-1]) if rows is None else rows
-        values = qparams.fake_quant_group(rows, scheme.input_group).view(last.shape)
-    elif scheme.input_granularity == "token":
-        values = qparams.fake_quant_token(last)
-    else:
-        values = qparams.fake_quant_sample(last if scheme.input_granularity == "sample" else last[None])
-        values = values.view(last.shape)
-    return values.movedim(-1, 1) if conv else values
 
 
 def _static_range(x: Tensor, scheme: QScheme, row_bins: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:

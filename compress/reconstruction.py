@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.soft_rounding import (
-    CodeGrid,
     fake_execution,
     inverse_soft_step,
     soft_step,

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from dcomp import DcompError
 from dcomp.calibrate.calibration_set import CalibrationSet, RecordedCall
-from dcomp.calibrate.clock import StepClock
+from dcomp.calibrate.clock import StepClock, clock_of
 from dcomp.calibrate.cost import layer_bytes
 from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.range_search import search_weight
@@ -350,7 +350,7 @@ def cache_features(
             raise FeatureError(
                 f"A temporal feature does not fit into {dtype}", where=name, remedy="Use float32, or keep the layer."
             )
-    clock = clock or _clock_of(denoiser)
+    clock = clock or clock_of(denoiser)
     for name, layer in layers.items():
         made: nn.Module = Absent(layer.in_features, layer.out_features)
         if name in tables:
@@ -658,15 +658,6 @@ def _float_linear(denoiser: nn.Module, name: str) -> nn.Linear:
             remedy="Make tables before layers are quantized.",
         )
     return layer
-
-
-def _clock_of(denoiser: nn.Module) -> StepClock:
-    clock = getattr(denoiser, "dcomp_clock", None)
-    if not isinstance(clock, StepClock):
-        clock = StepClock()
-        clock.attach(denoiser)
-        denoiser.dcomp_clock = clock  # type: ignore[assignment]
-    return clock
 
 
 def _replace(denoiser: nn.Module, name: str, module: nn.Module) -> None:

@@ -21,12 +21,13 @@ from torch.nn.modules.conv import _ConvNd
 from dcomp import DcompError
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import tensor_sha256
+from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantConv2d, QuantLayer
 from dcomp.compress.learned_range import ranges_replaced
 from dcomp.compress.learning_run import CosineAdam, Snapshot, StratifiedOrder
 from dcomp.compress.objective import Objective
-from dcomp.compress.soft_rounding import CodeGrid, fake_execution, round_through, store, weights_replaced
+from dcomp.compress.soft_rounding import fake_execution, round_through, store, weights_replaced
 from dcomp.kernels.packing import PackedWeight
 
 Learnable = Literal["scales", "biases", "norms", "rounding", "input_scales"]

@@ -20,7 +20,7 @@ from dcomp.compress.allocation import Allocation, allocate
 from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
 from dcomp.compress.coverage import coverage
 from dcomp.compress.policy import Decision, choose_schemes
-from dcomp.compress.quantize import LayerErrors, PassOptions, compare_executions, quantize_denoiser, rows_of_pass
+from dcomp.compress.quantize import LayerErrors, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.sensitivity import measure_sensitivity, options_of, proxy_correlation
 from dcomp.compress.split import quantized_layers
@@ -82,13 +82,12 @@ def quantize_stage(
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
     bins = _step_bins(pipeline, recorded, schemes, stage, seed)
-    options = PassOptions(stage.rows, seed)
     learned = [name for name, scheme in schemes.items() if scheme.rounding == "adaround"]
     reference = None
     if learned:
-        rows = rows_of_pass(denoiser, recorded, options)
+        rows = rows_of_pass(denoiser, recorded, stage.rows, seed)
         reference = record_blocks(denoiser, rows, plan.structure.blocks, learned, work / "float-blocks")
-    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, options)
+    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, rows=stage.rows, seed=seed)
     if reference:
         blocks = reconstruct_blocks(
             denoiser,

@@ -23,7 +23,6 @@ from dcomp.compress.quantize import (
     CHUNK_ROWS,
     INT_TOLERANCE,
     LayerErrors,
-    PassOptions,
     QuantizationError,
     RowSteps,
     compare_executions,
@@ -289,8 +288,7 @@ def test_as_many_rows_are_used_as_asked_for_or_fit(unet: Case, tmp_path: Path, m
     schemes = {"conv_in": QScheme(8), "conv_out": STATIC}
     for asked, used in ((2, 2), (4, 4), (512, 5)):
         counts.clear()
-        options = PassOptions(rows=asked)
-        quantize_denoiser(unet.denoiser(), unet.calibration, schemes, unet.bins, tmp_path / str(asked), options=options)
+        quantize_denoiser(unet.denoiser(), unet.calibration, schemes, unet.bins, tmp_path / str(asked), rows=asked)
         assert counts == [used, used]
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import RangeError
-from dcomp.compress.layers import Quantized
-from dcomp.compress.quantize_layer import QuantizationError, fake_quant_input, quantize_layer
+from dcomp.compress.layers import Quantized, fake_quant_dynamic
+from dcomp.compress.quantize_layer import QuantizationError, quantize_layer
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, part_slices, parts_of
 from tests.support.schemes import relative_error
@@ -167,7 +167,8 @@ def test_the_simulated_input_quantizer_is_that_of_the_layer(kind: str, scheme: Q
         center = layer.weight if kind == "linear" else layer.weight[..., -1 - (kind == "conv"), -1 - (kind == "conv")]
         center.copy_(torch.eye(CHANNELS))  # the layer hands its input on
         y = fake(quantize_layer(layer, x, eight), x)
-    assert torch.allclose(y, fake_quant_input(x, eight, kind != "linear"), rtol=1e-6, atol=1e-6)
+    expected = fake_quant_dynamic(x if kind == "linear" else x.movedim(1, -1), eight)
+    assert torch.allclose(y, expected if kind == "linear" else expected.movedim(-1, 1), rtol=1e-6, atol=1e-6)
     assert (scheme.input_bits == 16) == torch.allclose(y, x, rtol=1e-6, atol=1e-6)
 
 

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcomp.calibrate.range_search import search_weight
+from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.layers import QuantLinear
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.soft_rounding import (
-    CodeGrid,
     fake_execution,
     inverse_soft_step,
     round_through,
