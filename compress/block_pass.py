@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import decode, encode, open_tensors, read_description, write_tree_file
 from dcomp.compress.layers import QuantLayer
@@ -25,8 +26,6 @@ from dcomp.compress.split import parts_of, quantized_layers
 BLOCK_ROWS = 16  # rows of an optimizer step, and of a chunk
 DECIDED = 20.0  # learning rate times iterations, at which codes are decided
 FIELDS = ("qweight", "scale", "multiplier")
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def reconstruct_blocks(
     *,
     iterations: int,
     seed: int = 0,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, BlockResult]:
     """Learn the codes of all blocks, in order of execution, in place.
 

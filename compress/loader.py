@@ -28,7 +28,7 @@ from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
-from dcomp.compress.temporal import TimeTable, from_config, to_config
+from dcomp.compress.time_table import TimeTable, from_config, to_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,7 +55,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         step_bins: which activation table serves which timestep; None without static activations.
         schemes: scheme id -> scheme.
         layers: layer name -> scheme id.
-        features: layer name -> its table of temporal features, see `temporal.to_config`.
+        features: layer name -> its table of temporal features, see `time_table.to_config`.
     """
 
     def __init__(

@@ -5,16 +5,13 @@ Errors of steps differ a hundredfold, what they do to the picture does not; henc
 own. Letters: N rows; U units, which are pairs of rows or single ones.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from dcomp.calibrate.pipeline import prediction_of
+from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import tensor_sha256
-
-Progress = Callable[[str, int, int], None]
 
 _LEAST_UNIT = 1e-6  # of the largest error of a step: one without error must not drown the others
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcomp.calibrate.clock import StepBins, StepClock
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.record import CalibrationSet, RecordedCall
 from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.calibrate.tree_file import replacing
@@ -41,8 +42,6 @@ INT_TOLERANCE = 1e-5  # of the largest output: integer against fake-quantized ex
 CHECKED_CALLS = 3  # recorded calls on which the two executions are compared
 ROWS_BYTES = 4 << 30  # of activations that are alive at once in the pass
 CHUNK_ROWS = 16  # rows that a finished layer answers at once
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def quantize_denoiser(
     schemes: Mapping[str, QScheme],
     bins: StepBins | None,
     work: Path,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
     *,
     rows: int = 256,
     seed: int = 0,
@@ -112,8 +111,7 @@ def quantize_denoiser(
             remedy="Leave them in float with --keep, or calibrate with inputs that use them.",
         )
     for name, result in results.layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(denoiser.get_submodule(parent), child, result)
+        denoiser.set_submodule(name, result)
         result.execution = "int"
     attach_clock(denoiser, bins)
     return results.errors
@@ -126,7 +124,7 @@ def rows_of_pass(denoiser: nn.Module, calibration: CalibrationSet, rows: int, se
 
 
 def compare_executions(
-    denoiser: nn.Module, calibration: CalibrationSet, progress: Progress = lambda text, done, total: None
+    denoiser: nn.Module, calibration: CalibrationSet, progress: Progress = silent
 ) -> dict[str, float]:
     """Run recorded calls in integers and compare each quantized layer with its fake execution of the same input.
 

@@ -5,7 +5,7 @@ and must answer what the float block answers to the float model's. Letters: N ro
 `kernels/packing.py`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantLayer
@@ -27,8 +28,6 @@ from dcomp.compress.soft_rounding import (
 from dcomp.kernels.packing import PackedWeight
 
 Chunk = tuple[tuple[Any, ...], dict[str, Any]]
-Progress = Callable[[str, int, int], None]
-
 WARM_UP = 0.2  # of the iterations, in which nothing draws a code up or down but the output
 BETA_FIRST, BETA_LAST = 20.0, 2.0
 
@@ -71,7 +70,7 @@ def reconstruct_block(
     seed: int = 0,
     groups: Tensor | None = None,
     timesteps: Tensor | None = None,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
 ) -> BlockResult:
     """Learn the rounding of every quantized layer of a block, in place.
 

@@ -8,7 +8,7 @@ far the result ranks changes as final latents do.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +23,7 @@ from dcomp import DcompError
 from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.cost import layer_bytes
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.safetensors_file import read_json_object
 from dcomp.calibrate.tree_file import replacing, tensor_sha256
@@ -35,7 +36,6 @@ FLOAT = "float"  # label of a layer that is left as it is
 CHUNK_ROWS = 16  # rows that run at once
 
 Candidates = Mapping[str, Mapping[str, QScheme]]
-Progress = Callable[[str, int, int], None]
 
 
 class SensitivityError(DcompError):
@@ -77,7 +77,7 @@ def measure_sensitivity(
     guidance: float | None = None,
     bins: StepBins | None = None,
     file: Path | None = None,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
 ) -> Sensitivity:
     """Quantize each layer in each way, alone, and measure the error of the prediction against the recorded one.
 
@@ -113,7 +113,7 @@ def measure_sensitivity(
             found = {}
             for label, quantized in _forms(denoiser, rows, name, schemes, bins):
                 with _in_place(denoiser, name, quantized, bins), torch.no_grad():
-                    errors = objective.measure(every, lambda text, done, total: None)
+                    errors = objective.measure(every, silent)
                 if not torch.isfinite(errors).all():
                     raise SensitivityError(
                         "The prediction is not finite", where=f"{name}, {label}", remedy="Leave this scheme out."
@@ -195,7 +195,7 @@ def proxy_correlation(
     count: int = 16,
     seed: int = 0,
     bins: StepBins | None = None,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
 ) -> ProxyCorrelation:
     """Make some of the measured changes one at a time, and run short trajectories with each.
 

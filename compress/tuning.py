@@ -7,7 +7,7 @@ input scales. N is the number of rows.
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from dcomp import DcompError
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import tensor_sha256
 from dcomp.compress.code_grid import CodeGrid
@@ -31,8 +32,6 @@ from dcomp.compress.soft_rounding import fake_execution, round_through, store, w
 from dcomp.kernels.packing import PackedWeight
 
 Learnable = Literal["scales", "biases", "norms", "rounding", "input_scales"]
-Progress = Callable[[str, int, int], None]
-
 MEASURED_PER_STEP = 8  # rows, or pairs, by which errors before and after are known, of both kinds of trajectories
 
 _SLOWEST, _FASTEST = -0.9, 9.0  # bounds of a scale's growth: it keeps its sign and never vanishes
@@ -79,7 +78,7 @@ def tune(
     lr: float = 1e-3,
     rounding_lr: float = 0.02,
     seed: int = 0,
-    progress: Progress = lambda text, done, total: None,
+    progress: Progress = silent,
     snapshot: Path | None = None,
 ) -> TuneResult:
     """Learn values of a quantized denoiser, in place, and keep them if rows of other trajectories get better.

@@ -20,8 +20,8 @@ from torch import nn
 from dcomp import UsageError
 from dcomp.calibrate.cost import count_macs
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
-from dcomp.recipes.console import Progress
 from dcomp.recipes.peak_memory import PeakMemory, measure_peak
 from dcomp.recipes.settings import calibration_of, generation_settings
 
@@ -125,7 +125,7 @@ def bench(
         raise UsageError(f"{repeats} repeats tell nothing about the spread", remedy=f"Ask for at least {MIN_REPEATS}.")
     settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch)
     scheduler = scheduler or scheduler_of(compressed)
-    report = progress or (lambda text, done, total: None)
+    report = progress or silent
     models = (against, compressed)
     sides = []
     for number, model in enumerate(models):

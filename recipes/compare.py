@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dcomp.calibrate import quality
-from dcomp.recipes.console import Progress
+from dcomp.calibrate.progress import Progress
 from dcomp.recipes.trajectories import Chunk, SampleFolder
 from dcomp.recipes.verdict import PicturePair, PromptResult, StepError
 

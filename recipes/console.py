@@ -23,11 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dcomp import DcompError
+from dcomp.calibrate.progress import Progress
 
 PLAIN_SECONDS = 30.0  # between two progress lines where there is no terminal
 PLAIN_WIDTH = 160  # of tables where there is no terminal to ask
-
-Progress = Callable[[str, int, int], None]
 """`progress(text, done, total)`: what is being done, and how much of it."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcomp import UsageError
-from dcomp.recipes.console import Progress
+from dcomp.calibrate.progress import Progress
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import QUALITIES
 from dcomp.recipes.plan import Plan

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcomp import UsageError
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.pipeline import open_pipeline
-from dcomp.recipes.console import Progress
+from dcomp.calibrate.progress import Progress
 from dcomp.recipes.settings import generation_settings
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_ranges
 from dcomp.compress.allocation import Allocation, allocate
@@ -26,7 +27,6 @@ from dcomp.compress.sensitivity import measure_sensitivity, options_of, proxy_co
 from dcomp.compress.split import quantized_layers
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
 from dcomp.compress.tuning import TuneResult, tune
-from dcomp.recipes.console import Progress
 from dcomp.recipes.plan import TUNE_ROWS, Plan, treatment_of
 from dcomp.recipes.schema import QuantizeStage
 

@@ -20,6 +20,7 @@ from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.mismatch import check_matches
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.calibrate.sampling import Sampling
@@ -27,8 +28,7 @@ from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkp
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
 from dcomp.compress.quantize import LayerErrors
-from dcomp.compress.temporal import Absent, TimeTable
-from dcomp.recipes.console import Progress
+from dcomp.compress.time_table import Absent, TimeTable
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
@@ -150,7 +150,7 @@ def run_recipe(
         DcompError: anything that a person can solve; the output folder is then as it was.
     """
     started = time.perf_counter()
-    report = progress or (lambda text, done, total: None)
+    report = progress or silent
     stage = recipe.stages[0] if recipe.stages else None
     check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":

@@ -23,6 +23,7 @@ from dcomp.calibrate import quality
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.compress.checkpoint import update_quality
 from dcomp.compress.manifest import MANIFEST, read_manifest
@@ -59,7 +60,7 @@ def validate(
     device: str = "cpu",
     record: bool = False,
     work: Path | None = None,
-    progress: console.Progress | None = None,
+    progress: Progress | None = None,
 ) -> ValidationResult:
     """Compare a compressed pipeline with its original on the same seeds.
 
@@ -96,7 +97,7 @@ def validate(
         read_manifest(compressed)  # refuses what is no checkpoint before the work
     check_model_folder(local_folder(compressed), match_weights=False)  # before the original's pictures are made
     extractor = quality.open_extractor(features) if features else None
-    report = progress or (lambda text, done, total: None)
+    report = progress or silent
     settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
     calibration = calibration_of(compressed)
     if calibration:

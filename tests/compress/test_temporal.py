@@ -22,20 +22,22 @@ from dcomp.calibrate.structure import Role, Structure, probe_structure
 from dcomp.compress.manifest import CheckpointError
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.temporal import (
-    MAX_ROWS,
-    Absent,
     FeatureChoice,
-    FeatureError,
     FeaturePlan,
     FeatureReport,
-    TimeTable,
     Variant,
     cache_features,
     choose_features,
     disturbance,
+    plan_features,
+)
+from dcomp.compress.time_table import (
+    MAX_ROWS,
+    Absent,
+    FeatureError,
+    TimeTable,
     empty_table,
     from_config,
-    plan_features,
     to_config,
 )
 from tests.support.tiny import NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
