@@ -13,25 +13,20 @@ from torch import nn
 
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
-from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.pipeline import OpenPipeline
 from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_ranges
-from dcomp.compress.allocation import Allocation, allocate
 from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
-from dcomp.compress.coverage import coverage
-from dcomp.compress.policy import Decision, choose_schemes
+from dcomp.compress.policy import Decision
 from dcomp.compress.quantize import LayerErrors, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
-from dcomp.compress.sensitivity import measure_sensitivity, options_of, proxy_correlation
 from dcomp.compress.split import quantized_layers
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
 from dcomp.compress.tuning import TuneResult, tune
-from dcomp.recipes.plan import TUNE_ROWS, Plan, treatment_of
+from dcomp.recipes.bit_budget import allocate_bits
+from dcomp.recipes.plan import TUNE_ROWS, Plan
 from dcomp.recipes.schema import QuantizeStage
-
-SENSITIVITY_ROWS = 32
-PROXY_CHANGES, PROXY_SAMPLES, PROXY_STEPS = 12, 4, 10  # of the check that sensitivities rank as final latents do
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def quantize_stage(
         tables = len(features.named("table"))
         notes.append(f"{tables} layers became tables of {len(recorded.all_timesteps)} timesteps; others interpolate.")
     if stage.target_bits or stage.max_megabytes:
-        decisions, found = _allocate(pipeline, recorded, plan, decisions, stage, prompts, guidance, work, report)
+        decisions, found = allocate_bits(pipeline, recorded, plan, decisions, stage, prompts, work, report)
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
     bins = _step_bins(pipeline, recorded, schemes, stage, seed)
@@ -126,77 +121,6 @@ def _words(features: FeaturePlan, name: str) -> str:
     if feature.form == "absent":
         return "depends on the timestep alone: nothing reads it but tables"
     return f"depends on the timestep alone: a table of {feature.rows} timesteps"
-
-
-def _allocate(
-    pipeline: OpenPipeline,
-    recorded: CalibrationSet,
-    plan: Plan,
-    decisions: Mapping[str, Decision],
-    stage: QuantizeStage,
-    prompts: Sequence[str],
-    guidance: float | None,
-    work: Path,
-    report: Progress,
-) -> tuple[dict[str, Decision], list[str]]:
-    """Choose 4 or 8 bits for the weight of each layer that the preset quantizes, under the stage's budget."""
-    denoiser = pipeline.denoiser
-    inputs = stage.preset.partition("a")[2]
-    quick = stage.model_copy(update={"rounding": "nearest"})  # ranks alike, and is many times faster
-    ways = {
-        label: choose_schemes(denoiser, plan.structure, label.lower(), stage.keep, stage.overrides, treatment_of(quick))
-        for label in (f"W4A{inputs}", f"W8A{inputs}")
-    }
-    candidates: dict[str, dict[str, QScheme]] = {}
-    for name, decision in decisions.items():
-        if decision.scheme is not None:
-            found = {label: scheme for label, way in ways.items() if (scheme := way[name].scheme) is not None}
-            candidates[name] = {scheme.label: scheme for scheme in found.values()}
-    rows = gather_rows(recorded, SENSITIVITY_ROWS, int(recorded.settings["seed"]), denoiser=denoiser)
-    sensitivity = measure_sensitivity(
-        denoiser, rows, candidates, guidance=guidance, file=work / "sensitivity.json", progress=report
-    )
-    total = coverage(denoiser, {name: d for name, d in decisions.items() if name not in candidates})
-    options = options_of(denoiser, candidates, sensitivity)
-    layers = sum(p.nbytes for name in candidates for p in denoiser.get_submodule(name).parameters())
-    chosen = allocate(
-        options,
-        parameters=plan.coverage.parameters,
-        target_bits=stage.target_bits,
-        max_bytes=None if stage.max_megabytes is None else int(stage.max_megabytes * 1e6),
-        fixed_bytes=total.bytes_after - layers,
-    )
-    settings = Generation(PROXY_STEPS, recorded.settings["guidance"], int(recorded.settings["seed"]))
-    correlation = proxy_correlation(
-        pipeline,
-        rows,
-        candidates,
-        sensitivity,
-        prompts[:PROXY_SAMPLES],
-        settings,
-        count=PROXY_CHANGES,
-        progress=report,
-    )
-    changed = {
-        name: Decision(
-            replace(candidates[name][option.label], rounding=stage.rounding),
-            f"{option.label} under the budget: error {sensitivity.errors[name][option.label]:.2g}",
-        )
-        for name, option in chosen.chosen.items()
-    }
-    return {**decisions, **changed}, _allocation_notes(chosen, correlation.rho, correlation.count)
-
-
-def _allocation_notes(chosen: Allocation, rho: float | None, count: int) -> list[str]:
-    counts: dict[str, int] = {}
-    for option in chosen.chosen.values():
-        counts[option.label] = counts.get(option.label, 0) + 1
-    layers = ", ".join(f"{label} {n}" for label, n in sorted(counts.items()))
-    ranks = "unknown" if rho is None else f"{rho:.2f}"
-    return [
-        f"Bits by layer: {layers}; {chosen.bits:.2f} bits a parameter over all of them.",
-        f"The errors that they were chosen by rank {count} changes like final latents with a correlation of {ranks}.",
-    ]
 
 
 def _step_bins(

@@ -6,9 +6,9 @@ names the work that it describes. Unknown keys are refused by `load.py` with the
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
@@ -104,6 +104,12 @@ class QuantizeStage(_Frozen):
     tune_rounding: bool = False
     keep: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()
     overrides: Annotated[dict[Pattern, str], Field(max_length=1_000)] = {}
+
+    @model_validator(mode="after")
+    def _budget_has_layers(self) -> Self:
+        if (self.target_bits or self.max_megabytes) and (self.preset == "float" or self.format != "dcomp"):
+            raise ValueError("target_bits and max_megabytes need a preset that quantizes and the format dcomp")
+        return self
 
     @field_validator("overrides")
     @classmethod

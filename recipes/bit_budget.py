@@ -1,0 +1,133 @@
+"""Bits for the weight of each layer under a budget: candidates, their measured errors, the choice, and its proof.
+
+Inputs keep the precision of the preset. That errors of the prediction rank changes as final latents do is an assumption
+of the choice; it is checked on a few changes, and the correlation is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from dcomp.calibrate.calibration_set import CalibrationSet
+from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.progress import Progress
+from dcomp.calibrate.replay import gather_rows
+from dcomp.compress.allocation import Allocation, allocate
+from dcomp.compress.coverage import coverage
+from dcomp.compress.policy import PRESETS, Decision, Preset, choose_schemes
+from dcomp.compress.scheme import QScheme
+from dcomp.compress.sensitivity import Sensitivity, measure_sensitivity, options_of, proxy_correlation
+from dcomp.recipes.plan import Plan, treatment_of
+from dcomp.recipes.schema import QuantizeStage
+
+SENSITIVITY_ROWS = 32
+PROXY_CHANGES, PROXY_SAMPLES, PROXY_STEPS = 12, 4, 10
+
+Candidates = dict[str, dict[str, QScheme]]
+
+
+def allocate_bits(
+    pipeline: OpenPipeline,
+    recorded: CalibrationSet,
+    plan: Plan,
+    decisions: Mapping[str, Decision],
+    stage: QuantizeStage,
+    prompts: Sequence[str],
+    work: Path,
+    report: Progress,
+) -> tuple[dict[str, Decision], list[str]]:
+    """Choose 4 or 8 bits for the weight of each layer that the preset quantizes.
+
+    Args:
+        pipeline: in float, but for tables of temporal features.
+        recorded: its calibration set.
+        plan: of the recipe.
+        decisions: of every layer; those without a scheme stay what they are.
+        stage: with `target_bits` or `max_megabytes`.
+        prompts: for the short trajectories that check the errors.
+        work: folder of resumable results.
+        report: called with a text, the count done and the total.
+
+    Returns:
+        Decisions for every layer, and notes for people.
+
+    Raises:
+        AllocationError: the budget cannot be met; the smallest that can is named.
+    """
+    denoiser, seed = pipeline.denoiser, int(recorded.settings["seed"])
+    candidates = _candidates(denoiser, plan, decisions, stage)
+    rows = gather_rows(recorded, SENSITIVITY_ROWS, seed, denoiser=denoiser)
+    sensitivity = measure_sensitivity(
+        denoiser,
+        rows,
+        candidates,
+        guidance=pipeline.guidance(recorded.settings["guidance"]),
+        file=work / "sensitivity.json",
+        progress=report,
+    )
+    chosen = _within_budget(denoiser, plan, stage, decisions, candidates, sensitivity)
+    correlation = proxy_correlation(
+        pipeline,
+        rows,
+        candidates,
+        sensitivity,
+        prompts[:PROXY_SAMPLES],
+        Generation(PROXY_STEPS, recorded.settings["guidance"], seed),
+        count=PROXY_CHANGES,
+        progress=report,
+    )
+    changed = {
+        name: Decision(
+            replace(candidates[name][option.label], rounding=stage.rounding),
+            f"{option.label} under the budget: error {sensitivity.errors[name][option.label]:.2g}",
+        )
+        for name, option in chosen.chosen.items()
+    }
+    return {**decisions, **changed}, _notes(chosen, correlation.rho, correlation.count)
+
+
+def _candidates(denoiser: nn.Module, plan: Plan, decisions: Mapping[str, Decision], stage: QuantizeStage) -> Candidates:
+    """Return layer -> label -> scheme: with 4-bit and with 8-bit weights, where the layer may have both."""
+    small: Preset = PRESETS[f"w4{stage.preset[2:]}"]
+    large = {role: scheme and replace(scheme, weight_bits=8, group_size=None) for role, scheme in small.items()}
+    quick = treatment_of(stage.model_copy(update={"rounding": "nearest"}))  # ranks alike, and is many times faster
+    ways = [choose_schemes(denoiser, plan.structure, way, stage.keep, stage.overrides, quick) for way in (small, large)]
+    found: Candidates = {}
+    for name, decision in decisions.items():
+        if decision.scheme is not None:
+            schemes = [scheme for way in ways if (scheme := way[name].scheme) is not None]
+            found[name] = {scheme.label: scheme for scheme in schemes}
+    return found
+
+
+def _within_budget(
+    denoiser: nn.Module,
+    plan: Plan,
+    stage: QuantizeStage,
+    decisions: Mapping[str, Decision],
+    candidates: Candidates,
+    sensitivity: Sensitivity,
+) -> Allocation:
+    others = coverage(denoiser, {name: decision for name, decision in decisions.items() if name not in candidates})
+    float_bytes = sum(p.nbytes for name in candidates for p in denoiser.get_submodule(name).parameters())
+    return allocate(
+        options_of(denoiser, candidates, sensitivity, step_bins=stage.step_bins),
+        parameters=plan.coverage.parameters,
+        target_bits=stage.target_bits,
+        max_bytes=None if stage.max_megabytes is None else int(stage.max_megabytes * 1e6),
+        fixed_bytes=others.bytes_after - float_bytes,
+    )
+
+
+def _notes(chosen: Allocation, rho: float | None, count: int) -> list[str]:
+    counts: dict[str, int] = {}
+    for option in chosen.chosen.values():
+        counts[option.label] = counts.get(option.label, 0) + 1
+    layers = ", ".join(f"{label} {n}" for label, n in sorted(counts.items()))
+    ranks = "unknown" if rho is None else f"{rho:.2f}"
+    return [
+        f"Bits by layer: {layers}; {chosen.bits:.2f} bits a parameter over all of them.",
+        f"The errors that they were chosen by rank {count} changes like final latents with a correlation of {ranks}.",
+    ]

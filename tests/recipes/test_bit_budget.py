@@ -1,0 +1,52 @@
+"""Bits for each layer under a budget, from the recipe to the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from dcomp import UsageError
+from dcomp.compress.allocation import AllocationError
+from dcomp.recipes.load import load_recipe
+from dcomp.recipes.run import run_recipe
+from tests.support.checkpoints import checked_in_a_fork, short_recipe, with_stage
+
+UNET = "UNet2DModel"
+
+
+def bits_of(result):
+    return {record.scheme for record in result.manifest.layers.values() if record.scheme}
+
+
+@pytest.mark.parametrize(("preset", "labels"), [("w4a8", {"W4A8", "W8A8", "W8A16"}), ("w4a4", {"W4A4", "W8A4"})])
+def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, labels: set[str]) -> None:
+    source = tiny_model(UNET)
+    with checked_in_a_fork():
+        sizes = {
+            bits: run_recipe(
+                source,
+                with_stage(short_recipe(UNET, preset), rounding="nearest", target_bits=bits),
+                tmp_path / f"{bits}",
+            )
+            for bits in (7.0, 8.5)
+        }
+    for bits, result in sizes.items():
+        assert result.manifest.totals.bits_per_param <= bits + 1e-9
+    assert sizes[7.0].manifest.totals.bits_per_param < sizes[8.5].manifest.totals.bits_per_param
+    assert labels <= bits_of(sizes[7.0]) | bits_of(sizes[8.5])
+    assert any("correlation" in note for note in sizes[7.0].notes)
+
+
+def test_a_budget_that_cannot_be_met_names_the_smallest(tiny_model, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(UNET), max_megabytes=0.001)
+    with checked_in_a_fork(), pytest.raises(AllocationError, match="or more"):
+        run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "values", [{"stages.0.preset": "float"}, {"stages.0.preset": "w8a16", "stages.0.format": "quanto"}]
+)
+@pytest.mark.parametrize("budget", ["target_bits", "max_megabytes"])
+def test_a_budget_without_layers_of_ours_is_refused_at_once(values: dict[str, str], budget: str) -> None:
+    with pytest.raises(UsageError, match="need a preset that quantizes"):
+        load_recipe("w4a8", (), values | {f"stages.0.{budget}": 5.0})
