@@ -49,6 +49,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Fresh = Annotated[
     bool, typer.Option("--fresh/--resume", help="Throw away the work of an interrupted run, or go on with it.")
 ]
+LowMemory = Annotated[
+    bool | None,
+    typer.Option(
+        "--low-memory/--no-low-memory",
+        help="Leave float weights in files, and read them when they are used. Default: if they are large.",
+    ),
+]
+Explain = Annotated[
+    bool, typer.Option("--explain", help="Show the worst layers with their reasons, and draw errors over steps.")
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="FILE.png|svg|pdf for the picture of --explain; default: beside the output.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that exists.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved recipe, the plan and its cost; write nothing.")
@@ -199,9 +212,12 @@ def quantize(
         bool, typer.Option("--allow-mismatch", help="Use a calibration set of other weights or settings all the same.")
     ] = False,
     device: Device = "cpu",
+    low_memory: LowMemory = None,
     dry_run: DryRun = False,
     fresh: Fresh = False,
     overwrite: Overwrite = False,
+    explain: Explain = False,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Quantize MODEL's denoiser on its own trajectories and write a checkpoint that runs in integers.
@@ -236,7 +252,12 @@ def quantize(
             "calibration.batch_size": batch_size,
         },
     )
-    _compress(model, resolved, output, calibration, device, dry_run, fresh, overwrite, json, allow_mismatch)
+    _compress(
+        *(model, resolved, output, calibration, device, low_memory, dry_run, fresh, overwrite, json),
+        allow_mismatch=allow_mismatch,
+        explain=explain,
+        plot=plot,
+    )
 
 
 @app.command()
@@ -246,13 +267,21 @@ def compress(
     output: Output = None,
     overrides: Set = None,
     device: Device = "cpu",
+    low_memory: LowMemory = None,
     dry_run: DryRun = False,
     fresh: Fresh = False,
     overwrite: Overwrite = False,
+    explain: Explain = False,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Run RECIPE on MODEL; an interrupted run goes on where it stopped."""
-    _compress(model, _resolve({}, recipe, overrides, {}), output, None, device, dry_run, fresh, overwrite, json)
+    resolved = _resolve({}, recipe, overrides, {})
+    _compress(
+        *(model, resolved, output, None, device, low_memory, dry_run, fresh, overwrite, json),
+        explain=explain,
+        plot=plot,
+    )
 
 
 def _compress(
@@ -261,18 +290,34 @@ def _compress(
     output: Path | None,
     calibration: Path | None,
     device: str,
+    low_memory: bool | None,
     dry_run: bool,
     fresh: bool,
     overwrite: bool,
     json: bool,
+    *,
     allow_mismatch: bool = False,
+    explain: bool = False,
+    plot: Path | None = None,
 ) -> None:
     from dcomp.recipes import console, screens
+    from dcomp.recipes.error_curves import check_picture_file, default_picture
+    from dcomp.recipes.inspect import inspect as read
     from dcomp.recipes.run import default_output, plan_recipe, run_recipe
 
     output = output or default_output(model, recipe)
+    picture = plot or (default_picture(output) if explain else None)
+    if picture:
+        check_picture_file(picture)
     if dry_run:
-        plan = plan_recipe(model, recipe, device=device)
+        plan = plan_recipe(
+            model,
+            recipe,
+            calibration=calibration,
+            device=device,
+            allow_mismatch=allow_mismatch,
+            low_memory=low_memory,
+        )
         console.print_json(plan.to_dict()) if json else screens.print_plan(plan, full=True)
         return
     with console.progress() as progress:
@@ -282,12 +327,15 @@ def _compress(
             output,
             calibration=calibration,
             device=device,
+            low_memory=low_memory,
             fresh=fresh,
             overwrite=overwrite,
             allow_mismatch=allow_mismatch,
             on_plan=screens.print_plan,
             progress=progress,
         )
+    if picture:
+        screens.explain(read(result.output), picture, table=not json)
     console.print_json(result.to_dict()) if json else screens.print_result(result)
 
 
@@ -305,6 +353,7 @@ def calibrate(
     batch_size: BatchSize = None,
     lora: Lora = None,
     device: Device = "cpu",
+    low_memory: LowMemory = None,
     json: Json = False,
 ) -> None:
     """Record what MODEL's denoiser sees on its own trajectories, for `dcomp quantize --calibration`."""
@@ -324,7 +373,7 @@ def calibrate(
     }
     recipe = load_recipe("float", (), {"lora": lora} | {f"calibration.{key}": v for key, v in options.items()})
     with console.progress() as progress:
-        summary = record_calibration(model, recipe, output, device=device, progress=progress)
+        summary = record_calibration(model, recipe, output, device=device, low_memory=low_memory, progress=progress)
     console.print_json(summary) if json else console.print_facts("Calibration set", summary)
 
 
@@ -475,15 +524,24 @@ def bench(
 @app.command()
 def inspect(
     out: Checkpoint,
-    layers: Annotated[bool, typer.Option("--layers/--summary", help="Every layer, or one line for each role.")] = True,
+    layers: Annotated[
+        bool | None,
+        typer.Option("--layers/--summary", help="Every layer, or a line for each role; default: the worst layers."),
+    ] = None,
+    worst: Annotated[int, typer.Option(min=1, help="How many of the worst layers are shown.")] = 10,
+    plot: Annotated[Path | None, typer.Option(help="Draw errors over steps into this FILE.png|svg|pdf.")] = None,
     json: Json = False,
 ) -> None:
-    """Explain a checkpoint: layers with role, bits, bytes and error; what stayed in float and why."""
+    """Explain a checkpoint: layers with scheme, error and reason, worst first; what stayed in float and why."""
     from dcomp.recipes import console, screens
+    from dcomp.recipes.error_curves import draw_error_curves
     from dcomp.recipes.inspect import inspect as read
 
     report = read(out)
-    console.print_json(report.to_dict()) if json else screens.print_inspection(report, layers)
+    if plot:
+        draw_error_curves(report, plot)
+        console.say(f"Picture: {plot}")
+    console.print_json(report.to_dict()) if json else screens.print_inspection(report, layers, worst)
 
 
 @app.command()

@@ -78,13 +78,16 @@ def ladder() -> tuple[Step, ...]:
         Step("+ least-error ranges", {"weight_range": "mse", "input_range": "mse"}),
         Step("+ static ranges of each step", {"step_bins": stage.step_bins}, ("w8a8", "w4a8")),
         Step("+ dynamic ranges", {"inputs": "dynamic"}, ("w8a8", "w4a8")),
+        Step("+ groups of inputs", {"input_group": stage.input_group}, ("w4a4",)),
         Step("+ split", {"split": stage.split}),
         Step("+ smoothing", {"smooth": stage.smooth}, ("w4a4",)),
+        Step("+ rotation", {"rotate": stage.rotate}, ("w4a4",)),
         Step("+ GPTQ", {"rounding": "gptq"}),
         Step("+ tuning", {"tune": stage.tune}),
         Step("+ temporal tables", {"temporal": "choose"}),
         Step("+ tuned rounding", {"tune_rounding": True}),
-        Step("+ AdaRound", {"rounding": "adaround", "tune_rounding": False}),
+        Step("+ step correction", {"correct": True, "step_bins": 5}),
+        Step("+ AdaRound", {"rounding": "adaround", "tune_rounding": False, "correct": False}),
     )
 
 

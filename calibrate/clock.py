@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dcomp import UsageError
 
 _TAP = "_dcomp_tap"
+_STORED_ROUNDING = 1e-6  # relative; what is stored as fp32 may be told as a double
 _SIGMA_EDGE = 1e-4  # pure noise and pure signal have an infinite log-SNR; this caps it at about 18.4
 
 
@@ -152,6 +153,7 @@ class StepClock:
 
     Attributes:
         bins: the step bins that `bin` refers to, or None: then `bin` stays 0.
+        table_timesteps: those that tables of temporal features hold; empty without tables.
         trajectory: number of trajectories started so far minus 1; -1 before the first.
         call: index of the denoiser call of this trajectory, 0 first; contexts run one by one share it.
         step: index of the scheduler step; a second-order scheduler makes two calls in one step.
@@ -160,8 +162,9 @@ class StepClock:
         row_bins: the bin of every row, int64 `[N]` on the timestep's device, if the timesteps differ; else None.
         row_timesteps: the timestep of every row if they differ, with or without bins; else None.
         last_sample: the latents that the last scheduler step returned (not a copy).
-        unseen: how many timesteps were none of the calibrated ones (several calls in a row at one count once).
-        max_distance: the largest distance of such a timestep from a calibrated one, in timestep units.
+        unseen: how many timesteps `bins` or `table_timesteps` lack (several calls in a row at one count once); 0
+            without both.
+        max_distance: the largest distance of such a timestep from the nearest that is there, in timestep units.
 
     Without a scheduler `trajectory`, `call`, `step` and `last_sample` keep their first values; `timestep`, `bin`,
     `row_bins` and `row_timesteps` are right all the same.
@@ -169,6 +172,7 @@ class StepClock:
 
     def __init__(self, bins: StepBins | None = None) -> None:
         self.bins = bins
+        self.table_timesteps: tuple[float, ...] = ()
         self.trajectory = -1
         self.call = 0
         self.step = 0
@@ -206,15 +210,15 @@ class StepClock:
         """Take the timestep of the next call: a number, or a tensor with one value or one per row."""
         if isinstance(timestep, Tensor):
             values = [float(value) for value in timestep.reshape(-1).tolist()]  # the only transfer of a call
-            tolerance = 2 * torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else 0.0
+            rounding = 2 * torch.finfo(timestep.dtype).eps if timestep.dtype.is_floating_point else 0.0
         else:
-            values, tolerance = [float(timestep)], 1e-6
+            values, rounding = [float(timestep)], 0.0
         distinct = dict.fromkeys(values)
         self.row_bins = None
         self.row_timesteps = tuple(values) if len(distinct) > 1 else None
+        for value in distinct if distinct != {self.timestep: None} else ():
+            self._note_distance(value, max(rounding, _STORED_ROUNDING))
         if self.bins is not None and values:
-            for value in distinct if distinct != {self.timestep: None} else ():
-                self._note_distance(value, tolerance)
             self.bin = self.bins.lookup(values[0])
             if len(distinct) > 1:
                 rows = [self.bins.lookup(value) for value in values]
@@ -223,6 +227,7 @@ class StepClock:
 
     def _note_distance(self, timestep: float, tolerance: float) -> None:
         distance = self.bins.distance(timestep) if self.bins else 0.0
+        distance = max(distance, min((abs(timestep - known) for known in self.table_timesteps), default=0.0))
         if distance > tolerance * abs(timestep):
             self.unseen += 1
             self.max_distance = max(self.max_distance, distance)

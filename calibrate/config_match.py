@@ -78,20 +78,42 @@ def check_config_matches(
         raise ModelError(problem, where=where, remedy=_REMEDY)
 
 
+def model_class(class_name: str, where: str) -> Any:
+    """Return the model class of diffusers that a config names.
+
+    Raises:
+        ModelError: diffusers has no such class, or cannot provide it here.
+    """
+    import diffusers
+    from diffusers.models.modeling_utils import ModelMixin
+
+    try:
+        found = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
+    except Exception as error:  # the lazy module imports the class's file, which may lack an optional package
+        raise ModelError(
+            f"diffusers cannot provide {class_name}: {str(error)[:200]}",
+            where=where,
+            remedy="Install what this class needs",
+        ) from error
+    if not isinstance(found, type) or not issubclass(found, ModelMixin):
+        raise ModelError(f"{class_name!r} is no model class of diffusers", where=where, remedy=_REMEDY)
+    return found
+
+
 def _build_on_meta(class_name: str, config: Mapping[str, Any], tensors: int, where: str) -> "nn.Module":
     """Build a diffusers model from an untrusted config without memory for its weights."""
     import torch
     from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
     from diffusers.models.modeling_utils import LegacyModelMixin
 
-    model_class = _model_class(class_name, where)
+    kind = model_class(class_name, where)
     _check_values(config, where)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        if issubclass(model_class, LegacyModelMixin):
-            model_class = _fetch_remapped_cls_from_config(plain, model_class)
+        if issubclass(kind, LegacyModelMixin):
+            kind = _fetch_remapped_cls_from_config(plain, kind)
         with _bounded_build(2 * tensors + 256), torch.device("meta"):
-            model: nn.Module = model_class.from_config(plain)
+            model: nn.Module = kind.from_config(plain)
     except _TooLargeError as error:
         problem = f"The config describes a model far larger than its weights ({tensors} tensors)"
         raise ModelError(problem, where=where, remedy=_REMEDY) from error
@@ -110,23 +132,6 @@ def _listing(what: str, names: list[str]) -> str:
         return ""
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{len(names)} tensor(s) {what}: {', '.join(names[:_SHOWN])}{more}"
-
-
-def _model_class(class_name: str, where: str) -> Any:
-    import diffusers
-    from diffusers.models.modeling_utils import ModelMixin
-
-    try:
-        found = getattr(diffusers, class_name, None) if class_name.isidentifier() else None
-    except Exception as error:  # the lazy module imports the class's file, which may lack an optional package
-        raise ModelError(
-            f"diffusers cannot provide {class_name}: {str(error)[:200]}",
-            where=where,
-            remedy="Install what this class needs",
-        ) from error
-    if not isinstance(found, type) or not issubclass(found, ModelMixin):
-        raise ModelError(f"{class_name!r} is no model class of diffusers", where=where, remedy=_REMEDY)
-    return found
 
 
 def _check_values(value: Any, where: str, key: str = "") -> None:

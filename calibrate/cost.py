@@ -45,6 +45,10 @@ class Precision(Protocol):
     def rank(self) -> int:
         """Of the float branch of each part."""
 
+    @property
+    def corrected(self) -> bool:
+        """Whether there are tables of the output's scale and bias."""
+
 
 @dataclass(frozen=True)
 class Macs:
@@ -102,7 +106,7 @@ def layer_bytes(layer: nn.Linear | nn.Conv2d, scheme: Precision | None, step_bin
     Args:
         layer: a float layer; only its shapes and dtypes are read, so it may be on the meta device.
         scheme: its precision; None leaves it as it is.
-        step_bins: entries of the table of input scales, for layers with static ones.
+        step_bins: rows of tables, of static input scales and of corrections.
     """
     if scheme is None:
         return sum(parameter.nbytes for parameter in layer.parameters())
@@ -116,7 +120,8 @@ def layer_bytes(layer: nn.Linear | nn.Conv2d, scheme: Precision | None, step_bin
         out_channels, taps, in_channels = layer.out_features, (), layer.in_features
     edges = pairwise((0, *scheme.boundaries, in_channels))
     parts = sum(_part_bytes(out_channels, taps, stop - start, scheme, step_bins) for start, stop in edges)
-    return parts + (0 if layer.bias is None else 4 * out_channels)
+    biases = (layer.bias is not None) + (step_bins if scheme.corrected else 0)
+    return parts + 4 * out_channels * biases
 
 
 def _part_bytes(out_channels: int, taps: tuple[int, ...], in_channels: int, scheme: Precision, step_bins: int) -> int:
@@ -125,7 +130,8 @@ def _part_bytes(out_channels: int, taps: tuple[int, ...], in_channels: int, sche
     table = step_bins * (4 + 1) if scheme.input_granularity == "tensor" else 0  # fp32 scales and uint8 zeros
     factors = 4 * in_channels if scheme.smooth else 0
     branch = 2 * scheme.rank * (prod(taps) * in_channels + out_channels)  # fp16
-    return weight + table + factors + branch
+    factors_of_output = 4 * step_bins * out_channels if scheme.corrected else 0
+    return weight + table + factors + branch + factors_of_output
 
 
 class _Products(TorchFunctionMode):

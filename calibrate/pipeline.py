@@ -25,6 +25,7 @@ from dcomp import DcompError, UsageError
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import find_denoiser, local_folder, other_scheduler, quiet
 from dcomp.calibrate.model_files import check_finite, check_model_folder
+from dcomp.calibrate.stored_weights import is_large, open_stored
 from dcomp.calibrate.tree_file import tensor_sha256
 
 OnStep = Callable[[int, int, Tensor], None]
@@ -304,6 +305,7 @@ def open_pipeline(
     scheduler: str | None = None,
     device: str | torch.device = "cpu",
     torch_dtype: torch.dtype | None = None,
+    low_memory: bool | None = False,
 ) -> OpenPipeline:
     """Open a local pipeline folder, or a model of the hub, compressed by dcomp or not.
 
@@ -312,6 +314,8 @@ def open_pipeline(
         scheduler: class name of another diffusers scheduler to sample with; "Scheduler" may be left out.
         device: where the pipeline runs.
         torch_dtype: dtype of float weights; float32 unless given.
+        low_memory: leave the matrices of a float32 denoiser in their files, see `stored_weights`; None: if they are
+            large. Its results are the same bits.
 
     Raises:
         UsageError: the folder, scheduler or device cannot be used as given.
@@ -321,12 +325,18 @@ def open_pipeline(
         check_finite(folder.denoiser)
         from diffusers import DiffusionPipeline
 
+        part, given = folder.denoiser, {}
+        if low_memory is None:  # float32 files are mapped into memory as they are
+            low_memory = is_large(sum(4 * info.numel for info in part.tensors.values() if info.dtype != "F32"))
+        if low_memory and torch_dtype in (None, torch.float32) and part.quant_method is None:
+            given[folder.denoiser_name] = open_stored(part)
         pipe = DiffusionPipeline.from_pretrained(
             folder.path,
             local_files_only=True,
             use_safetensors=True,
             variant=folder.variant,
             torch_dtype=torch_dtype or torch.float32,
+            **given,
         )
         if scheduler is not None:
             pipe.scheduler = other_scheduler(pipe.scheduler, scheduler)

@@ -52,7 +52,7 @@ class RowBatch:
     def take(self, indices: Tensor | Sequence[int]) -> "RowBatch":
         """Copy some rows, in the order given; a pair stays one if both of its rows are taken."""
         index = torch.as_tensor(indices, dtype=torch.int64)
-        args, kwargs = _changed(
+        args, kwargs = map_leaves(
             self.args, self.kwargs, lambda path, leaf: leaf[index] if path in self.batched else leaf
         )
         pairs = None
@@ -138,7 +138,7 @@ class _Survey:
         self.samples[call.trajectory] = samples
         batched = {
             path
-            for path, leaf in _leaves(call.args, call.kwargs).items()
+            for path, leaf in leaves_of(call.args, call.kwargs).items()
             if _name(path, names) not in POSITIONS
             and (_is_time(path, names) or (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch))
         }
@@ -183,7 +183,7 @@ def _rows_of(call: RecordedCall, rows: Sequence[int], batched: frozenset[Path], 
         times.append(torch.as_tensor(leaf).reshape(-1).expand(len(call.output)))
         return times[-1]
 
-    args, kwargs = _changed(call.args, call.kwargs, expand)
+    args, kwargs = map_leaves(call.args, call.kwargs, expand)
     samples = len(call.output) // len(call.contexts)
     trajectories = call.trajectory * _MOST_SAMPLES + torch.arange(len(call.output)) % samples
     return RowBatch(args, kwargs, call.output, times[0].float(), trajectories, None, batched).take(rows)
@@ -191,7 +191,7 @@ def _rows_of(call: RecordedCall, rows: Sequence[int], batched: frozenset[Path], 
 
 def _joined(parts: Sequence[RowBatch], names: Sequence[str]) -> RowBatch:
     """Put rows of several calls one after the other."""
-    leaves = [_leaves(part.args, part.kwargs) for part in parts]
+    leaves = [leaves_of(part.args, part.kwargs) for part in parts]
     for path in set().union(*leaves) - set(leaves[0]).intersection(*leaves):
         raise _differing(_name(path, names), "form")
 
@@ -205,7 +205,7 @@ def _joined(parts: Sequence[RowBatch], names: Sequence[str]) -> RowBatch:
             raise _differing(_name(path, names), "value, and has no batch axis")
         return leaf
 
-    args, kwargs = _changed(parts[0].args, parts[0].kwargs, join)
+    args, kwargs = map_leaves(parts[0].args, parts[0].kwargs, join)
     outputs, timesteps, trajectories = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("outputs", "timesteps", "trajectories")
     )
@@ -234,13 +234,14 @@ def _is_time(path: Path, names: Sequence[str]) -> bool:
     return len(path) == 1 and _name(path, names) == TIMESTEP
 
 
-def _leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, Any]:
+def leaves_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, Any]:
+    """Return all leaves of arguments by where they lie."""
     leaves: dict[Path, Any] = {}
-    _changed(args, kwargs, leaves.__setitem__)
+    map_leaves(args, kwargs, leaves.__setitem__)
     return leaves
 
 
-def _changed(
+def map_leaves(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Path, Any], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Copy arguments, with `change(path, leaf)` at every leaf of dicts, lists and tuples."""

@@ -185,7 +185,8 @@ class _Call:
 
         def cut(path: tuple[str, ...], value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.ndim and len(value) == batch and path[0] not in POSITIONS
-            return value[:1].clone() if batched else value
+            # The last sample has the prompt; the first may be the empty one, where attention to a single token is 1.
+            return value[-1:].clone() if batched else value
 
         return cls(_rebound(bound, cut), latents)
 

@@ -5,7 +5,7 @@ rows, and every block waits for its inputs: they come from blocks that are finis
 wrong before it. A layer that belongs to no block is one by itself. Finished blocks are files: a killed run goes on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcomp import DcompError
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.replay import Path as LeafPath
+from dcomp.calibrate.replay import RowBatch, leaves_of
 from dcomp.calibrate.tree_file import decode, encode, open_tensors, read_description, write_tree_file
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.quantize_layer import transformed_weight
-from dcomp.compress.reconstruction import BlockResult, reconstruct_block
+from dcomp.compress.reconstruction import BlockCall, BlockResult, reconstruct_block
 from dcomp.compress.soft_rounding import fake_execution
 from dcomp.compress.split import parts_of, quantized_layers
 
@@ -28,18 +30,24 @@ DECIDED = 20.0  # learning rate times iterations, at which codes are decided
 FIELDS = ("qweight", "scale", "multiplier")
 
 
+class BlockError(DcompError):
+    """A block whose rows cannot be told apart."""
+
+
 @dataclass(frozen=True)
 class FloatBlocks:
     """What reconstruction needs to know of the float model.
 
     Attributes:
         names: of the blocks.
-        weights: layer name -> float weight, in torch's layout.
+        weights: layer name -> float weight, in torch's layout. Other layers keep their codes.
+        batched: block -> which leaves of its arguments have rows.
         folder: with a file of outputs for each block.
     """
 
     names: tuple[str, ...]
     weights: dict[str, Tensor]
+    batched: dict[str, frozenset[LeafPath]]
     folder: Path
 
 
@@ -53,12 +61,16 @@ def record_blocks(
         denoiser: in float.
         rows: of the calibration set.
         blocks: names of modules, none inside another.
-        layers: names of the layers that will be quantized; one outside of all blocks becomes a block.
+        layers: names of the layers whose codes are to be learned; one outside of all blocks becomes a block.
         folder: for the outputs; a complete one is not made again.
+
+    Raises:
+        BlockError: an argument of a block has rows and something else along one axis.
     """
     alone = [name for name in layers if not any(name.startswith(f"{block}.") for block in blocks)]
     used = [block for block in blocks if any(name.startswith(f"{block}.") for name in layers)]
-    names = (*used, *alone)
+    batched = batched_leaves(denoiser, rows, (*used, *alone))
+    names = tuple(name for name, leaves in batched.items() if leaves)
     folder.mkdir(parents=True, exist_ok=True)
 
     def keep(name: str) -> Callable[..., None]:
@@ -74,7 +86,51 @@ def record_blocks(
                 stack.callback(denoiser.get_submodule(name).register_forward_hook(keep(name)).remove)
             denoiser(*rows.args, **rows.kwargs)
     weights = {name: denoiser.get_parameter(f"{name}.weight").detach() for name in layers}
-    return FloatBlocks(names, weights, folder)
+    return FloatBlocks(names, weights, batched, folder)
+
+
+@torch.no_grad()
+def batched_leaves(denoiser: nn.Module, rows: RowBatch, names: Sequence[str]) -> dict[str, frozenset[LeafPath]]:
+    """Find out which leaves of modules' arguments have rows along axis 0: those that grow with the rows of a call.
+
+    The length of an axis alone does not tell: a table of positions may have as many tokens as there are rows.
+
+    Raises:
+        BlockError: a leaf grows with the rows, but has not as many entries.
+    """
+    few, more = (_lengths(denoiser, rows.take([0] * count), names) for count in (2, 3))
+    found = {}
+    for name in names:
+        growing = {path for path, length in few[name].items() if length != more[name].get(path)}
+        torn = [path for path in growing if (few[name][path], more[name].get(path)) != (2, 3)]
+        if torn:
+            argument = ".".join(map(str, min(torn, key=str)))
+            raise BlockError(
+                f"The argument {argument} has rows and something else along its first axis",
+                where=name,
+                remedy="Use `--method gptq`, which asks for no blocks.",
+            )
+        found[name] = frozenset(growing)
+    return found
+
+
+def _lengths(denoiser: nn.Module, rows: RowBatch, names: Sequence[str]) -> dict[str, dict[LeafPath, int]]:
+    """Return the length of axis 0 of all tensors among the arguments of each module's first call."""
+    seen: dict[str, dict[LeafPath, int]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def starts(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves = leaves_of(args, kwargs).items()
+            seen.setdefault(name, {path: len(x) for path, x in leaves if isinstance(x, Tensor) and x.ndim})
+
+        return starts
+
+    with ExitStack() as stack:
+        for name in names:
+            module = denoiser.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(hook(name), with_kwargs=True).remove)
+        denoiser(*rows.args, **rows.kwargs)
+    return seen
 
 
 def reconstruct_blocks(
@@ -146,31 +202,30 @@ class _Waiting:
             del self.block.forward
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        count = len(self.rows)
-        chunks = [(_cut(args, start, count), _cut(kwargs, start, count)) for start in range(0, count, BLOCK_ROWS)]
+        call = BlockCall(args, kwargs, self.reference.batched[self.name])
         file = self.folder / f"{self.name}.safetensors"
         if self.name not in self.results:
-            self.results[self.name] = self._read(file) if file.exists() else self._reconstruct(chunks, file)
+            self.results[self.name] = self._read(file) if file.exists() else self._reconstruct(call, file)
             self.progress("blocks", len(self.results), len(self.reference.names))
         clocks = {layer.clock for layer in self.block.modules() if isinstance(layer, QuantLayer) and layer.clock}
         answers = []
-        for k, (own_args, own_kwargs) in enumerate(chunks):
+        for start in range(0, len(self.rows), BLOCK_ROWS):
+            chunk = slice(start, start + BLOCK_ROWS)
+            own_args, own_kwargs = call.take(chunk)
             for clock in clocks:
-                clock.read(self.rows.timesteps[k * BLOCK_ROWS : (k + 1) * BLOCK_ROWS])
+                clock.read(self.rows.timesteps[chunk])
             answers.append(self.block(*own_args, **own_kwargs))
         for clock in clocks:
             clock.read(self.rows.timesteps)
         return _joined(answers)
 
-    def _reconstruct(self, chunks: list[tuple[Any, Any]], file: Path) -> BlockResult:
+    def _reconstruct(self, call: BlockCall, file: Path) -> BlockResult:
         path = self.reference.folder / f"{self.name}.safetensors"
-        output = decode(read_description(path)["output"], open_tensors(path))
-        count = len(self.rows)
-        targets = [_cut(output, start, count) for start in range(0, count, BLOCK_ROWS)]
+        targets = decode(read_description(path)["output"], open_tensors(path))
         with torch.enable_grad():
             result = reconstruct_block(
                 self.block,
-                chunks,
+                call,
                 targets,
                 self._weights(),
                 iterations=self.iterations,
@@ -201,22 +256,11 @@ class _Waiting:
         names = {part: name for name, part in self._parts()}
         found: dict[str, Tensor] = {}
         for name, layer in quantized_layers(self.block).items():
-            if layer.scheme.rounding == "adaround":
-                weight = self.reference.weights[f"{self.name}.{name}" if name else self.name]
+            weight = self.reference.weights.get(f"{self.name}.{name}" if name else self.name)
+            if weight is not None:
                 values = transformed_weight(weight, layer)
                 found |= {names[part]: value for part, value in zip(parts_of(layer), values, strict=True)}
         return found
-
-
-def _cut(tree: Any, start: int, count: int) -> Any:
-    """Take the rows of a chunk from every tensor that has rows."""
-    if isinstance(tree, Tensor):
-        return tree[start : start + BLOCK_ROWS] if tree.ndim and len(tree) == count else tree
-    if isinstance(tree, Mapping):
-        return {key: _cut(value, start, count) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return type(tree)(_cut(value, start, count) for value in tree)
-    return tree
 
 
 def _joined(parts: Sequence[Any]) -> Any:

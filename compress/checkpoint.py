@@ -92,6 +92,7 @@ class ManifestFields:
         layers: layer name -> what became of it.
         calibration_sha256: hash of the calibration set, if one was used.
         loras: adapters that were fused first.
+        timesteps: of the errors by step in `layers`, noisiest first.
         quality: measured quality, if any.
         source: name and hash of the original model; hashed here when it is not given.
     """
@@ -100,6 +101,7 @@ class ManifestFields:
     layers: Mapping[str, LayerRecord] = field(default_factory=dict)
     calibration_sha256: str | None = None
     loras: list[dict[str, Any]] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
     quality: dict[str, Any] | None = None
     source: Source | None = None
 
@@ -253,6 +255,7 @@ def _manifest(
         recipe=fields.recipe,
         calibration_sha256=fields.calibration_sha256,
         loras=fields.loras,
+        timesteps=fields.timesteps,
         layers=dict(fields.layers),
         totals=Totals(
             bytes_original=source.nbytes,

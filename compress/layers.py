@@ -6,12 +6,15 @@ Arithmetic is not here: integers run through `torch.ops.dcomp`, floats through `
 
 A layer computes `y = Q(x') W'^T + bias + up (down x)` with `x' = (x * smooth_inv) H`: its weight W' is that of smoothed
 and rotated inputs, H is symmetric and orthonormal, and the low-rank branch reads the raw input. Each part is optional.
+A corrected layer has tables of the output's scale and bias in the step bins, `y = step_scale[b] (Q(x') W'^T + up (down
+x)) + step_bias[b]`. They become part of the weight's scale, of `up` and of the bias: no operation is added.
 
 Letters: O output and I input channels (of one convolution group), B step bins, N samples, r rank of the branch.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dcomp.compress.scheme import QScheme, SchemeError
-from dcomp.kernels import dispatch, packing, qparams
+from dcomp.kernels import dispatch, packing, qparams, reference
 from dcomp.kernels.packing import PackedWeight
 
 if TYPE_CHECKING:
@@ -28,7 +31,18 @@ if TYPE_CHECKING:
 _M = TypeVar("_M", bound=nn.Module)
 Execution = Literal["int", "fake"]
 
-_BUFFERS = ("qweight", "scale", "multiplier", "input_scale", "input_zero", "smooth_inv", "lr_down", "lr_up")
+_BUFFERS = (
+    "qweight",
+    "scale",
+    "multiplier",
+    "input_scale",
+    "input_zero",
+    "smooth_inv",
+    "lr_down",
+    "lr_up",
+    "step_scale",
+    "step_bias",
+)
 
 _NO_WEIGHT = (
     "A quantized layer has integer codes and no float weight, so an adapter can be attached but not merged; "
@@ -43,8 +57,23 @@ class WeightForm:
     raises AttributeError.
     """
 
-    def __init__(self, shape: torch.Size, device: torch.device) -> None:
-        self.shape, self.device, self.dtype = shape, device, torch.float32
+    def __init__(self, shape: torch.Size, device: torch.device, folded: bool = False) -> None:
+        self.shape, self.dtype, self._device, self._folded = shape, torch.float32, device, folded
+
+    @property
+    def device(self) -> torch.device:
+        """The device; PEFT asks for it when it attaches an adapter.
+
+        Raises:
+            SchemeError: the layer is folded.
+        """
+        if self._folded:
+            raise SchemeError(
+                "An adapter for the float model does not fit: factors were moved between this layer and its neighbours",
+                where=f"a quantized layer with a weight of {list(self.shape)}",
+                remedy="Fuse the adapter before quantization with --lora, or quantize with --set stages.0.fold=false.",
+            )
+        return self._device
 
     def dim(self) -> int:
         """Return the number of axes."""
@@ -59,7 +88,8 @@ class Quantized(nn.Module, ABC):
 
     Attributes:
         scheme: the rule that it was quantized by.
-        bias: parameter `[O]` without gradient, or None. It takes the model's float dtype.
+        bias: parameter `[O]` without gradient, or None. It takes the model's float dtype. A corrected layer has it in
+            `step_bias` and does not read it.
         clock: tells the step bin; without one, bin 0 is used.
         execution: "int", or "fake" for the float arithmetic that the integers stand for.
     """
@@ -85,10 +115,22 @@ class Quantized(nn.Module, ABC):
         Args:
             layer: float layer with the geometry; may be on the meta device.
             scheme: decides which buffers there are.
-            bins: B, rows of a static range's table.
+            bins: B, rows of tables.
 
         Raises:
             SchemeError: this layer cannot have such a scheme.
+        """
+
+    @abstractmethod
+    def correct(self, step_scale: Tensor, step_bias: Tensor) -> None:
+        """Give the layer tables of its output's scale and bias; those that it had are replaced.
+
+        Args:
+            step_scale: fp32 `[B, O]`, factors of the output without bias.
+            step_bias: fp32 `[B, O]`, what is added to that; the layer's own bias, times the factor, is part of it.
+
+        Raises:
+            SchemeError: the tables have another form, or not as many rows as those of the inputs.
         """
 
     @abstractmethod
@@ -107,7 +149,8 @@ class Quantized(nn.Module, ABC):
     def dequantize(self) -> Tensor:
         """Return the float weight that the layer amounts to, fp32, in torch's layout.
 
-        That is the weight for raw inputs: transforms are undone, and the branch is added.
+        That is the weight for raw inputs: transforms are undone, and the branch is added. Corrections by step are not
+        in it.
         """
 
     @property
@@ -132,10 +175,12 @@ class QuantLayer(Quantized):
 
     Attributes:
         qweight, scale, multiplier: see `kernels/packing.py`; `multiplier` is None for 8 bits.
-        input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. A table of one row serves
+        input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. Tables of one row serve
             every bin.
         smooth_inv: fp32 `[I]`, what inputs are multiplied by, or None.
         lr_down, lr_up: fp16 `[r, *taps, I]` and `[O, r]` of the low-rank branch, or None.
+        step_scale, step_bias: fp32 `[B, O]` of a corrected layer, else None; of the parts of a split layer only the
+            first has a bias.
     """
 
     qweight: Tensor
@@ -146,6 +191,8 @@ class QuantLayer(Quantized):
     smooth_inv: Tensor | None
     lr_down: Tensor | None
     lr_up: Tensor | None
+    step_scale: Tensor | None
+    step_bias: Tensor | None
 
     @classmethod
     def from_float(
@@ -211,7 +258,7 @@ class QuantLayer(Quantized):
         Args:
             layer: float layer with the geometry; may be on the meta device.
             scheme: decides which buffers there are.
-            bins: B, rows of a static range's table.
+            bins: B, rows of tables.
 
         Raises:
             SchemeError: this layer cannot have such a scheme.
@@ -231,6 +278,8 @@ class QuantLayer(Quantized):
         if scheme.rank:
             buffers["lr_down"] = (torch.Size((scheme.rank, *taps, in_channels)), torch.float16)
             buffers["lr_up"] = (torch.Size((out_channels, scheme.rank)), torch.float16)
+        if scheme.corrected:
+            buffers |= {name: (torch.Size((bins, out_channels)), torch.float32) for name in ("step_scale", "step_bias")}
         for name in _BUFFERS:
             empty = torch.empty(buffers[name][0], dtype=buffers[name][1]) if name in buffers else None
             quantized.register_buffer(name, empty)
@@ -239,6 +288,29 @@ class QuantLayer(Quantized):
         quantized.register_parameter("bias", bias)
         quantized.scheme, quantized.clock, quantized.execution = scheme, None, "int"
         return quantized
+
+    def correct(self, step_scale: Tensor, step_bias: Tensor | None) -> None:
+        """Give the layer tables of its output's scale and bias; those that it had are replaced.
+
+        Args:
+            step_scale: fp32 `[B, O]`, factors of the output without bias.
+            step_bias: fp32 `[B, O]`, what is added to that; the layer's own bias, times the factor, is part of it. None
+                for a part of a layer that is not the first.
+
+        Raises:
+            SchemeError: the tables have another form, or not as many rows as those of the inputs.
+        """
+        bins = len(step_scale if self.input_scale is None else self.input_scale)
+        expected = _form(torch.empty(bins, len(self.scale), device="meta"))
+        forms = {_form(table) for table in (step_scale, step_bias) if table is not None}
+        if forms != {expected}:
+            raise SchemeError(
+                f"Tables of a correction are {' and '.join(sorted(forms))}, but this layer needs {expected}",
+                where=str(self),
+                remedy="Use fp32 tables with a row for each step bin.",
+            )
+        self.step_scale, self.step_bias = step_scale, step_bias
+        self.scheme = replace(self.scheme, corrected=True)
 
     def packed(self) -> PackedWeight:
         """Return the stored weight; shares memory with the buffers."""
@@ -258,7 +330,8 @@ class QuantLayer(Quantized):
     def dequantize(self) -> Tensor:
         """Return the float weight that the layer amounts to, fp32, in torch's layout.
 
-        That is the weight for raw inputs: transforms are undone, and the branch is added.
+        That is the weight for raw inputs: transforms are undone, and the branch is added. Corrections by step are not
+        in it.
         """
         weight = self.values().movedim(1, -1)
         if self.scheme.rotate:
@@ -277,7 +350,8 @@ class QuantLayer(Quantized):
     def weight(self) -> WeightForm:
         """Shape, dtype and device of the float weight, which is not there."""
         out_channels, *taps, _ = self.qweight.shape
-        return WeightForm(torch.Size((out_channels, self._in_channels, *taps)), self.qweight.device)
+        shape = torch.Size((out_channels, self._in_channels, *taps))
+        return WeightForm(shape, self.qweight.device, self.scheme.folded)
 
     @abstractmethod
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
@@ -297,18 +371,26 @@ class QuantLayer(Quantized):
         known = self._granularities
         transformed = scheme.smooth or scheme.rotate or scheme.rank
         most = min(out_channels, in_channels)
-        for good, problem in (
-            (not scheme.boundaries, "a layer of one part has no boundaries"),
-            (scheme.input_granularity in (None, *known), f"it takes inputs by {' or '.join(known)}, or float ones"),
-            (getattr(self, "groups", 1) == 1 or not transformed, "channels in groups have no transform and no branch"),
-            (scheme.rank <= most, f"rank {scheme.rank} is more than its {most} channels"),
+        for good, problem, remedy in (
+            (not scheme.boundaries, "A layer of one part has no boundaries", "Leave the boundaries out."),
+            (
+                scheme.input_granularity in (None, *known),
+                f"The layer takes inputs by {' or '.join(known)}, or float ones, not by {scheme.input_granularity}",
+                "Give linear layers inputs by token, and convolutions by sample or tensor.",
+            ),
+            (
+                getattr(self, "groups", 1) == 1 or not transformed,
+                "Channels in groups have no transform and no branch",
+                "Leave smooth, rotate and rank out for convolutions in groups.",
+            ),
+            (
+                scheme.rank <= most,
+                f"A branch of rank {scheme.rank} is more than {most} channels can have",
+                "Lower the rank to the least number of channels of a layer, or of a part of it.",
+            ),
         ):
             if not good:
-                raise SchemeError(
-                    f"{type(self).__name__} cannot have this scheme: {problem}",
-                    where=f"{scheme.label}, {scheme}",
-                    remedy="Change the scheme, or leave the layer in float.",
-                )
+                raise SchemeError(problem, where=f"{scheme.label}, {scheme}", remedy=remedy)
 
     def _transformed(self, x: Tensor) -> Tensor:
         """Smooth and rotate inputs `[..., I]`; fp32, or `x` itself when there is nothing to do."""
@@ -318,7 +400,69 @@ class QuantLayer(Quantized):
             x = qparams.hadamard(x.float(), qparams.rotation_block(self._in_channels))
         return x
 
-    def _int_rows(self, rows: Tensor) -> Tensor:
+    def _by_bin(self, x: Tensor, apply: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Apply a function to all samples of a step bin at once.
+
+        Args:
+            x: samples along the first axis.
+            apply: function of samples and their bin.
+        """
+        rows = self._bins(x)
+        if isinstance(rows, int):
+            return apply(x, rows)
+        masks = {step_bin: rows == step_bin for step_bin in rows.unique().tolist()}
+        outputs = {step_bin: apply(x[mask], step_bin) for step_bin, mask in masks.items()}
+        first = outputs[int(rows[0])]
+        y = first.new_empty(len(x), *first.shape[1:])
+        for step_bin, mask in masks.items():
+            y[mask] = outputs[step_bin]
+        return y
+
+    def _bins(self, x: Tensor) -> int | Tensor:
+        """Return the step bin of the whole input, or of each sample where the clock knows them; 0 without tables.
+
+        Raises:
+            SchemeError: the tables have no row for the bin.
+        """
+        table = self.input_scale if self.step_scale is None else self.step_scale
+        if self.clock is None or table is None or len(table) == 1:
+            return 0
+        rows = self.clock.row_bins
+        mixed = rows is not None and x.ndim > 1 and len(rows) == len(x) > 0
+        last = int(rows.max()) if rows is not None and mixed else self.clock.bin
+        if last >= len(table):
+            raise SchemeError(
+                f"The clock is in step bin {last}, the layer has tables for {len(table)}",
+                where=str(self),
+                remedy="Give the layer the clock that it was calibrated with.",
+            )
+        return rows.to(x.device) if rows is not None and mixed else last
+
+    def _scale_and_bias(self, step_bin: int) -> tuple[Tensor, Tensor | None]:
+        """Return the scale of the weight and the bias, `[O]` each, with a bin's correction in them."""
+        if self.step_scale is None:
+            return self.scale, self._bias
+        return self.scale * self.step_scale[step_bin], None if self.step_bias is None else self.step_bias[step_bin]
+
+    def _up(self, step_bin: int | None) -> Tensor:
+        """Return `lr_up` in fp32, with a bin's correction in it."""
+        assert self.lr_up is not None
+        up = self.lr_up.float()
+        return up if self.step_scale is None or step_bin is None else up * self.step_scale[step_bin].unsqueeze(-1)
+
+    def _corrected(self, y: Tensor, x: Tensor, axis: int) -> Tensor:
+        """Apply the tables to an output that has no bias, as fake execution does; O is along an axis of `y`."""
+        if self.step_scale is None:
+            return y
+        rows = self._bins(x)
+        shape = [1] * y.ndim
+        shape[axis] = y.shape[axis]
+        if isinstance(rows, Tensor):
+            shape[0] = len(x)
+        y = y * self.step_scale[rows].view(shape)
+        return y if self.step_bias is None else y + self.step_bias[rows].view(shape)
+
+    def _int_rows(self, rows: Tensor, step_bin: int) -> Tensor:
         """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: fp32 `[M, O]`."""
         if self.scheme.input_bits == 8:
             codes, x_scale = dispatch.quantize_token(rows)
@@ -326,7 +470,8 @@ class QuantLayer(Quantized):
             image, x_scale = dispatch.quantize_group(rows.unsqueeze(1), self._input_group)
             codes = image.squeeze(1)
         multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
-        weight = (self.qweight.flatten(1), self.scale, multiplier, self._bias, self._in_channels)
+        scale, bias = self._scale_and_bias(step_bin)
+        weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
         return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight))
 
     @property
@@ -345,7 +490,7 @@ class QuantLayer(Quantized):
 
     @property
     def _bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.float()
+        return None if self.bias is None or self.step_scale is not None else self.bias.float()
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
@@ -364,24 +509,29 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     def int_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in integers to `[..., I]`."""
         self._check_channels(x.shape[-1], self.in_features)
+        return self._by_bin(x, self._int_bin)
+
+    def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
         inputs = self._transformed(x)
         if self.scheme.input_bits == 16:
-            weight = (self.qweight, self.scale, self.multiplier, self._bias, self.in_features)
-            return self._with_branch(dispatch.linear_a16(inputs.to(x.dtype), *weight), x)
-        y = self._int_rows(inputs.reshape(-1, self.in_features))
-        return self._with_branch(y.view(*x.shape[:-1], self.out_features), x)
+            scale, bias = self._scale_and_bias(step_bin)
+            y = dispatch.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
+        else:
+            y = self._int_rows(inputs.reshape(-1, self.in_features), step_bin).view(*x.shape[:-1], self.out_features)
+        return self._with_branch(y, x, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
         inputs = fake_quant_dynamic(self._transformed(x), self.scheme)
-        return self._with_branch(functional.linear(inputs, self.values(), self._bias), x)
+        y = self._with_branch(functional.linear(inputs, self.values(), self._bias), x)
+        return self._corrected(y, x, -1).to(x.dtype)
 
-    def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add what the low-rank branch makes of the raw input; the result has the dtype of `x`."""
-        if self.lr_down is None or self.lr_up is None:
-            return y.to(x.dtype)
+    def _with_branch(self, y: Tensor, x: Tensor, step_bin: int | None = None) -> Tensor:
+        """Add what the low-rank branch makes of the raw input, in a bin with its correction."""
+        if self.lr_down is None:
+            return y
         hidden = functional.linear(x.float(), self.lr_down.float())
-        return (y.float() + functional.linear(hidden, self.lr_up.float())).to(x.dtype)
+        return y.float() + functional.linear(hidden, self._up(step_bin))
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
@@ -410,26 +560,33 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         self._check_channels(x.shape[-3], self.in_channels)
         if x.ndim == 3:
             return self.int_forward(x.unsqueeze(0)).squeeze(0)
+        return self._by_bin(x, self._int_bin).contiguous(memory_format=torch.channels_last)
+
+    def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
         inputs = self._transformed(x.movedim(1, -1)).movedim(-1, 1)
         if self.scheme.input_granularity == "tensor":
-            y = self._int_static(inputs)
+            assert self.input_scale is not None
+            assert self.input_zero is not None
+            scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
+            q = dispatch.quantize_static(inputs, scale, zero)
+            y = dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin))
         elif self.scheme.input_granularity == "sample":
-            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *self._weight_and_shape())
+            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *self._weight_and_shape(step_bin))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
-            rows = self._int_rows(pixels.reshape(-1, self.in_channels))
+            rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin)
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
-            y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape())
-        return self._with_branch(y, x).contiguous(memory_format=torch.channels_last)
+            y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
+        return self._with_branch(y, x, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
         if x.ndim == 3:
             return self.fake_forward(x.unsqueeze(0)).squeeze(0)
         inputs = self._fake_inputs(self._transformed(x.movedim(1, -1)).movedim(-1, 1))
-        y = functional.conv2d(inputs, self.values(), self._bias, *self._shape)
-        return self._with_branch(y, x)
+        y = self._with_branch(reference.float_conv2d(inputs, self.values(), self._bias, *self._shape), x)
+        return self._corrected(y, x, 1).to(x.dtype)
 
     def _fake_inputs(self, x: Tensor) -> Tensor:
         """Quantize and dequantize transformed inputs."""
@@ -452,54 +609,20 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
         return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
 
-    def _int_static(self, x: Tensor) -> Tensor:
-        rows = self._bins(x)
-        if isinstance(rows, int):
-            return self._int_bin(x, rows)
-        parts = {step_bin: rows == step_bin for step_bin in rows.unique().tolist()}
-        outputs = {step_bin: self._int_bin(x[mask], step_bin) for step_bin, mask in parts.items()}
-        y = torch.empty_like(outputs[int(rows[0])][:1].expand(len(x), -1, -1, -1), memory_format=torch.channels_last)
-        for step_bin, mask in parts.items():
-            y[mask] = outputs[step_bin]
-        return y
-
-    def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        assert self.input_scale is not None
-        assert self.input_zero is not None
-        if step_bin >= len(self.input_scale):
-            raise SchemeError(
-                f"The clock is in step bin {step_bin}, the layer has ranges for {len(self.input_scale)}",
-                where=str(self),
-                remedy="Give the layer the clock that it was calibrated with.",
-            )
-        scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
-        q = dispatch.quantize_static(x, scale, zero)
-        return cast(Tensor, dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape()))
-
-    def _with_branch(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add what the low-rank branch makes of the raw input; the result has the dtype of `x`."""
-        if self.lr_down is None or self.lr_up is None:
-            return y.to(x.dtype)
-        hidden = functional.conv2d(x.float(), self.lr_down.float().movedim(-1, 1), None, *self._shape)
-        branch = functional.conv2d(hidden, self.lr_up.float()[:, :, None, None])
-        return (y.float() + branch).to(x.dtype)
+    def _with_branch(self, y: Tensor, x: Tensor, step_bin: int | None = None) -> Tensor:
+        """Add what the low-rank branch makes of the raw input, in a bin with its correction."""
+        if self.lr_down is None:
+            return y
+        hidden = reference.float_conv2d(x.float(), self.lr_down.float().movedim(-1, 1), None, *self._shape)
+        return y.float() + reference.float_conv2d(hidden, self._up(step_bin)[:, :, None, None])
 
     @property
     def _shape(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
-    def _weight_and_shape(self) -> tuple[Any, ...]:
-        return self.qweight, self.scale, self.multiplier, self._bias, *self._shape
-
-    def _bins(self, x: Tensor) -> int | Tensor:
-        """Return the step bin of the whole input, or of each sample where the clock knows them."""
-        assert self.input_scale is not None
-        if self.clock is None or len(self.input_scale) == 1:
-            return 0
-        rows = self.clock.row_bins
-        if rows is None or len(rows) != len(x) or not len(x):
-            return self.clock.bin
-        return rows.to(x.device)
+    def _weight_and_shape(self, step_bin: int) -> tuple[Any, ...]:
+        scale, bias = self._scale_and_bias(step_bin)
+        return self.qweight, scale, self.multiplier, bias, *self._shape
 
 
 def fake_quant_dynamic(x: Tensor, scheme: QScheme) -> Tensor:

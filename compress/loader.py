@@ -52,7 +52,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
     Attributes:
         schema: version of this format.
         dcomp_version: version that wrote it.
-        step_bins: which activation table serves which timestep; None without static activations.
+        step_bins: which row of the tables serves which timestep; None where no layer has tables.
         schemes: scheme id -> scheme.
         layers: layer name -> scheme id.
         features: layer name -> its table of temporal features, see `time_table.to_config`.
@@ -235,10 +235,10 @@ class DcompQuantizer(DiffusersQuantizer):
             module._buffers[leaf] = value
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        attach_clock(model, self.quantization_config.step_bins)
         for module in model.modules():
             if isinstance(module, TimeTable):
                 module.check()
+        attach_clock(model, self.quantization_config.step_bins)
         return model
 
     @property
@@ -263,9 +263,10 @@ def attach_clock(denoiser: nn.Module, bins: StepBins | None) -> StepClock:
     clock.bins = bins
     for layer in quantized_layers(denoiser).values():
         layer.clock = clock
-    for module in denoiser.modules():
-        if isinstance(module, TimeTable):
-            module.clock = clock
+    tables = [module for module in denoiser.modules() if isinstance(module, TimeTable)]
+    for table in tables:
+        table.clock = clock
+    clock.table_timesteps = tuple({t: None for table in tables for t in table.timesteps.tolist()})
     return clock
 
 

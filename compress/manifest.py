@@ -51,6 +51,8 @@ class LayerRecord(_Part):
         weight_error: relative error of the weight, `|W - W^| / |W|`.
         output_error: relative error of the layer's output on recorded inputs.
         error_by_step: the same at each recorded timestep, noisiest first; empty where it was not measured.
+        remarks: on channels and ranges without information.
+        position: place in the order of execution, from 0; None in manifests of older versions.
     """
 
     role: Text
@@ -63,6 +65,8 @@ class LayerRecord(_Part):
     output_error: Annotated[float, Field(ge=0)] | None = None
     error_by_step: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=10_000)] = []
     reason: Text | None = None
+    remarks: Annotated[list[Text], Field(max_length=1_000)] = []
+    position: Count | None = None
 
 
 class Totals(_Part):
@@ -82,7 +86,11 @@ class Totals(_Part):
 
 
 class Manifest(_Part):
-    """The content of `dcomp.json`; `sha256` is the hash of all other fields."""
+    """The content of `dcomp.json`; `sha256` is the hash of all other fields.
+
+    Attributes:
+        timesteps: those of the layers' `error_by_step`, noisiest first; empty where they are not known.
+    """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
     dcomp_version: Text
@@ -91,6 +99,7 @@ class Manifest(_Part):
     recipe: dict[str, Any]
     calibration_sha256: Text | None = None
     loras: Annotated[list[dict[str, Any]], Field(max_length=100)] = []
+    timesteps: Annotated[list[float], Field(max_length=10_000)] = []
     layers: Annotated[dict[Text, LayerRecord], Field(max_length=100_000)]
     totals: Totals
     quality: dict[str, Any] | None = None
@@ -104,14 +113,15 @@ class Manifest(_Part):
     @property
     def intact(self) -> bool:
         """Whether `sha256` fits the content."""
-        return self.sha256 == self._content_hash()
+        # A manifest of an older version lacks the keys that came later.
+        return self.sha256 in (self._content_hash(), self._content_hash(as_read=True))
 
     def to_json(self) -> str:
         """Return the text of the file; equal manifests give equal text."""
         return json.dumps(self.model_dump(by_alias=True), indent=1, sort_keys=True, allow_nan=False) + "\n"
 
-    def _content_hash(self) -> str:
-        content = self.model_dump(by_alias=True, exclude={"sha256"})
+    def _content_hash(self, as_read: bool = False) -> str:
+        content = self.model_dump(by_alias=True, exclude={"sha256"}, exclude_unset=as_read)
         return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from dcomp.calibrate.structure import LayerFacts, Role, Structure
 from dcomp.compress.layers import is_pointwise
-from dcomp.compress.scheme import GROUP_SIZE, Granularity, QScheme, RangeName, Rounding, SchemeError
+from dcomp.compress.scheme import GROUP_SIZE, INPUT_GROUP, Granularity, QScheme, RangeName, Rounding, SchemeError
+from dcomp.compress.scheme_check import check_schemes
+from dcomp.kernels import qparams
 
 Preset = Mapping[Role, "QScheme | None"]
 
@@ -72,24 +74,27 @@ class Treatment:
     """How layers are quantized, whatever their precision; what a layer cannot have is left out for it.
 
     Attributes:
-        group_size: of 4-bit weights and 4-bit inputs.
+        group_size: of 4-bit weights.
+        input_group: channels of a 4-bit input that share a multiplier; 0: all of a row or pixel.
         weight_range, input_range: how scales of weights, and static scales of inputs, are chosen.
         rounding: how codes of weights are chosen.
         inputs: 8-bit ranges of convolutions: found while running, or static tables. Others are always dynamic.
         split: which layers that read a concatenation get quantizers for each part: those that read it with no norm or
             activation between, all, or none.
         smooth: whether smoothing factors are looked for; None: for layers with 4-bit inputs.
-        rotate, rank: for layers with 4-bit inputs.
+        rotate: likewise whether a rotation is tried; None: for layers with 4-bit inputs.
+        rank: for layers with 4-bit inputs.
     """
 
     group_size: int = GROUP_SIZE
+    input_group: int = INPUT_GROUP
     weight_range: RangeName = "mse"
     input_range: RangeName = "mse"
     rounding: Rounding = "nearest"
     inputs: Literal["dynamic", "static"] = "dynamic"
     split: Literal["direct", "all", "none"] = "direct"
     smooth: bool | None = None
-    rotate: bool = False
+    rotate: bool | None = None
     rank: int = 0
 
 
@@ -119,13 +124,15 @@ def choose_schemes(
         A decision for each layer, in the order of `structure.layers`.
 
     Raises:
-        SchemeError: a pattern matches no layer or is no regular expression, or a preset or label is unknown.
+        SchemeError: a pattern matches no layer or is no regular expression, a preset or label is unknown, or layers
+            cannot have what an override asks for: a `QScheme`, or a label for that very name. All of them are listed.
     """
     treatment = treatment or Treatment()
     schemes = _preset_named(preset) if isinstance(preset, str) else preset
     overrides = overrides or {}
     changes = {pattern: _scheme_of(value) for pattern, value in overrides.items()}
     kept, changed = _select(structure, keep), _select(structure, changes)
+    refused: dict[str, SchemeError] = {}
     fragments = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
     decisions = {}
     for name, facts in structure.layers.items():
@@ -135,6 +142,11 @@ def choose_schemes(
             float_reason = "the model asks to keep it in float32"
         if float_reason is not None:
             decisions[name] = Decision(None, float_reason)
+            if name not in kept and changed.get(name, [""])[-1] == name and changes[name] is not None:
+                refused[name] = SchemeError(
+                    f"{overrides[name]} is asked for by name, but it stays float: {float_reason}",
+                    remedy="Take layers that must stay float out of the overrides.",
+                )
         elif name in changed:
             pattern = changed[name][-1]
             scheme, words = changes[pattern], f"set by {pattern!r}"
@@ -142,8 +154,16 @@ def choose_schemes(
                 decisions[name] = Decision(scheme, f"{words}: {scheme}")
             else:
                 decisions[name] = _decide(denoiser.get_submodule(name), facts, scheme, words, treatment)
+                found = decisions[name].scheme
+                if pattern == name and scheme and found and found.weight_bits != scheme.weight_bits:
+                    refused[name] = SchemeError(
+                        f"{overrides[name]} is asked for by name, but 4-bit weights need groups of "
+                        f"{treatment.group_size} input channels, and the layer or a part of it has fewer",
+                        remedy="Ask for 8-bit weights where there are fewer input channels than in a group.",
+                    )
         else:
             decisions[name] = _by_role(denoiser.get_submodule(name), facts, schemes, treatment)
+    check_schemes(denoiser, {name: d.scheme for name, d in decisions.items() if d.scheme is not None}, refused)
     return decisions
 
 
@@ -166,9 +186,13 @@ def _by_role(layer: nn.Module, facts: LayerFacts, schemes: Preset, treatment: Tr
         usual = schemes[Role.LINEAR]
         if usual and usual.group_size and all(boundary % treatment.group_size == 0 for boundary in facts.boundaries):
             role, words = Role.LINEAR, f"{words} whose parts begin with a group"
-    if schemes[role] is None and role is not Role.UNUSED:
+    scheme = schemes[role]
+    if scheme is None and role is not Role.UNUSED:
         words = f"{words}: float by preset"
-    return _decide(layer, facts, schemes[role], words, treatment)
+    if scheme and scheme.input_bits == 4 and isinstance(layer, nn.Conv2d) and is_pointwise(layer):
+        # It leads into or out of a whole block: few products, while its error reaches all that follows.
+        scheme, words = replace(scheme, input_bits=8, input_group=None), f"{words} of single pixels"
+    return _decide(layer, facts, scheme, words, treatment)
 
 
 def _decide(layer: nn.Module, facts: LayerFacts, scheme: QScheme | None, words: str, treatment: Treatment) -> Decision:
@@ -181,15 +205,17 @@ def _decide(layer: nn.Module, facts: LayerFacts, scheme: QScheme | None, words: 
         weight_range=treatment.weight_range,
         input_range=treatment.input_range,
         input_granularity=None if scheme.input_bits == 16 else _granularity(layer, scheme, treatment),
-        input_group=treatment.group_size if four else None,
+        input_group=(treatment.input_group or _inputs(layer) + _inputs(layer) % 2) if four else None,
         boundaries=_boundaries(facts, treatment),
         smooth=scheme.input_bits < 16 and (four if treatment.smooth is None else treatment.smooth),
-        rotate=four and treatment.rotate,
-        rank=min(treatment.rank, _largest_rank(layer)) if four else 0,
+        rotate=four and treatment.rotate is not False,
         rounding=treatment.rounding,
     )
-    channels = layer.in_features if isinstance(layer, nn.Linear) else getattr(layer, "in_channels", 0)
-    smallest = min(b - a for a, b in pairwise((0, *scheme.boundaries, channels)))
+    parts = [b - a for a, b in pairwise((0, *scheme.boundaries, _inputs(layer)))]
+    smallest = min(parts)
+    if four:
+        turns = any(qparams.rotation_block(part) > 1 for part in parts)
+        scheme = replace(scheme, rotate=scheme.rotate and turns, rank=min(treatment.rank, smallest, _outputs(layer)))
     if scheme.group_size is not None and smallest < scheme.group_size:
         words = f"{words} with {smallest} input channels, less than a group of {scheme.group_size}"
         scheme = replace(scheme, weight_bits=8, group_size=None)
@@ -204,15 +230,19 @@ def _granularity(layer: nn.Module, scheme: QScheme, treatment: Treatment) -> Gra
     return "token" if is_pointwise(layer) else "sample"
 
 
+def _inputs(layer: nn.Module) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else getattr(layer, "in_channels", 0)
+
+
 def _boundaries(facts: LayerFacts, treatment: Treatment) -> tuple[int, ...]:
     wanted = treatment.split == "all" or (treatment.split == "direct" and facts.role is Role.SHORTCUT)
     return facts.boundaries if wanted else ()
 
 
-def _largest_rank(layer: nn.Module) -> int:
+def _outputs(layer: nn.Module) -> int:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return min(len(weight), weight[0].numel())
+    return len(weight)
 
 
 def _unsupported(layer: nn.Module) -> str | None:

@@ -8,9 +8,9 @@ file in the work folder: a killed run goes on where it stopped.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.record import CalibrationSet, RecordedCall
 from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.calibrate.tree_file import replacing
+from dcomp.compress.dead_channels import find_remarks
+from dcomp.compress.folding import Fold
 from dcomp.compress.loader import attach_clock
-from dcomp.compress.quantize_layer import Layer, QuantizationError, quantize_layer
+from dcomp.compress.quantize_layer import Layer, QuantizationError, quantize_layer, require_finite, shared_smoothing
 from dcomp.compress.scheme import QScheme
+from dcomp.compress.scheme_check import check_schemes, check_weights
 from dcomp.compress.split import empty_layer, is_quantized, quantized_layers
 
 __all__ = [
@@ -53,12 +56,14 @@ class LayerErrors:
         output: relative error of the output on rows of the calibration set, inputs from the quantized model.
         by_step: the same at each timestep of the rows, noisiest first; empty for a layer whose input has other rows.
         int_vs_fake: largest difference of the two executions, as a part of the largest output; None until measured.
+        remarks: on channels and ranges without information, as sentences without a full stop.
     """
 
     weight: float
     output: float
     by_step: tuple[float, ...] = ()
     int_vs_fake: float | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def quantize_denoiser(
@@ -71,6 +76,7 @@ def quantize_denoiser(
     *,
     rows: int = 256,
     seed: int = 0,
+    folds: Sequence[Fold] = (),
 ) -> dict[str, LayerErrors]:
     """Replace the layers of a denoiser by quantized ones, in place.
 
@@ -83,25 +89,30 @@ def quantize_denoiser(
         progress: called with a text, the count done and the total.
         rows: rows of the calibration set; fewer where their activations would need more than `ROWS_BYTES`.
         seed: of the choice of rows.
+        folds: tensors whose smoothing factors are to be the same for all layers that read them.
 
     Returns:
         The errors of each quantized layer, in order of execution.
 
     Raises:
-        QuantizationError: weights or activations are not finite, or a layer was never called. The denoiser then is as
-            it was.
+        SchemeError: layers cannot have their schemes; all are listed.
+        WeightError: weights are not finite; all are listed.
+        QuantizationError: activations are not finite, or a layer was never called. The denoiser then is as it was.
     """
     layers = {name: _float_layer(denoiser, name) for name in schemes}
     if not layers:
         attach_clock(denoiser, bins)
         return {}
+    check_schemes(denoiser, schemes)
+    check_weights(denoiser, schemes)
     batch = rows_of_pass(denoiser, calibration, rows, seed)
     folder = work / "layers"
     folder.mkdir(parents=True, exist_ok=True)
+    shared = _shared_factors(layers, schemes, folds)
     clock, results = StepClock(bins), _Results(folder, RowSteps(batch.timesteps), len(layers), progress)
     with clock.attach(denoiser), ExitStack() as stack, torch.no_grad():
         for name, layer in layers.items():
-            stack.enter_context(_waiting(name, layer, schemes[name], clock, results))
+            stack.enter_context(_waiting(name, layer, schemes[name], shared.get(name), clock, results))
         denoiser(*batch.args, **batch.kwargs)
     unseen = [name for name in layers if name not in results.layers]
     if unseen:
@@ -117,9 +128,11 @@ def quantize_denoiser(
     return results.errors
 
 
-def rows_of_pass(denoiser: nn.Module, calibration: CalibrationSet, rows: int, seed: int) -> RowBatch:
-    """Return the rows that a pass over the whole denoiser works with, at most `rows`."""
-    count = min(rows, _rows_that_fit(denoiser, next(calibration.calls())))
+def rows_of_pass(
+    denoiser: nn.Module, calibration: CalibrationSet, rows: int, seed: int, *, copies: int = 1
+) -> RowBatch:
+    """Return the rows that a pass over the whole denoiser works with, at most `rows`; it has each of them so often."""
+    count = min(rows, _rows_that_fit(denoiser, next(calibration.calls())) // copies)
     return gather_rows(calibration, count, seed, denoiser=denoiser)
 
 
@@ -170,7 +183,7 @@ class RowSteps:
     """Which rows belong to which timestep."""
 
     def __init__(self, timesteps: Tensor) -> None:
-        self.count = len(timesteps)
+        self.timesteps, self.count = timesteps, len(timesteps)
         descending, self._index = torch.unique(-timesteps.double(), return_inverse=True)
         self._steps = len(descending)
 
@@ -200,7 +213,9 @@ class _Results:
             about = json.loads(stored.metadata()["dcomp"])
         result = empty_layer(layer, QScheme.from_dict(about["scheme"]), bins)
         result.load_state_dict(load_file(file), assign=True)
-        self.errors[name] = LayerErrors(about["weight"], about["output"], tuple(about["by_step"]))
+        self.errors[name] = LayerErrors(
+            about["weight"], about["output"], tuple(about["by_step"]), remarks=tuple(about["remarks"])
+        )
         return result
 
     def write(self, name: str, result: Any, errors: LayerErrors) -> None:
@@ -211,6 +226,7 @@ class _Results:
             "weight": errors.weight,
             "output": errors.output,
             "by_step": errors.by_step,
+            "remarks": errors.remarks,
         }
         tensors = {key: value.detach().contiguous() for key, value in result.state_dict().items()}
         with replacing(self._folder / f"{name}.safetensors") as unfinished:
@@ -223,7 +239,9 @@ class _Results:
 
 
 @contextmanager
-def _waiting(name: str, layer: Layer, scheme: QScheme, clock: StepClock, results: _Results) -> Iterator[None]:
+def _waiting(
+    name: str, layer: Layer, scheme: QScheme, shared: "_SharedFactors | None", clock: StepClock, results: _Results
+) -> Iterator[None]:
     """Let a float layer be quantized by its first call within a `with` block, and answer as its quantized form."""
     bins = clock.bins.count if clock.bins else 1
 
@@ -231,11 +249,19 @@ def _waiting(name: str, layer: Layer, scheme: QScheme, clock: StepClock, results
 
     def arrive(x: Tensor) -> Tensor:
         row_bins = clock.row_bins if clock.row_bins is not None and len(clock.row_bins) == len(x) else None
-        result = quantize_layer(layer, x, scheme, row_bins=row_bins, bins=bins, name=name).eval()
+        timesteps = results.steps.timesteps
+        require_finite(x, "input", name, timesteps)  # before factors are chosen by it
+        sigma = shared.of(x) if shared else None
+        own = replace(scheme, smooth=scheme.smooth and (shared is None or sigma is not None))
+        result = quantize_layer(
+            layer, x, own, row_bins=row_bins, bins=bins, name=name, timesteps=timesteps, sigma=sigma
+        ).eval()
         result.clock, result.execution = clock, "fake"
         y = in_chunks(result, x, clock, rows)
         reference = in_chunks(partial(_float_forward, layer), x, clock, rows)
-        results.write(name, result, _errors(layer, result, y, reference, results.steps))
+        require_finite(y, "output", name, timesteps)
+        errors = _errors(layer, result, y, reference, results.steps)
+        results.write(name, result, replace(errors, remarks=find_remarks(layer, x, scheme, row_bins)))
         results.finish(name, result)
         return y
 
@@ -255,6 +281,34 @@ def _waiting(name: str, layer: Layer, scheme: QScheme, clock: StepClock, results
         yield
     finally:
         del layer.forward
+
+
+class _SharedFactors:
+    """Smoothing factors of layers that read one tensor, chosen by the first that asks.
+
+    After a restart that is another layer, but the tensor and the float weights are the same, and so are the factors.
+    """
+
+    def __init__(self, layers: Sequence[Layer], schemes: Sequence[QScheme]) -> None:
+        self._layers, self._schemes = layers, schemes
+        self._found: Tensor | None = None
+        self._asked = False
+
+    def of(self, x: Tensor) -> Tensor | None:
+        """Return sigma for the tensor `x`; None where no factors help."""
+        if not self._asked:
+            self._found, self._asked = shared_smoothing(self._layers, x, self._schemes), True
+        return self._found
+
+
+def _shared_factors(
+    layers: Mapping[str, Layer], schemes: Mapping[str, QScheme], folds: Sequence[Fold]
+) -> dict[str, _SharedFactors]:
+    found: dict[str, _SharedFactors] = {}
+    for fold in folds:
+        shared = _SharedFactors([layers[name] for name in fold.layers], [schemes[name] for name in fold.layers])
+        found |= dict.fromkeys(fold.layers, shared)
+    return found
 
 
 def _float_forward(layer: Layer, x: Tensor) -> Tensor:

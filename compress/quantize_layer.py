@@ -5,7 +5,7 @@ not lower the error) is left out of the scheme of the result. Letters: N rows, O
 B step bins.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from dcomp import DcompError
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
-from dcomp.compress.gptq import input_moments, round_gptq
+from dcomp.compress.gptq import round_gptq
+from dcomp.compress.input_fit import fit_to_inputs
 from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear, fake_quant_dynamic
+from dcomp.compress.moments import cross_moments, input_moments
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, join_parts, part_slices, parts_of
-from dcomp.compress.transforms import choose_smoothing, low_rank_branch, rotate_weight
+from dcomp.compress.transforms import LEAST_GAIN, Reader, choose_smoothing, low_rank_branch, rotate_weight
 from dcomp.kernels import qparams
 from dcomp.kernels.packing import PackedWeight
 
@@ -31,7 +33,15 @@ class QuantizationError(DcompError):
 
 
 def quantize_layer(
-    layer: Layer, x: Tensor, scheme: QScheme, *, row_bins: Tensor | None = None, bins: int = 1, name: str = ""
+    layer: Layer,
+    x: Tensor,
+    scheme: QScheme,
+    *,
+    row_bins: Tensor | None = None,
+    bins: int = 1,
+    name: str = "",
+    timesteps: Tensor | None = None,
+    sigma: Tensor | None = None,
 ) -> Quantized:
     """Make the quantized form of a float layer.
 
@@ -42,6 +52,9 @@ def quantize_layer(
         row_bins: step bin of each row, int64 `[N]`, for static ranges; None: all rows belong to bin 0.
         bins: B, rows of a static range's table.
         name: of the layer, for errors.
+        timesteps: of the rows, `[N]`, for errors.
+        sigma: smoothing factors, fp32 `[I]`; None: a layer that may be smoothed chooses its own. One with boundaries
+            takes none.
 
     Returns:
         The layer, in parts when the scheme has boundaries.
@@ -50,22 +63,95 @@ def quantize_layer(
         QuantizationError: the inputs are not finite.
         RangeError: the weight is not finite.
     """
-    if not torch.isfinite(x).all():
-        raise QuantizationError(
-            "The input of a layer is not finite",
-            where=name,
-            remedy="Check the model in float first: `dcomp generate MODEL PROMPT`.",
-        )
+    require_finite(x, "input", name, timesteps)
+    parts = _parts(layer, x, scheme, name)
+    rotate, sigmas = _choose_transforms(parts, scheme, sigma)
+    layers = [
+        replace(part, scheme=replace(part.scheme, rotate=rotate)).quantize(row_bins, bins, own)
+        for part, own in zip(parts, sigmas, strict=True)
+    ]
+    return join_parts(layer, layers, replace(scheme, rotate=rotate))
+
+
+def shared_smoothing(layers: Sequence[Layer], x: Tensor, schemes: Sequence[QScheme]) -> Tensor | None:
+    """Choose smoothing factors for all layers that read a tensor together.
+
+    Args:
+        layers: in float.
+        x: what they read on N rows of the calibration set.
+        schemes: of the layers, without boundaries.
+
+    Returns:
+        sigma, fp32 `[I]`; None where no factors help.
+    """
+    few = x[:SMOOTHING_ROWS]  # the first rows are spread over steps and contexts
+    parts = [_Part(layer, few, scheme, "") for layer, scheme in zip(layers, schemes, strict=True)]
+    return choose_smoothing([part.reader(rotate=False) for part in parts], few)
+
+
+def _parts(layer: Layer, x: Tensor, scheme: QScheme, name: str) -> list["_Part"]:
     if not scheme.boundaries:
-        return _Part(layer, x, scheme, name).quantize(row_bins, bins)
+        return [_Part(layer, x, scheme, name)]
     axis = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1
     slices = part_slices(x.shape[axis], scheme.boundaries)
     own = replace(scheme, boundaries=())
-    parts = [
-        _Part(part, x.narrow(axis, s.start, s.stop - s.start), own, name).quantize(row_bins, bins)  # type: ignore[arg-type]
+    return [
+        _Part(part, x.narrow(axis, s.start, s.stop - s.start), own, name)  # type: ignore[arg-type]
         for part, s in zip(float_parts(layer, scheme.boundaries), slices, strict=True)
     ]
-    return join_parts(layer, parts, scheme)
+
+
+def _choose_transforms(
+    parts: Sequence["_Part"], scheme: QScheme, sigma: Tensor | None
+) -> tuple[bool, list[Tensor | None]]:
+    """Return whether a layer is rotated, and the smoothing factors of its parts: what gives the least output error.
+
+    One answer about rotation serves all parts, because one scheme describes them.
+    """
+    unsmoothed: list[Tensor | None] = [None] * len(parts)
+    smoothed, given = unsmoothed, sigma is not None
+    if given:
+        smoothed = [sigma]
+    elif scheme.smooth:
+        smoothed = [shared_smoothing([part.layer], part.x, [part.scheme]) for part in parts]
+    if not scheme.rotate:
+        return False, smoothed
+
+    def error(rotate: bool, sigmas: Sequence[Tensor | None]) -> float:
+        few = [part.x[:SMOOTHING_ROWS].float() for part in parts]
+        return sum(p.reader(rotate).error(x, s) for p, x, s in zip(parts, few, sigmas, strict=True))
+
+    plain = error(False, smoothed)
+    turned = [(error(True, sigmas), sigmas) for sigmas in ([smoothed] if given else [smoothed, unsmoothed])]
+    least, sigmas = min(turned, key=lambda pair: pair[0])
+    return (True, sigmas) if least < (1 - LEAST_GAIN) * plain else (False, smoothed)
+
+
+def require_finite(values: Tensor, what: str, name: str, timesteps: Tensor | None = None) -> None:
+    """Refuse the input or the output of a layer that holds NaN or infinity, and say how much of it, and where first.
+
+    Args:
+        values: with N rows along the first axis.
+        what: "input" or "output".
+        name: of the layer.
+        timesteps: of the rows, `[N]`; a tensor with other rows has none.
+
+    Raises:
+        QuantizationError: it does.
+    """
+    good = torch.isfinite(values)
+    if bool(good.all()):
+        return
+    rows = (~good).reshape(len(good), -1).any(1).nonzero().flatten().tolist()
+    bad = values.numel() - int(good.sum())
+    known = timesteps is not None and len(timesteps) == len(values)
+    when = f", at timestep {float(timesteps[rows[0]]):g}" if known and timesteps is not None else ""
+    raise QuantizationError(
+        f"The {what} of a layer is not finite: {bad} of {values.numel()} values, in {len(rows)} of {len(values)} "
+        f"calibration rows, the first of them row {rows[0]}{when}",
+        where=name,
+        remedy="Check the model in float first: `dcomp generate MODEL PROMPT`.",
+    )
 
 
 def to_canonical(weight: Tensor) -> Tensor:
@@ -82,9 +168,8 @@ class _Part:
     scheme: QScheme
     name: str
 
-    def quantize(self, row_bins: Tensor | None, bins: int) -> QuantLayer:
+    def quantize(self, row_bins: Tensor | None, bins: int, sigma: Tensor | None) -> QuantLayer:
         weight = to_canonical(self.layer.weight.detach().float())
-        sigma = self._smoothing(weight) if self.scheme.smooth else None
         scheme = replace(self.scheme, smooth=sigma is not None)
         weight = weight if sigma is None else weight * sigma
         smooth_inv = None if sigma is None else 1 / sigma
@@ -97,18 +182,27 @@ class _Part:
             weight = weight - (up.float() @ read.flatten(1)).view_as(weight)
             low_rank = (stored, up)
         weight = self._rotated(weight)
-        packed = self._search(weight)
         inputs = self._transformed(self.x, smooth_inv)
-        if scheme.rounding != "nearest":
-            packed = round_gptq(weight, packed, input_moments(self.layer, inputs))
+        packed = self._search(weight) if scheme.rounding == "nearest" else self._rounded(weight, inputs)
         static = scheme.input_granularity == "tensor"
         scale, zero = _static_range(inputs, scheme, row_bins, bins) if static else (None, None)
         kind = QuantConv2d if isinstance(self.layer, nn.Conv2d) else QuantLinear
         return kind.from_float(self.layer, packed, scheme, scale, zero, smooth_inv=smooth_inv, low_rank=low_rank)
 
-    def _smoothing(self, weight: Tensor) -> Tensor | None:
-        few = self.x[:SMOOTHING_ROWS]  # the first rows are spread over steps and contexts
-        return choose_smoothing(self.layer, weight, few, self._input_quantized, self._quantized)
+    def _rounded(self, weight: Tensor, inputs: Tensor) -> PackedWeight:
+        """Quantize a weight by what it makes of the layer's inputs, both transformed."""
+        if self.scheme.input_bits != 4:
+            return round_gptq(weight, self._search(weight), input_moments(self.layer, inputs))
+        quantized = self._fake_dynamic(inputs)
+        moments = input_moments(self.layer, quantized)
+        weight = fit_to_inputs(weight, cross_moments(self.layer, inputs, quantized), moments)
+        return round_gptq(weight, self._search(weight), moments)
+
+    def reader(self, rotate: bool) -> Reader:
+        """Return the layer, rotated or not, as the choice of transforms sees it."""
+        weight = to_canonical(self.layer.weight.detach().float())
+        own = replace(self, scheme=replace(self.scheme, rotate=rotate))
+        return Reader(self.layer, weight, own._input_quantized, own._quantized)
 
     def _search(self, weight: Tensor) -> PackedWeight:
         scheme = self.scheme
@@ -128,9 +222,13 @@ class _Part:
         values = self._transformed(x, None)
         if self.scheme.input_granularity == "tensor":  # the range of all rows together stands for a static one
             return self._transformed(qparams.fake_quant_sample(values[None])[0], None)
+        return self._transformed(self._fake_dynamic(values), None)
+
+    def _fake_dynamic(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize transformed inputs with the ranges of the moment."""
         conv = isinstance(self.layer, nn.Conv2d)
-        last = fake_quant_dynamic(values.movedim(1, -1) if conv else values, self.scheme)
-        return self._transformed(last.movedim(-1, 1) if conv else last, None)
+        last = fake_quant_dynamic(x.movedim(1, -1) if conv else x, self.scheme)
+        return last.movedim(-1, 1) if conv else last
 
     def _transformed(self, x: Tensor, smooth_inv: Tensor | None) -> Tensor:
         """Smooth and rotate inputs along their channels."""

@@ -5,7 +5,7 @@ and must answer what the float block answers to the float model's. Letters: N ro
 `kernels/packing.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dcomp.calibrate.progress import Progress, silent
+from dcomp.calibrate.replay import Path, map_leaves
 from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantLayer
@@ -27,9 +28,27 @@ from dcomp.compress.soft_rounding import (
 )
 from dcomp.kernels.packing import PackedWeight
 
-Chunk = tuple[tuple[Any, ...], dict[str, Any]]
 WARM_UP = 0.2  # of the iterations, in which nothing draws a code up or down but the output
 BETA_FIRST, BETA_LAST = 20.0, 2.0
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """A call of a block over N rows.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        batched: which leaves of both have rows, along axis 0; all others belong to every row.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batched: Collection[Path]
+
+    def take(self, rows: Tensor | slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of some rows: views for a slice, copies for indices."""
+        return map_leaves(self.args, self.kwargs, lambda path, leaf: leaf[rows] if path in self.batched else leaf)
 
 
 @dataclass(frozen=True)
@@ -59,8 +78,8 @@ class BlockResult:
 
 def reconstruct_block(
     block: nn.Module,
-    inputs: Sequence[Chunk],
-    targets: Sequence[Any],
+    call: BlockCall,
+    targets: Any,
     weights: Mapping[str, Tensor],
     *,
     iterations: int = 1500,
@@ -80,13 +99,12 @@ def reconstruct_block(
 
     Args:
         block: in eval mode; gradients must pass through its forward.
-        inputs: `(args, kwargs)` of calls. Tensors with as many entries along axis 0 as the targets of their chunk
-            hold rows; all others belong to every row and must be equal in all chunks.
-        targets: the float block's answers: tensors, or tuples, lists and dicts of them. Rows lie along axis 0.
+        call: what the quantized model before the block gives it.
+        targets: the float block's answer: a tensor, or a tuple, list or dict of them. Rows lie along axis 0.
         weights: name of a quantized layer in the block (empty for the block itself) -> float weight `[O, *taps, I]`,
             with whatever transforms its codes are meant for. Layers that are not named keep their codes.
         iterations: optimizer steps.
-        batch: rows of a step.
+        batch: rows of a step, and rows that run at once.
         lr: of Adam, for the logits. Measured: all codes are decided in time if `lr * iterations` is 18 or more.
         lam: weight of each undecided code, beside a loss that is about 1.
         seed: decides which rows are held out and which are drawn.
@@ -103,17 +121,17 @@ def reconstruct_block(
     """
     layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLayer)}
     soft = {layer: _SoftWeight(layer, weights[name]) for name, layer in layers.items() if name in weights}
-    rows = _Rows(block, inputs, targets, timesteps)
+    rows = _Rows(block, call, _tensors(targets), timesteps)
     learn, held_out = hold_out(torch.arange(rows.count) if groups is None else groups, seed)
     with _without_gradients(block), fake_execution(layers.values()):
-        before = rows.errors()
+        before = rows.errors(batch)
         with weights_replaced({layer: weight.decided for layer, weight in soft.items()}):
-            nearest = float(rows.errors()[learn].mean())
+            nearest = float(rows.errors(batch)[learn].mean())
         if soft and nearest > 0:
             with weights_replaced({layer: weight.values for layer, weight in soft.items()}):
                 _learn(list(soft.values()), rows, learn, nearest, iterations, batch, lr, lam, seed, progress)
         with weights_replaced({layer: weight.decided for layer, weight in soft.items()}):
-            after = rows.errors()
+            after = rows.errors(batch)
     kept = bool(after[held_out].sum() < before[held_out].sum())
     changed = sum(weight.changed() for weight in soft.values()) / max(1, sum(w.logits.numel() for w in soft.values()))
     if kept:
@@ -171,36 +189,28 @@ class _SoftWeight:
 
 
 class _Rows:
-    """All rows of a block's inputs and targets, wherever their chunks begin."""
+    """All rows of a block's call and of its targets."""
 
-    def __init__(
-        self, block: nn.Module, inputs: Sequence[Chunk], targets: Sequence[Any], timesteps: Tensor | None
-    ) -> None:
-        self.block, self.inputs, self.targets, self.timesteps = block, inputs, targets, timesteps
-        self.sizes = [len(_tensors(target)[0]) for target in targets]
-        self.count = sum(self.sizes)
-        self.clocks = {
-            layer.clock: None for layer in block.modules() if isinstance(layer, QuantLayer) and layer.clock is not None
-        }
-        self.energy = torch.cat([_squares(_tensors(target)) for target in targets]).double()
+    def __init__(self, block: nn.Module, call: BlockCall, targets: Sequence[Tensor], timesteps: Tensor | None) -> None:
+        self.block, self.call, self.targets, self.timesteps = block, call, targets, timesteps
+        self.count = len(targets[0])
+        layers = [layer for layer in block.modules() if isinstance(layer, QuantLayer)]
+        self.clocks = dict.fromkeys(layer.clock for layer in layers if layer.clock is not None)
+        self.energy = _squares(targets).double()
 
-    def errors(self) -> Tensor:
+    def errors(self, batch: int) -> Tensor:
         """Return the squared error of every row's output, fp64 `[N]`."""
         with torch.no_grad():
-            parts = [self.error_of(rows) for rows in torch.arange(self.count).split(self.sizes)]
-        return torch.cat(parts).double()
+            return torch.cat([self.error_of(rows) for rows in torch.arange(self.count).split(batch)]).double()
 
     def error_of(self, rows: Tensor) -> Tensor:
-        """Return the squared error of the output of some rows, in ascending order; differentiable."""
-        ends = torch.tensor(self.sizes).cumsum(0)
-        chunk = torch.bucketize(rows, ends, right=True)
-        picks = [rows[chunk == k] - (ends[k] - size) for k, size in enumerate(self.sizes)]
-        args, kwargs = _gather(self.inputs, self.sizes, picks)
+        """Return the squared error of the output of some rows; differentiable."""
+        args, kwargs = self.call.take(rows)
         if self.timesteps is not None:
             for clock in self.clocks:
                 clock.read(self.timesteps[rows])
         outputs = _tensors(self.block(*args, **kwargs))
-        wanted = _tensors(_gather(self.targets, self.sizes, picks))
+        wanted = [target[rows] for target in self.targets]
         return _squares([output.float() - target.float() for output, target in zip(outputs, wanted, strict=True)])
 
 
@@ -225,7 +235,7 @@ def _learn(
         progress("block reconstruction", iteration, iterations)
         if len(order) < min(batch, len(learn)):
             order = learn[torch.randperm(len(learn), generator=generator)]
-        drawn, order = order[:batch].sort().values, order[batch:]
+        drawn, order = order[:batch], order[batch:]
         with torch.enable_grad():
             loss = rows.error_of(drawn).mean() / unit
             if iteration >= warm_up:
@@ -248,20 +258,6 @@ def _without_gradients(block: nn.Module) -> Any:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-
-
-def _gather(trees: Sequence[Any], sizes: Sequence[int], picks: Sequence[Tensor]) -> Any:
-    """Return a tree with the picked rows of each chunk one after the other."""
-    first = trees[0]
-    if isinstance(first, Tensor):
-        if all(tree.ndim and len(tree) == size for tree, size in zip(trees, sizes, strict=True)):
-            return torch.cat([tree[pick] for tree, pick in zip(trees, picks, strict=True) if len(pick)])
-        return first
-    if isinstance(first, tuple | list):
-        return type(first)(_gather(items, sizes, picks) for items in zip(*trees, strict=True))
-    if isinstance(first, dict):
-        return {key: _gather([tree[key] for tree in trees], sizes, picks) for key in first}
-    return first
 
 
 def _tensors(tree: Any) -> list[Tensor]:

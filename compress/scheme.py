@@ -8,7 +8,8 @@ from typing import Any, Literal, Self
 
 from dcomp import UsageError
 
-GROUP_SIZE = 64
+GROUP_SIZE = 64  # of weights
+INPUT_GROUP = 32
 MAX_BOUNDARIES = 63  # a checkpoint's word is not taken for more; layers that read a concatenation of 64 are not known
 
 RangeName = Literal["mse", "minmax"]
@@ -44,6 +45,9 @@ class QScheme:
         rotate: input and weight are rotated by Hadamard matrices over blocks of input channels.
         rank: of a float branch beside the integer weight of each part; 0 for none.
         rounding: how codes of weights are chosen; no matter for execution.
+        folded: its inputs or outputs have other units than in the float model, because factors of inputs are part of
+            what makes them; no matter for execution, but an adapter for the float model does not fit.
+        corrected: the output has a scale and a bias of its own in each step bin.
 
     Raises:
         SchemeError: there is no layer with such a combination.
@@ -61,6 +65,8 @@ class QScheme:
     rotate: bool = False
     rank: int = 0
     rounding: Rounding = "nearest"
+    folded: bool = False
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         granularities = _GRANULARITIES.get(self.input_bits, (None,)) if type(self.input_bits) is int else (None,)
@@ -77,6 +83,8 @@ class QScheme:
                 (f"boundaries are at most {MAX_BOUNDARIES} ascending positive numbers", _ascending(self.boundaries)),
                 ("smooth is true or false", type(self.smooth) is bool),
                 ("rotate is true or false", type(self.rotate) is bool),
+                ("folded is true or false", type(self.folded) is bool),
+                ("corrected is true or false", type(self.corrected) is bool),
                 ("rank is a whole number, 0 for none", type(self.rank) is int and self.rank >= 0),
                 ("weight_range is mse or minmax", self.weight_range in ("mse", "minmax")),
                 ("input_range is mse or minmax", self.input_range in ("mse", "minmax")),
@@ -102,6 +110,7 @@ class QScheme:
             (self.smooth, ", smoothed"),
             (self.rotate, ", rotated"),
             (self.rank, f", with a branch of rank {self.rank}"),
+            (self.corrected, ", corrected at each step"),
         )
         return f"{weights}, {inputs}{''.join(text for chosen, text in options if chosen)}"
 
@@ -131,7 +140,7 @@ class QScheme:
 
         Args:
             label: bits of weights and inputs.
-            group_size: of weights and of inputs with 4 bits.
+            group_size: of 4-bit weights; 4-bit inputs have groups of `INPUT_GROUP`.
 
         Raises:
             SchemeError: the label is not W4 or W8 and A4, A8 or A16, in upper or lower case.
@@ -145,7 +154,7 @@ class QScheme:
             group_size if weight_bits == 4 else None,
             input_bits=input_bits,
             input_granularity=None if input_bits == 16 else "token",
-            input_group=group_size if input_bits == 4 else None,
+            input_group=INPUT_GROUP if input_bits == 4 else None,
         )
 
 

@@ -65,7 +65,8 @@ class SplitLayer(Quantized):
             if scheme.smooth and not part.scheme.smooth:
                 part.scheme = replace(part.scheme, smooth=True)
                 part.smooth_inv = torch.ones(part.weight.shape[1], device=part.qweight.device)
-        bins = {part.input_scale.numel() for part in parts if part.input_scale is not None}
+        tables = [table for part in parts for table in (part.input_scale, part.step_scale)]
+        bins = {len(table) for table in tables if table is not None}
         with torch.device("meta"):
             split = cls.from_shape(layer, scheme, max(bins, default=1))
         if [_form(part) for part in parts] != [_form(part) for part in parts_of(split)] or any(
@@ -86,7 +87,7 @@ class SplitLayer(Quantized):
         Args:
             layer: float layer with the geometry; may be on the meta device.
             scheme: decides where parts begin and which buffers there are.
-            bins: B, rows of a static range's table.
+            bins: B, rows of tables.
 
         Raises:
             SchemeError: this layer cannot have such a scheme.
@@ -99,7 +100,23 @@ class SplitLayer(Quantized):
         split.parts = nn.ModuleList(
             cls.part_kind.from_shape(part, of_parts, bins) for part in float_parts(layer, scheme.boundaries)
         )
+        for part in parts_of(split)[1:]:
+            part.step_bias = None
         return split
+
+    def correct(self, step_scale: Tensor, step_bias: Tensor) -> None:
+        """Give the layer tables of its output's scale and bias, which the first part adds.
+
+        Args:
+            step_scale: fp32 `[B, O]`, factors of the output without bias.
+            step_bias: fp32 `[B, O]`, what is added to that; the layer's own bias, times the factor, is part of it.
+
+        Raises:
+            SchemeError: the tables have another form, or not as many rows as those of the inputs.
+        """
+        for part in parts_of(self):
+            part.correct(step_scale.clone(), step_bias if part is self._first else None)
+        self.scheme = replace(self.scheme, corrected=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer as `execution` says; the result has the dtype of `x`."""
@@ -121,7 +138,8 @@ class SplitLayer(Quantized):
     def weight(self) -> WeightForm:
         """Shape, dtype and device of the float weight, which is not there."""
         out_channels, _, *taps = self._first.weight.shape
-        return WeightForm(torch.Size((out_channels, self._channels, *taps)), self._first.qweight.device)
+        shape = torch.Size((out_channels, self._channels, *taps))
+        return WeightForm(shape, self._first.qweight.device, self.scheme.folded)
 
     @property
     def bias(self) -> Any:

@@ -302,7 +302,7 @@ def _plan(
     def predictions(absent: Collection[str]) -> Iterator[Tensor]:
         for call, row in zip(calls, firsts, strict=True):
             values = {name: torch.zeros_like(row[name]) if name in absent else row[name] for name in row}
-            with _answering({modules[name]: _repeat(value) for name, value in values.items()}):
+            with answering({modules[name]: _repeat(value) for name, value in values.items()}):
                 yield _predict(denoiser, call)
 
     expected = list(predictions(()))
@@ -335,8 +335,8 @@ def _repeat(row: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def _answering(answers: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Let functions answer in the place of modules; hooks on these still run."""
+def answering(answers: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within a `with` block, let functions answer in the place of modules; hooks on these still run."""
     before = {module: vars(module).get("forward") for module in answers}
     for module, answer in answers.items():
         vars(module)["forward"] = answer
@@ -395,7 +395,7 @@ def _trace(
             stack.callback(layer.register_forward_hook(hook(name), with_kwargs=True).remove)
         for t in timesteps:
             done.clear()
-            args, kwargs = _at_timestep(denoiser, call, t)
+            args, kwargs = at_timestep(denoiser, call.args, call.kwargs, t)
             try:
                 denoiser(*args, **kwargs)
             except _AllSeen:
@@ -406,12 +406,17 @@ def _trace(
     return {name: (inputs, outputs) for name, (inputs, outputs) in stacked.items()}
 
 
-def _at_timestep(denoiser: nn.Module, call: RecordedCall, t: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    bound = inspect.signature(denoiser.forward).bind(*call.args, **call.kwargs)
+def at_timestep(
+    denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], t: float | Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with another timestep, or one for each sample, in the form of the call's own."""
+    bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
     told = bound.arguments["timestep"]
     if isinstance(told, Tensor):
-        whole = not told.is_floating_point() and not float(t).is_integer()
-        bound.arguments["timestep"] = torch.full_like(told, t, dtype=torch.float32 if whole else told.dtype)
+        times = torch.as_tensor(t, dtype=torch.float64)
+        fractions = not told.is_floating_point() and bool((times != times.round()).any())
+        times = times.to(told.device, torch.float32 if fractions else told.dtype)
+        bound.arguments["timestep"] = times.expand(told.shape).contiguous()
     else:
         bound.arguments["timestep"] = int(t) if isinstance(told, int) and float(t).is_integer() else t
     return bound.args, bound.kwargs

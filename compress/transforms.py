@@ -2,18 +2,21 @@
 
 Each keeps the float function. Smoothing: `y = (x / sigma) (sigma W)`. Rotation: `y = (x H) (W H)^T` with H orthonormal
 and symmetric. Branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What
-is applied to inputs while running is the business of the layers; nothing here keeps or folds anything.
+is applied to inputs while running is the business of the layers; what
+makes the inputs, that of `folding.py`; nothing here keeps anything.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dcomp.kernels import qparams
+from dcomp.kernels import qparams, reference
 
 Quantizer = Callable[[Tensor], Tensor]
 """Quantizes and dequantizes; the shape stays."""
@@ -21,7 +24,7 @@ Quantizer = Callable[[Tensor], Tensor]
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FACTOR_LIMIT = 256.0  # a factor lies between 1 / limit and limit
 
-_LEAST_GAIN = 0.01  # of the squared error: less is not worth a product for each input
+LEAST_GAIN = 0.01  # of the squared error: less is not worth a product for each input
 _SMALL = 256  # rows or columns up to which a whole singular value decomposition is cheap
 
 
@@ -47,43 +50,62 @@ def smoothing_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> 
     return sigma
 
 
-def choose_smoothing(
-    layer: nn.Linear | nn.Conv2d,
-    weight: Tensor,
-    x: Tensor,
-    quantize_input: Quantizer,
-    quantize_weight: Quantizer,
-    grid: Sequence[float] = ALPHAS,
-) -> Tensor | None:
-    """Choose the smoothing factors with the least squared error of the layer's output.
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a tensor, as the choice of smoothing factors sees it.
 
-    Args:
+    Attributes:
         layer: gives the geometry; its weight is not read.
         weight: float `[O, *taps, I]`.
-        x: a sample of inputs, `[..., I]`, or `[N, I, H, W]` of a convolution.
         quantize_input: simulates the input's quantizer, with what else happens to inputs before it.
         quantize_weight: likewise for weights.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    weight: Tensor
+    quantize_input: Quantizer
+    quantize_weight: Quantizer
+
+    def error(self, x: Tensor, sigma: Tensor | None) -> float:
+        """Return the squared error of the layer's output when its input `x` is divided by sigma."""
+        exact = _output(self.layer, self.weight, x)
+        weight = self.weight if sigma is None else self.weight * sigma
+        inputs = x if sigma is None else x * (1 / sigma).view(-1, *[1] * (x.ndim - 2 if self.channel_axis == 1 else 0))
+        y = _output(self.layer, self.quantize_weight(weight), self.quantize_input(inputs))
+        return float((y - exact).double().square().sum())
+
+    @property
+    def channel_axis(self) -> int:
+        """Where the channels of an input are."""
+        return 1 if isinstance(self.layer, nn.Conv2d) else -1
+
+
+def choose_smoothing(readers: Sequence[Reader], x: Tensor, grid: Sequence[float] = ALPHAS) -> Tensor | None:
+    """Choose the smoothing factors of a tensor with the least squared error of what is made of it.
+
+    The errors of several layers are added up, each in units of what it is without smoothing.
+
+    Args:
+        readers: all layers that read the tensor with these factors.
+        x: a sample of it, `[..., I]`, or `[N, I, H, W]` of convolutions.
         grid: values of alpha; 0 stands for no smoothing, which is always tried.
 
     Returns:
         sigma, fp32 `[I]`; None where no factors lower the error by 1 %.
     """
-    axis = 1 if isinstance(layer, nn.Conv2d) else -1
-    x, weight = x.detach().float(), weight.detach().float()
-    exact = _output(layer, weight, x)
+    x = x.detach().float()
+    unsmoothed = [reader.error(x, None) for reader in readers]
 
-    def error(values: Tensor, factors: Tensor) -> float:
-        y = _output(layer, quantize_weight(factors), quantize_input(values))
-        return float((y - exact).double().square().sum())
+    def relative(errors: Iterable[float]) -> float:
+        return sum(error / max(own, sys.float_info.min) for error, own in zip(errors, unsmoothed, strict=True))
 
-    x_absmax = x.abs().movedim(axis, -1).flatten(0, -2).amax(0)
-    weight_absmax = weight.abs().flatten(0, -2).amax(0)
-    best, least = None, (1 - _LEAST_GAIN) * error(x, weight)
+    x_absmax = x.abs().movedim(readers[0].channel_axis, -1).flatten(0, -2).amax(0)
+    weight_absmax = torch.stack([reader.weight.abs().flatten(0, -2).amax(0) for reader in readers]).amax(0)
+    best, least = None, (1 - LEAST_GAIN) * relative(unsmoothed)
     for alpha in grid:
         if alpha:
             sigma = smoothing_factors(x_absmax, weight_absmax, alpha)
-            inverse = (1 / sigma).view(-1, 1, 1) if axis == 1 else 1 / sigma
-            found = error(x * inverse, weight * sigma)
+            found = relative(reader.error(x, sigma) for reader in readers)
             if found < least:
                 best, least = sigma, found
     return best
@@ -134,7 +156,7 @@ def _output(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight)
     shape: tuple[Any, ...] = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return functional.conv2d(x, weight.permute(0, 3, 1, 2), None, *shape)
+    return reference.float_conv2d(x, weight.permute(0, 3, 1, 2), None, *shape)
 
 
 def _factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:

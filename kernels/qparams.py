@@ -22,9 +22,10 @@ MULTIPLIER_LIMIT = 15  # 8 * 15 = 120: a code times its multiplier is again an i
 LOWEST_CODE, HIGHEST_CODE = -8, 7  # of 4 bits
 LARGEST_ROTATION = 128
 
-# A group may be wider by this part of the outer scale than its multiplier tells. It is clipped by no more than 1 % of
-# its step, where the next multiplier would coarsen all of it.
-_SLACK = 1e-3
+# The largest value of a group is clipped to this part of it: what that costs is won back by finer steps for all others.
+# With normal values in groups of 32 their best part is 0.9 to 1, and a multiplier of 1 is best for steps of up to 1.3.
+_REACH = 0.95
+_SLACK = 0.2
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the inverse of anything smaller may be infinite
 
 
@@ -114,13 +115,14 @@ def in_groups(x: Tensor, group: int) -> Tensor:
 
 
 def group_steps(groups: Tensor) -> Tensor:
-    """Return the smallest step at which each group fits codes from -8 to 7: fp32 `[..., G]` of `[..., G, group]`.
+    """Return the step at which codes from -8 to 7 hold all but the tips of each group, `[..., G]` of `[..., G, group]`.
 
-    It is negative where the largest value is above 0: times a negative step, -8 is the side that reaches farther.
+    It is fp32, and negative where the largest value is above 0: times a negative step, -8 is the side that reaches
+    farther.
     """
     above, below = groups.amax(-1), groups.amin(-1).neg_()
     farther, nearer = torch.maximum(above, below), torch.minimum(above, below)
-    step = torch.maximum(farther / -LOWEST_CODE, nearer / HIGHEST_CODE)
+    step = torch.maximum(farther / -LOWEST_CODE, nearer / HIGHEST_CODE).mul_(_REACH)
     return torch.where(above > below, -step, step)
 
 
@@ -131,7 +133,7 @@ def group_scale(steps: Tensor) -> Tensor:
 
 
 def group_multipliers(steps: Tensor, scale: Tensor) -> Tensor:
-    """Return the integers -15 to 15, but not 0, that times the outer scale are no smaller than the steps: fp32."""
+    """Return the integers -15 to 15, but not 0, that times the outer scale are about the steps or above: fp32."""
     multipliers = (steps.abs() / scale).sub_(_SLACK).ceil_().clamp_(1, MULTIPLIER_LIMIT)
     return multipliers.copysign_(steps)
 

@@ -5,6 +5,8 @@ does not depend on an order and equals int64 arithmetic. Runs on every device. W
 `[O, *taps, I]`, outputs are fp32.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,5 +63,15 @@ def conv2d_a16(
 ) -> Tensor:
     """Return the float operation with the dequantized weight, channels-last, in the dtype of `x`."""
     weight = dequantize_weight(codes, weight_scale).to(x.dtype).permute(0, 3, 1, 2)
-    y = functional.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
+    y = float_conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding, dilation, groups)
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def float_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *shape: Any) -> Tensor:
+    """Return `torch.nn.functional.conv2d`, also for one input channel in any layout.
+
+    oneDNN takes such inputs and weights for channels-last by their strides and, with some shapes, reads the wrong
+    memory. `contiguous` does not help, because it looks at no stride of an axis of size 1.
+    """
+    x, weight = (t.clone(memory_format=torch.contiguous_format) if t.shape[1] == 1 else t for t in (x, weight))
+    return functional.conv2d(x, weight, bias, *shape)

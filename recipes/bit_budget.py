@@ -88,6 +88,21 @@ def allocate_bits(
     return {**decisions, **changed}, _notes(chosen, correlation.rho, correlation.count)
 
 
+def check_budget(denoiser: nn.Module, plan: Plan) -> None:
+    """Refuse a budget that not even the smallest choice meets, before anything is measured.
+
+    Where layers may become tables their sizes are not known yet: `allocate_bits` finds out.
+
+    Raises:
+        AllocationError: the smallest budget that can be met is named.
+    """
+    for stage in plan.recipe.stages:
+        if (stage.target_bits or stage.max_megabytes) and stage.temporal == "layers":
+            candidates = _candidates(denoiser, plan, plan.decisions, stage)
+            alike = Sensitivity((), {name: dict.fromkeys(schemes, ()) for name, schemes in candidates.items()})
+            _within_budget(denoiser, plan, stage, plan.decisions, candidates, alike)
+
+
 def _candidates(denoiser: nn.Module, plan: Plan, decisions: Mapping[str, Decision], stage: QuantizeStage) -> Candidates:
     """Return layer -> label -> scheme: with 4-bit and with 8-bit weights, where the layer may have both."""
     small: Preset = PRESETS[f"w4{stage.preset[2:]}"]

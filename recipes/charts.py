@@ -3,8 +3,10 @@
 import base64
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
+from dcomp.recipes.error_curves import draw_roles, draw_worst
 from dcomp.recipes.verdict import ValidationResult
 
 LIGHT = {"ink": "#40464f", "line": "#2563b8"}
@@ -32,6 +34,16 @@ def draw_charts(result: ValidationResult) -> list[dict[str, str]]:
                 "dark": _prompt_chart(result, **DARK),
             }
         )
+    curves = [
+        {"name": "", "role": "", "output_error": None, **layer} for layer in result.layers if layer.get("error_by_step")
+    ]
+    for title, alt, draw in (
+        ("Errors of layers over steps, by role", "median error of the layers of each role at each step", draw_roles),
+        ("Worst layers over steps", "errors of all layers at each step, the worst ones by name", draw_worst),
+    ):
+        if curves:
+            light, dark = (_layer_chart(draw, curves, colours["ink"]) for colours in (LIGHT, DARK))
+            charts.append({"title": title, "alt": alt, "light": light, "dark": dark})
     return charts
 
 
@@ -57,6 +69,14 @@ def _step_chart(result: ValidationResult, ink: str, line: str) -> str:
     return _figure_png(figure)
 
 
+def _layer_chart(draw: Callable[..., None], layers: list[dict[str, Any]], ink: str) -> str:
+    figure, axes = _axes(ink, height=4.6)
+    draw(axes, layers)
+    for text in axes.get_legend().get_texts():
+        text.set_color(ink)
+    return _figure_png(figure)
+
+
 def _prompt_chart(result: ValidationResult, ink: str, line: str) -> str:
     figure, axes = _axes(ink)
     values = sorted(p.psnr_db for p in result.per_prompt if p.psnr_db is not None)
@@ -75,12 +95,12 @@ def _prompt_chart(result: ValidationResult, ink: str, line: str) -> str:
     return _figure_png(figure)
 
 
-def _axes(ink: str) -> tuple[Any, Any]:
+def _axes(ink: str, height: float = 3.1) -> tuple[Any, Any]:
     # A figure of its own instead of pyplot: no global state, and Agg whatever the user's backend is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2, 3.1), dpi=160, layout="constrained")
+    figure = Figure(figsize=(6.2, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     figure.patch.set_alpha(0)

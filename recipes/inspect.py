@@ -1,17 +1,28 @@
 """A checkpoint explained from its manifest and headers alone: no weight is loaded."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dcomp.calibrate.model_files import check_model_folder
+from dcomp.compress.loader import DcompQuantizationConfig
 from dcomp.compress.manifest import MANIFEST, check_manifest
+from dcomp.compress.scheme import QScheme
 
 
 @dataclass(frozen=True)
 class InspectedLayer:
-    """One layer of a checkpoint; errors are relative and None where nothing was quantized."""
+    """One layer of a checkpoint; errors are relative and None where nothing was quantized.
+
+    Attributes:
+        error_by_step: at each of `Inspection.timesteps`; empty where it was not measured.
+        reason: why this scheme, with what was left out, or why float.
+        remarks: on channels and ranges without information.
+        position: place in the order of execution; None in checkpoints of older versions.
+        rounding: how codes of its weight were chosen; None without codes.
+        transforms: what its scheme has beyond codes, in words.
+    """
 
     name: str
     role: str
@@ -24,6 +35,16 @@ class InspectedLayer:
     output_error: float | None
     error_by_step: list[float]
     reason: str | None
+    remarks: list[str]
+    position: int | None
+    rounding: str | None = None
+    transforms: list[str] = field(default_factory=list)
+
+    @property
+    def worst_step(self) -> int | None:
+        """Where its error is largest, counted from the noisiest step."""
+        errors = self.error_by_step
+        return max(range(len(errors)), key=errors.__getitem__) if errors else None
 
 
 @dataclass(frozen=True)
@@ -31,9 +52,10 @@ class Inspection:
     """What a checkpoint holds.
 
     Attributes:
-        layers: by name.
+        timesteps: those of the layers' errors by step, noisiest first; empty where they are not known.
+        layers: in order of execution, or by name where that is not known.
         left_in_float: the layers among them that kept their float weights.
-        step_bins: number of activation tables; 0 without static activations.
+        step_bins: rows of each table over the steps; 0 without static inputs and corrections.
         quality: what `dcomp validate --record` measured, if it did.
     """
 
@@ -45,6 +67,7 @@ class Inspection:
     calibration_sha256: str | None
     step_bins: int
     loras: list[dict[str, Any]]
+    timesteps: list[float]
     totals: dict[str, Any]
     quality: dict[str, Any] | None
     layers: list[InspectedLayer]
@@ -53,6 +76,12 @@ class Inspection:
     def left_in_float(self) -> list[InspectedLayer]:
         """The layers that kept their float weights."""
         return [layer for layer in self.layers if layer.scheme is None]
+
+    @property
+    def worst(self) -> list[InspectedLayer]:
+        """The quantized layers, largest output error first."""
+        measured = [layer for layer in self.layers if layer.output_error is not None]
+        return sorted(measured, key=lambda layer: -(layer.output_error or 0))
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Yield what is true of the whole, for people."""
@@ -63,7 +92,7 @@ class Inspection:
         yield "pipeline", f"{totals['bytes_compressed']:,} bytes of {totals['bytes_original']:,}"
         calibration = self.recipe["calibration"]
         if self.calibration_sha256:
-            tables = f", {self.step_bins} activation tables" if self.step_bins else ""
+            tables = f", tables of {self.step_bins} steps" if self.step_bins else ""
             yield "calibrated", f"{calibration['samples']} trajectories of {calibration['steps']} steps{tables}"
         if self.loras:
             yield "adapters", ", ".join(f"{lora['name']} x {lora['scale']}" for lora in self.loras)
@@ -96,6 +125,9 @@ def inspect(folder: str | Path) -> Inspection:
     manifest = check_manifest(folder, deep=False)
     model = check_model_folder(folder, match_weights=False)
     section = model.denoiser.config.get("quantization_config") or {}
+    ours = DcompQuantizationConfig.from_dict(section) if section.get("quant_method") == "dcomp" else None
+    schemes = {name: ours.schemes[key] for name, key in ours.layers.items()} if ours else {}
+    records = sorted(manifest.layers.items(), key=lambda item: (item[1].position or 0, _by_number(item[0])))
     bins = section.get("step_bins") or {}
     return Inspection(
         folder=str(folder),
@@ -106,7 +138,28 @@ def inspect(folder: str | Path) -> Inspection:
         calibration_sha256=manifest.calibration_sha256,
         step_bins=len(bins.get("boundaries", ())) + 1 if bins else 0,
         loras=manifest.loras,
+        timesteps=manifest.timesteps,
         totals=manifest.totals.model_dump(),
         quality=manifest.quality,
-        layers=[InspectedLayer(name=name, **record.model_dump()) for name, record in manifest.layers.items()],
+        layers=[
+            InspectedLayer(name=name, **record.model_dump(), **_of_scheme(schemes.get(name)))
+            for name, record in records
+        ],
     )
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
+def _of_scheme(scheme: QScheme | None) -> dict[str, Any]:
+    """Return rounding and transforms of a layer."""
+    if scheme is None:
+        return {}
+    words = (
+        (scheme.boundaries, f"split at {', '.join(map(str, scheme.boundaries))}"),
+        (scheme.smooth, "smoothed"),
+        (scheme.rotate, "rotated"),
+        (scheme.rank, f"branch of rank {scheme.rank}"),
+    )
+    return {"rounding": scheme.rounding, "transforms": [text for there, text in words if there]}

@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "input_range": "minmax",
         "split": "none",
         "smooth": False,
+        "rotate": False,
+        "input_group": 0,
         "tune": 0,
     },
     "nearest": {"rounding": "nearest", "tune": 0},

@@ -93,6 +93,9 @@ def make_plan(
 
     Returns:
         The plan, and the arguments of that call.
+
+    Raises:
+        SchemeError: layers cannot be quantized as asked; all are listed.
     """
     options = recipe.calibration
     args, kwargs = first_call(
@@ -148,7 +151,7 @@ def weight_bits(stage: QuantizeStage) -> int:
 
 def treatment_of(stage: QuantizeStage) -> Treatment:
     """Return how a stage quantizes layers, whatever their precision."""
-    names = ("weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
+    names = ("input_group", "weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
     return Treatment(**{name: getattr(stage, name) for name in names})
 
 

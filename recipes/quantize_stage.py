@@ -1,8 +1,8 @@
 """The quantize stage: a float denoiser and its calibration set in, quantized layers and an account of them out.
 
 The order of its passes is decided here: temporal features become tables while their layers are float, bits are
-allocated under a budget, layers are quantized one after the other, what is left to learn is tuned, and the integers are
-compared with the floats that they stand for.
+allocated under a budget, layers are quantized one after the other, what is left to learn is tuned, outputs are
+corrected by step, and the integers are compared with the floats that they stand for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,17 @@ from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_ranges
 from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
+from dcomp.compress.folding import Fold, find_folds, fold_smoothing
 from dcomp.compress.policy import Decision
 from dcomp.compress.quantize import LayerErrors, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
-from dcomp.compress.split import quantized_layers
+from dcomp.compress.split import parts_of, quantized_layers
+from dcomp.compress.step_correction import CorrectionResult, correct_steps, float_modules
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
+from dcomp.compress.time_block import TimeBlockResult, reconstruct_time_block, time_weights
 from dcomp.compress.tuning import TuneResult, tune
 from dcomp.recipes.bit_budget import allocate_bits
+from dcomp.recipes.console import bytes_text
 from dcomp.recipes.plan import TUNE_ROWS, Plan
 from dcomp.recipes.schema import QuantizeStage
 
@@ -64,6 +68,7 @@ def quantize_stage(
         work: folder of resumable results, of this recipe, model and calibration set.
         report: called with a text, the count done and the total.
     """
+    work.mkdir(parents=True, exist_ok=True)
     denoiser, seed = pipeline.denoiser, int(recorded.settings["seed"])
     guidance = pipeline.guidance(recorded.settings["guidance"])
     decisions, notes = dict(plan.decisions), list[str]()
@@ -77,13 +82,20 @@ def quantize_stage(
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
     bins = _step_bins(pipeline, recorded, schemes, stage, seed)
+    original = float_modules(denoiser, schemes) if stage.correct and bins else None
     learned = [name for name, scheme in schemes.items() if scheme.rounding == "adaround"]
     reference = None
     if learned:
         rows = rows_of_pass(denoiser, recorded, stage.rows, seed)
-        reference = record_blocks(denoiser, rows, plan.structure.blocks, learned, work / "float-blocks")
-    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, rows=stage.rows, seed=seed)
+        timed = time_weights(denoiser, plan.structure, learned)
+        others = [name for name in learned if name not in timed]
+        reference = record_blocks(denoiser, rows, plan.structure.blocks, others, work / "float-blocks")
+    folds = _folds(denoiser, recorded, schemes, stage, seed)
+    errors = quantize_denoiser(denoiser, recorded, schemes, bins, work, report, rows=stage.rows, seed=seed, folds=folds)
     if reference:
+        if timed:
+            file = work / "time-block.safetensors"
+            notes += _time_block_notes(reconstruct_time_block(denoiser, rows, timed, recorded.all_timesteps, file))
         blocks = reconstruct_blocks(
             denoiser,
             rows,
@@ -95,16 +107,40 @@ def quantize_stage(
         )
         kept = sum(block.kept for block in blocks.values())
         notes.append(f"Reconstruction brought {kept} of {len(blocks)} blocks nearer to float; others kept their codes.")
+    # Before tuning, so that what is tuned and judged is what is deployed; after reconstruction, which compares weights
+    # with those of the float model.
+    folded = fold_smoothing(denoiser, folds)
+    notes += _folding_notes(denoiser, folded)
     if stage.tune and schemes:
         notes += _tuning_notes(_tune(denoiser, recorded, stage, guidance, seed, work, report))
     for name, layer in quantized_layers(denoiser).items():
         planned = decisions[name]
+        reason = planned.reason
         if planned.scheme is not None and planned.scheme.smooth and not layer.scheme.smooth:
-            reason = planned.reason.replace(", smoothed", ", smoothing left out: it did not help")
-            decisions[name] = Decision(layer.scheme, reason)
+            words = f"smoothed by {folded[name]}" if name in folded else "smoothing left out: it did not help"
+            reason = reason.replace(", smoothed", f", {words}")
+        decisions[name] = Decision(layer.scheme, reason)
+    if original and bins:
+        # Factors that were moved into a layer change the units of its output: the float model has no such output.
+        corrected = correct_steps(
+            denoiser,
+            original,
+            rows_of_pass(denoiser, recorded, stage.rows, seed, copies=2),
+            bins,
+            work / "corrections",
+            skip=set(folded.values()),
+            guidance=guidance,
+            batch_rows=TUNE_ROWS,
+            seed=seed,
+            progress=report,
+        )
+        notes.append(_correction_note(denoiser, corrected))
+        for name, layer in quantized_layers(denoiser).items():
+            if layer.scheme.corrected:
+                decisions[name] = Decision(layer.scheme, f"{decisions[name].reason}, corrected at each step")
     differences = compare_executions(denoiser, recorded, report)
     errors = {name: replace(error, int_vs_fake=differences.get(name)) for name, error in errors.items()}
-    return StageResult(decisions, errors, tuple(notes))
+    return StageResult(decisions, errors, (*notes, *_remark_notes(errors)))
 
 
 def _cache_features(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, stage: QuantizeStage) -> FeaturePlan:
@@ -130,18 +166,36 @@ def _step_bins(
     stage: QuantizeStage,
     seed: int,
 ) -> StepBins | None:
-    """Put timesteps into bins, for layers with static ranges."""
+    """Put timesteps into bins, for layers with static ranges and for corrections."""
     static = [name for name, scheme in schemes.items() if scheme.input_granularity == "tensor"]
-    if not static:
+    if not static and not (stage.correct and schemes):
         return None
     scheduler, others = pipeline.scheduler, recorded.all_timesteps
     if stage.bins == "log_snr":
         return log_snr_bins(recorded.timesteps, stage.step_bins, scheduler, others=others)
     if stage.bins == "drift":
         rows = gather_rows(recorded, 8 * len(recorded.timesteps), seed, denoiser=pipeline.denoiser)
-        timesteps, ranges = step_ranges(pipeline.denoiser, rows, static)
+        timesteps, ranges = step_ranges(pipeline.denoiser, rows, static or [*schemes])
         return range_drift_bins(ranges, timesteps, stage.step_bins, scheduler, others=others)
     return StepBins.uniform(recorded.timesteps, stage.step_bins, scheduler, others=others)
+
+
+def _folds(
+    denoiser: nn.Module, recorded: CalibrationSet, schemes: Mapping[str, QScheme], stage: QuantizeStage, seed: int
+) -> tuple[Fold, ...]:
+    if not stage.fold or not any(scheme.smooth for scheme in schemes.values()):
+        return ()
+    return find_folds(denoiser, schemes, gather_rows(recorded, 1, seed, denoiser=denoiser))
+
+
+def _folding_notes(denoiser: nn.Module, folded: Mapping[str, str]) -> list[str]:
+    if not folded:
+        return []
+    smoothed = len(folded) + sum(layer.scheme.smooth for layer in quantized_layers(denoiser).values())
+    return [
+        f"The smoothing of {len(folded)} of {smoothed} smoothed layers is part of what makes their input, in "
+        f"{len(set(folded.values()))} norms and layers. Adapters for these layers must be fused first, with --lora."
+    ]
 
 
 def _tune(
@@ -164,6 +218,41 @@ def _tune(
         seed=seed,
         snapshot=work / "tuning.safetensors",
         progress=report,
+    )
+
+
+def _time_block_notes(result: TimeBlockResult) -> list[str]:
+    if not result.kept:
+        return [
+            "Layers that depend on the timestep alone kept their codes: chosen together they were no nearer to float."
+        ]
+    before, after = (100 * error**0.5 for error in (result.initial, result.final))
+    return [
+        f"Layers that depend on the timestep alone were chosen together: at the deployed timesteps their "
+        f"{len(result.features)} features are off by {after:.2g} %, before by {before:.2g} %."
+    ]
+
+
+def _remark_notes(errors: Mapping[str, LayerErrors]) -> list[str]:
+    found = [f"{name} ({'; '.join(error.remarks)})" for name, error in errors.items() if error.remarks]
+    if not found:
+        return []
+    more = f", and {len(found) - 3} more, which `dcomp inspect` names" if len(found) > 3 else ""
+    head = "1 layer has" if len(found) == 1 else f"{len(found)} layers have"
+    return [f"{head} channels or ranges that told nothing in calibration: {', '.join(found[:3])}{more}."]
+
+
+def _correction_note(denoiser: nn.Module, result: CorrectionResult) -> str:
+    if not result.kept:
+        return "Corrections by step did not lower the error on trajectories that they had not seen; none was taken."
+    gains = [layer.after / layer.before for layer in result.layers.values() if layer.kept]
+    parts = [part for layer in quantized_layers(denoiser).values() for part in parts_of(layer)]
+    size = sum(table.nbytes for part in parts for table in (part.step_scale, part.step_bias) if table is not None)
+    return (
+        f"{len(gains)} of {len(result.layers)} layers got corrections by step, which lowered the error of their outputs"
+        f" to {sum(gains) / len(gains):.2f} of what it was on average, and that of the predictions to "
+        f"{(result.held_out_final / result.held_out_initial) ** 0.5:.2f}, on trajectories that they had not seen. "
+        f"Their tables take {bytes_text(size)}; a smaller `step_bins` makes them smaller."
     )
 
 

@@ -24,11 +24,14 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.calibrate.sampling import Sampling
+from dcomp.calibrate.stored_weights import StoredWeight, is_large, move_to_files
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
 from dcomp.compress.quantize import LayerErrors
 from dcomp.compress.time_table import Absent, TimeTable
+from dcomp.recipes.bit_budget import check_budget
+from dcomp.recipes.console import value_text
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
@@ -95,17 +98,35 @@ def default_output(model: str | Path, recipe: Recipe) -> Path:
     return Path(f"{Path(model).resolve().name}-{recipe.name}")
 
 
-def plan_recipe(model: str | Path, recipe: Recipe, *, device: str = "cpu") -> Plan:
-    """Probe a model and return what the recipe would do; writes nothing."""
-    pipeline, _, prompts, notes = _open(model, recipe, device)
-    return make_plan(pipeline, recipe, prompts, notes)[0]
+def plan_recipe(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    device: str = "cpu",
+    allow_mismatch: bool = False,
+    low_memory: bool | None = None,
+) -> Plan:
+    """Probe a model and return what the recipe would do, or raise what `run_recipe` would; writes nothing."""
+    given, recipe = _with_set(recipe, calibration, allow_mismatch)
+    pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
+    mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
+    plan, _ = make_plan(pipeline, recipe, prompts, (*notes, *mismatch))
+    check_budget(pipeline.denoiser, plan)
+    return plan
 
 
 def record_calibration(
-    model: str | Path, recipe: Recipe, output: Path, *, device: str = "cpu", progress: Progress | None = None
+    model: str | Path,
+    recipe: Recipe,
+    output: Path,
+    *,
+    device: str = "cpu",
+    low_memory: bool | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Record the calibration set of a recipe for reuse by `run_recipe(..., calibration=output)`; return its facts."""
-    pipeline, _, prompts, notes = _open(model, recipe, device)
+    pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
     recorded = _record(pipeline, prompts, recipe.calibration, output, progress)
     return {
         "schema_version": 1,
@@ -129,6 +150,7 @@ def run_recipe(
     fresh: bool = False,
     overwrite: bool = False,
     allow_mismatch: bool = False,
+    low_memory: bool | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -143,6 +165,8 @@ def run_recipe(
         fresh: throw away the work of an interrupted run instead of going on with it.
         overwrite: replace an existing checkpoint, in one step at the end.
         allow_mismatch: use a calibration set of other weights or settings all the same, with a note of the distance.
+        low_memory: leave the float weights in files, and read them when they are used; None: if they are large. It
+            changes no bit of the result.
         on_plan: called with the plan before any weight is touched.
         progress: called with a text, the count done and the total.
 
@@ -155,19 +179,18 @@ def run_recipe(
     check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":
         _check_foreign(stage, device)
-    given = CalibrationSet.open(calibration) if calibration else None
-    if given:
-        recipe = recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration, allow_mismatch)})
+    given, recipe = _with_set(recipe, calibration, allow_mismatch)
     with work_folder(output, fresh) as root:
-        pipeline, adapters, prompts, notes = _open(model, recipe, device)
-        plan, probe = make_plan(pipeline, recipe, prompts, notes)
+        pipeline, adapters, prompts, notes = _open(model, recipe, device, low_memory, root / "fused")
+        mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
+        plan, probe = make_plan(pipeline, recipe, prompts, (*notes, *mismatch))
+        check_budget(pipeline.denoiser, plan)
         if on_plan:
             on_plan(plan)
         schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
         work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", *prompts)
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
-        mismatch: list[str] = []
         result = StageResult(plan.decisions)
         foreign: ForeignResult | None = None
         if stage and stage.format != "dcomp":
@@ -176,8 +199,6 @@ def run_recipe(
             changed[pipeline.denoiser_name] = foreign.folder
             report(f"{stage.format} weights", 1, 1)
         elif stage and schemes:
-            if given:
-                mismatch = check_matches(given, pipeline, _generation(recipe.calibration), allow_mismatch)
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
             result = quantize_stage(pipeline, recorded, plan, stage, prompts, work, report)
         report("writing and checking", 0, 1)
@@ -191,6 +212,7 @@ def run_recipe(
                 else _foreign_records(plan, foreign),
                 calibration_sha256=recorded.hash if recorded else None,
                 loras=[asdict(adapter) for adapter in adapters],
+                timesteps=_timesteps(recorded, result),
             ),
             overwrite=overwrite,
             replaced=changed,
@@ -198,7 +220,7 @@ def run_recipe(
         )
         report("writing and checking", 1, 1)
         shutil.rmtree(root, ignore_errors=True)
-    all_notes = (*plan.notes, *mismatch, *(recorded.notes if recorded else ()), *result.notes)
+    all_notes = (*plan.notes, *(recorded.notes if recorded else ()), *result.notes)
     return RunResult(output, manifest, result.errors, time.perf_counter() - started, all_notes)
 
 
@@ -213,10 +235,14 @@ def _check_foreign(stage: QuantizeStage, device: str) -> None:
 
 
 def _open(
-    model: str | Path, recipe: Recipe, device: str
+    model: str | Path, recipe: Recipe, device: str, low_memory: bool | None, fused: Path | None = None
 ) -> tuple[OpenPipeline, tuple[FusedAdapter, ...], list[str], tuple[str, ...]]:
+    """Open a model as a recipe wants it; `fused` is a folder for the weights that adapters changed."""
     options = recipe.calibration
-    pipeline = open_pipeline(model, scheduler=options.scheduler, device=device)
+    if recipe.stages and recipe.stages[0].format != "dcomp":
+        low_memory = False  # other packages read tensors by their address
+    in_files = False if recipe.lora else low_memory  # adapters are added to weights in memory
+    pipeline = open_pipeline(model, scheduler=options.scheduler, device=device, low_memory=in_files)
     if getattr(pipeline.denoiser, "is_quantized", False):
         raise UsageError(
             "The model is quantized already", where=str(model), remedy="Start from the original, unquantized model."
@@ -234,6 +260,13 @@ def _open(
         notes = (f"There are only {len(prompts)} prompts; {options.samples} samples were asked for.",)
     pipeline.check(prompts, _generation(options))
     adapters = fuse_lora(pipeline.pipe, recipe.lora)
+    if adapters and fused and device == "cpu":
+        nbytes = sum(parameter.nbytes for parameter in pipeline.denoiser.parameters())
+        if is_large(nbytes) if low_memory is None else low_memory:
+            move_to_files(pipeline.denoiser, fused)
+    stored = sum(p.nbytes for p in pipeline.denoiser.parameters() if isinstance(p, StoredWeight))
+    if stored:
+        notes += (f"Float weights of {stored / 1e9:.1f} GB stay in files, and are read when they are used.",)
     notes += tuple(
         f"{adapter.ignored} matrix pairs of {adapter.name} belong to no layer of this model and were left out."
         for adapter in adapters
@@ -268,19 +301,47 @@ def _record(
     )
 
 
+def _with_set(recipe: Recipe, calibration: Path | None, allow_mismatch: bool) -> tuple[CalibrationSet | None, Recipe]:
+    """Open a calibration set that was recorded before, and put its settings into the recipe."""
+    if calibration is None:
+        return None, recipe
+    given = CalibrationSet.open(calibration)
+    return given, recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration, allow_mismatch)})
+
+
+def _check_set(given: CalibrationSet | None, pipeline: OpenPipeline, recipe: Recipe, allow_mismatch: bool) -> list[str]:
+    """Compare a set that was recorded before with what will be deployed; foreign formats and no stage need none."""
+    if given is None or not recipe.stages or recipe.stages[0].format != "dcomp":
+        return []
+    return check_matches(given, pipeline, _generation(recipe.calibration), allow_mismatch)
+
+
 def _settings_of(recorded: CalibrationSet, asked: Calibration, allow_mismatch: bool) -> Calibration:
     """Return the settings that a set was recorded with; what was asked for by name must agree, or is kept."""
     known = {key: recorded.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
     known["samples"] = len(recorded.prompts)
-    other = [key for key in asked.model_fields_set & known.keys() if getattr(asked, key) != known[key]]
-    deployed = {"steps", "guidance", "height", "width"} if allow_mismatch else set()
-    if set(other) - deployed:
+    other = {key for key in asked.model_fields_set & known.keys() if getattr(asked, key) != known[key]}
+    deployed = {"steps", "guidance", "height", "width"}
+    if other - (deployed if allow_mismatch else set()):
+        texts = (
+            f"{key} {_or_default(known[key])} instead of {_or_default(getattr(asked, key))}" for key in sorted(other)
+        )
+        ways = ["Leave these options out", "record another set with `dcomp calibrate`"]
+        fixed = sorted(other - deployed)
+        if not fixed:
+            ways.append("pass --allow-mismatch to deploy with them all the same")
+        elif other & deployed:
+            ways.append(f"leave {' and '.join(fixed)} out and pass --allow-mismatch")
         raise UsageError(
-            "The calibration set was recorded with " + ", ".join(f"{key} {known[key]}" for key in sorted(other)),
+            f"The calibration set was recorded with {', '.join(texts)}",
             where=str(recorded.folder),
-            remedy="Leave these options out, record another set with `dcomp calibrate`, or pass --allow-mismatch.",
+            remedy=f"{', '.join(ways[:-1])}, or {ways[-1]}.",
         )
     return asked.model_copy(update={key: value for key, value in known.items() if key not in other})
+
+
+def _or_default(value: object) -> str:
+    return "the pipeline's default" if value is None else value_text(value)
 
 
 def _changed_components(
@@ -297,9 +358,16 @@ def _changed_components(
     return saved
 
 
+def _timesteps(recorded: CalibrationSet | None, result: StageResult) -> list[float]:
+    """Return the timesteps of the errors by step; a pass over few rows may have met fewer than were recorded."""
+    if recorded is None or not any(len(e.by_step) == len(recorded.timesteps) for e in result.errors.values()):
+        return []
+    return [float(timestep) for timestep in recorded.timesteps]
+
+
 def _records(plan: Plan, result: StageResult, denoiser: nn.Module) -> dict[str, LayerRecord]:
     records = {}
-    for name, decision in result.decisions.items():
+    for position, (name, decision) in enumerate(result.decisions.items()):
         module = denoiser.get_submodule(name)
         scheme, error = decision.scheme, result.errors.get(name)
         table = isinstance(module, TimeTable | Absent)
@@ -314,13 +382,15 @@ def _records(plan: Plan, result: StageResult, denoiser: nn.Module) -> dict[str, 
             output_error=error.output if error else None,
             error_by_step=list(error.by_step) if error else [],
             reason=decision.reason,
+            remarks=list(error.remarks) if error else [],
+            position=position,
         )
     return records
 
 
 def _foreign_records(plan: Plan, foreign: ForeignResult) -> dict[str, LayerRecord]:
     records = {}
-    for name, facts in plan.structure.layers.items():
+    for position, (name, facts) in enumerate(plan.structure.layers.items()):
         before, _ = plan.layer_bytes[name]
         kept = name in foreign.left_float
         records[name] = LayerRecord(
@@ -331,6 +401,7 @@ def _foreign_records(plan: Plan, foreign: ForeignResult) -> dict[str, LayerRecor
             bytes_before=before,
             bytes_after=before if kept else before * foreign.weight_bits // 32,
             reason=f"diffusers' {foreign.format} quantizer left it" if kept else f"in the format of {foreign.format}",
+            position=position,
         )
     return records
 

@@ -60,15 +60,18 @@ class QuantizeStage(_Frozen):
         preset: bits of weights and activations for each role of a layer; `float` leaves every layer as it is.
         format: `dcomp` runs in integers; `quanto` and `bnb` store weights in those packages' formats.
         rounding: how codes of weights are chosen: `nearest`; `gptq` moves the error of each code on to those that can
-            still correct it; `adaround` then learns the codes of each block.
+            still correct it; `adaround` then learns the codes of each block, and chooses those of time together.
         inputs: 8-bit ranges of convolutions: `dynamic` finds them while running, `static` has tables for the steps.
-        step_bins: number of static tables over the trajectory, at most one a calibrated step.
+        step_bins: rows of static tables over the trajectory, at most one a calibrated step.
         bins: how timesteps are put into them: equally many in each, by measured drift of the ranges, or by log-SNR.
         weight_range, input_range: how ranges are chosen: least squared error, or minimum and maximum.
         split: layers that read a concatenation and get quantizers of their own for each part of it: those that read
             it directly, all of them, or none.
         smooth: move magnitude from inputs to weights, where that lowers the error; none: layers with 4-bit inputs.
-        rotate: rotate inputs and weights of layers with 4-bit inputs by a Hadamard matrix.
+        fold: make the factors of inputs part of what makes the inputs, where nothing else reads them.
+        input_group: channels of a 4-bit input that share a multiplier; 0: all channels of a row or pixel.
+        rotate: rotate inputs and weights of layers with 4-bit inputs by a Hadamard matrix, where that lowers the error;
+            none: yes.
         rank: of a float branch beside the weight of layers with 4-bit inputs; 0 for no branch.
         temporal: layers that depend on the timestep alone: stay `layers`, become tables of their outputs at the
             deployed timesteps (`cache`), or tables where that is closer to float (`choose`).
@@ -78,6 +81,7 @@ class QuantizeStage(_Frozen):
         block_iterations: steps in which the codes of a block are learned, with `adaround`.
         tune: iterations of tuning scales, biases and norms against the float model's predictions.
         tune_rounding: tune the codes as well.
+        correct: after all else, give outputs of layers a scale and a bias in each step bin, where that lowers errors.
         keep: layer name patterns to leave in float, in addition to what the preset leaves.
         overrides: layer name pattern -> scheme such as `W8A8`, strongest rule last.
     """
@@ -93,7 +97,9 @@ class QuantizeStage(_Frozen):
     input_range: Literal["mse", "minmax"] = "mse"
     split: Literal["direct", "all", "none"] = "direct"
     smooth: bool | None = None
-    rotate: bool = False
+    fold: bool = True
+    input_group: Annotated[int, Field(ge=0, le=65_536, multiple_of=2)] = 32
+    rotate: bool | None = None
     rank: Annotated[int, Field(ge=0, le=1_024)] = 0
     temporal: Literal["layers", "cache", "choose"] = "layers"
     target_bits: Annotated[float, Field(gt=0, le=32)] | None = None
@@ -102,6 +108,7 @@ class QuantizeStage(_Frozen):
     block_iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     tune: Annotated[int, Field(ge=0, le=1_000_000)] = 200
     tune_rounding: bool = False
+    correct: bool = False
     keep: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()
     overrides: Annotated[dict[Pattern, str], Field(max_length=1_000)] = {}
 

@@ -1,16 +1,21 @@
 """What `quantize` and `inspect` show: the plan before the work, the result after it, a checkpoint explained."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from dcomp.compress.coverage import FloatPart
 from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
+from dcomp.recipes.error_curves import draw_error_curves, has_curves
 from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
+
+WORST = 10  # layers that are shown where not all are asked for
 
 
 def print_plan(plan: Plan, *, full: bool = False) -> None:
@@ -65,8 +70,14 @@ def print_result(result: RunResult) -> None:
     print(f"\n{result.load_line}")
 
 
-def print_inspection(report: Inspection, layers: bool) -> None:
-    """Print the tree of layers, or one line for each role and scheme; then totals and what stayed in float."""
+def print_inspection(report: Inspection, layers: bool | None = None, worst: int = WORST) -> None:
+    """Print the worst layers, the tree of all layers, or a line for each role and scheme; then facts of the whole.
+
+    Args:
+        report: of a checkpoint.
+        layers: True for every layer, False for roles, None for the worst layers.
+        worst: how many of them.
+    """
     print(
         f"{visible(report.folder)}: {report.denoiser}, recipe {report.recipe['name']}, dcomp {report.dcomp_version}\n"
     )
@@ -81,12 +92,14 @@ def print_inspection(report: Inspection, layers: bool) -> None:
                 bytes_text(entry.bytes_after),
                 _percent(entry.weight_error),
                 _percent(entry.output_error),
-                entry.reason or "",
+                "; ".join([entry.reason or "", *entry.remarks]),
             )
             for label, entry in _tree(report.layers)
         ]
         columns = ("layer", "role", "scheme", "bytes", "weight error", "output error", "why")
         print_table("Layers", columns, lines, right=(3, 4, 5))
+    elif layers is None:
+        print_worst(report, worst)
     else:
         groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
         for entry in report.layers:
@@ -105,11 +118,59 @@ def print_inspection(report: Inspection, layers: bool) -> None:
     print_table("", ("", ""), list(report.facts()))
 
 
-def _tree(layers: Iterable[InspectedLayer]) -> Iterator[tuple[str, InspectedLayer | None]]:
-    """Yield each layer under a line for every module around it, numbers in their order; indented by depth."""
+def explain(report: Inspection, picture: Path, *, table: bool) -> None:
+    """Write the picture of the errors over steps, and print where it is; `table` prints the worst layers before it."""
+    if table:
+        print_worst(report)
+    if not has_curves(report):
+        say("Note: There is no picture: no layer has errors by step.")
+        return
+    draw_error_curves(report, picture)
+    words = f"Picture: {visible(str(picture))}"
+    print(words) if table else say(words)
 
-    def order(layer: InspectedLayer) -> list[tuple[int, int, str]]:
-        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in layer.name.split(".")]
+
+def print_worst(report: Inspection, count: int = WORST) -> None:
+    """Print the layers with the largest output errors, what was done to them and why, and remarks on any layer."""
+    measured = report.worst
+    rows = [
+        (
+            layer.name,
+            layer.scheme or "float",
+            layer.rounding or "-",
+            _percent(layer.weight_error),
+            _percent(layer.output_error),
+            _worst_step(report, layer),
+            layer.reason or "",
+        )
+        for layer in measured[:count]
+    ]
+    columns = ("layer", "scheme", "rounding", "weight error", "output error", "worst at step", "why")
+    print_table(f"Worst {len(rows)} of {len(measured)} quantized layers", columns, rows, right=(3, 4))
+    odd = [(layer.name, remark) for layer in report.layers for remark in layer.remarks]
+    if odd:
+        more = f", the first {count} of {len(odd)}" if len(odd) > count else ""
+        print_table(f"\nRemarks{more}", ("layer", "in calibration"), odd[:count])
+    print()
+
+
+def _worst_step(report: Inspection, layer: InspectedLayer) -> str:
+    step, steps = layer.worst_step, len(layer.error_by_step)
+    if step is None:
+        return "-"
+    known = f", t {report.timesteps[step]:.4g}" if len(report.timesteps) == steps else ""
+    return f"{step + 1} of {steps}{known}: {layer.error_by_step[step]:.2%}"
+
+
+def _tree(layers: Sequence[InspectedLayer]) -> Iterator[tuple[str, InspectedLayer | None]]:
+    """Yield each layer under a line for every module around it, in the order of their first layers, indented."""
+    first: dict[str, int] = {}
+    for place, layer in enumerate(layers):
+        for module in accumulate(layer.name.split("."), "{}.{}".format):
+            first.setdefault(module, place)
+
+    def order(layer: InspectedLayer) -> list[int]:
+        return [first[module] for module in accumulate(layer.name.split("."), "{}.{}".format)]
 
     above: list[str] = []
     for layer in sorted(layers, key=order):

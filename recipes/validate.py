@@ -253,8 +253,8 @@ def _warnings(original: _Side, compressed: _Side, comparison: Comparison) -> lis
         warnings.append(f"The two schedulers are configured differently: {', '.join(unlike)}.")
     if comparison.unseen:
         warnings.append(
-            f"{comparison.unseen} times the compressed denoiser met a timestep that was not calibrated and used the "
-            "nearest ranges."
+            f"{comparison.unseen} times the compressed denoiser met a timestep that it has no tables for, and used "
+            "the nearest ranges, or temporal features between two timesteps."
         )
     distance = comparison.distance
     if distance and distance.samples < 1000:

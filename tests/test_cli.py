@@ -205,6 +205,9 @@ QUANTIZE: dict[str, tuple[list[str], str]] = {
     "prompts of another kind": (["--prompts", "prompts.docx"], ".parquet"),
     "a folder of prompts": (["--prompts", "./folder"], "folder"),
     "a column that is not there": (["--prompts", "table.csv", "--column", "captions"], "'captions'"),
+    "a precision that a layer cannot have": (["--set", "stages.0.overrides={conv_in: w4a8}"], "conv_in: w4a8 is asked"),
+    "a budget that cannot be met": (["--target-bits", "2"], "or more"),
+    "a picture of an unknown kind": (["--explain", "--plot", "errors.gif"], ".png"),
     "output that exists": (["-o", "folder"], "exists"),
     "output that is a file": (["-o", "blank.txt"], "not a folder"),
     "output below a file": (["-o", "blank.txt/out"], "--output"),
@@ -406,8 +409,8 @@ def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Pat
     assert result["output"] == "out"
     assert set(result["files"]) == set(file_hashes(Path("out"))) - {"dcomp.json"}
     entry = next(iter(result["layer_errors"].values()))
-    assert set(entry) == {"weight", "output", "by_step", "int_vs_fake"}
-    assert all(f"`{key}`" in DOCS.read_text().split("An entry of `layer_errors`")[1][:900] for key in entry)
+    assert set(entry) == {"weight", "output", "by_step", "int_vs_fake", "remarks"}
+    assert all(f"`{key}`" in DOCS.read_text().split("An entry of `layer_errors`")[1][:1_000] for key in entry)
 
     report = read_json(run("inspect", "out", "--json"))
     assert set(report) == documented("inspect")
@@ -441,6 +444,66 @@ def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Pat
     other = run("quantize", models[TEXT], "-o", "other", *QUICK, "--calibration", "set")
     assert_one_screen(*other, code_wanted=2, words="recorded with another denoiser")
     assert left_in(Path.cwd()) == ["out", "set"]
+
+
+def test_what_layers_cannot_have_is_listed_on_one_screen_by_every_form_of_the_command(
+    models: dict[str, Path], run: Run
+) -> None:
+    narrow = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn{i}.to_{x}" for i in (1, 2) for x in "qkv"]
+    narrow += [f"down_blocks.0.resnets.0.{layer}" for layer in ("conv1", "conv2", "time_emb_proj")]
+    narrow += ["conv_in", "conv_out", "time_embedding.linear_1"]
+    overrides = ", ".join(f"{name}: w4a8" for name in narrow)
+    options = ["-o", "out", *QUICK, "--set", f"stages.0.overrides={{{overrides}, mid_block: w4a8}}"]
+    for extra in ([], ["--dry-run"], ["--dry-run", "--json"], ["--json", "--explain"]):
+        result = run("quantize", models[TEXT], *options, *extra)
+        assert_one_screen(*result, code_wanted=2, words="layers cannot be quantized as asked, the first 10:")
+    lines = result[2].splitlines()
+    count = int(re.findall(r"Error: (\d+) layers", result[2])[0])
+    assert 10 < count <= len(narrow)
+    assert sum(line.strip().split(":")[0] in narrow for line in lines) == 10
+    assert left_in(Path.cwd()) == []
+
+
+def test_a_set_of_other_settings_is_refused_or_warned_of(models: dict[str, Path], run: Run) -> None:
+    run("calibrate", models[TEXT], "-o", "set", *SHORT)
+    quantize = ["quantize", models[TEXT], "-o", "out", "--calibration", "set", "--dry-run"]
+    other = run(*quantize, "--steps", "4")
+    assert_one_screen(*other, code_wanted=2, words="recorded with steps 3 instead of 4")
+    assert "--allow-mismatch" in other[2]
+    other = run(*quantize, "--scheduler", "EulerDiscrete")
+    assert_one_screen(*other, code_wanted=2, words="DDIMScheduler instead of EulerDiscreteScheduler")
+    code, _, err = run(*quantize, "--steps", "4", "--allow-mismatch")
+    assert code == 0, err
+    assert "Note: The calibration set was recorded otherwise: steps 3 instead of 4." in err
+    assert re.search(r"Note: The 4 timesteps to deploy are [\d.]+ in log-SNR from the nearest", err)
+
+
+def test_quantize_explains_and_inspect_does_it_again(models: dict[str, Path], run: Run) -> None:
+    code, out, err = run("quantize", models[UNET], "-o", "out", *QUICK, "--explain")
+    assert code == 0, err
+    table, _, rest = out.partition("Picture: out-errors.png\n")
+    assert re.match(r"Worst 10 of \d+ quantized layers", table)
+    assert 'dcomp.load("out")' in rest.splitlines()[-1]
+    picture = Path("out-errors.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    code, again, err = run("inspect", "out", "--plot", "again.png")
+    assert (code, err) == (0, "Picture: again.png\n")
+    assert table.strip() in again
+    assert Path("again.png").read_bytes() == picture
+    assert len(again.splitlines()) < 50
+    layers = read_json(run("inspect", "out", "--json"))["layers"]
+    assert f"Worst 2 of {len(layers)} quantized" in run("inspect", "out", "--worst", "2")[1]
+    refused = run("inspect", "out", "--plot", "again.gif")
+    assert_one_screen(*refused, code_wanted=2, words="ending")
+    assert left_in(Path.cwd()) == ["again.png", "out", "out-errors.png"]
+
+
+def test_nothing_to_draw_is_a_note_after_a_run_and_an_error_when_asked_for(models: dict[str, Path], run: Run) -> None:
+    result = run("quantize", models[TEXT], "--recipe", "float", "-o", "out", *SHORT, "--plot", "errors.png", "--json")
+    assert "There is no picture" in result[2]
+    assert read_json(result)["output"] == "out"
+    assert_one_screen(*run("inspect", "out", "--plot", "errors.png"), code_wanted=2, words="no errors by step")
+    assert left_in(Path.cwd()) == ["out"]
 
 
 def test_doctor_speaks_json_and_is_silent_about_missing_kernels(run: Run) -> None:

@@ -194,6 +194,25 @@ def test_unseen_timesteps_are_counted_with_their_distance_and_never_raise() -> N
     assert clock.max_distance == 1e6 - 750
 
 
+def test_timesteps_that_tables_do_not_hold_are_counted_with_and_without_bins() -> None:
+    bins = StepBins.uniform([900.0, 500.0, 100.0], 2)
+    for known, table, unseen, distance in ((None, (900.0, 100.0), 3, 400.0), (bins, (900.0, 100.0), 3, 400.0),
+                                           (bins, (900.0, 500.0, 100.0), 2, 150.0), (None, (), 0, 0.0)):  # fmt: skip
+        clock = StepClock(known)
+        clock.table_timesteps = table
+        for t in (900, torch.tensor(500), 500.0, torch.tensor([100.0, 250.0]), 901):
+            clock.read(t)
+        assert (clock.unseen, clock.max_distance) == (unseen, distance)
+
+
+def test_a_double_is_the_timestep_that_is_stored_as_a_float() -> None:
+    clock = StepClock()
+    clock.table_timesteps = tuple(torch.tensor([0.9, 0.1]).tolist())
+    for t in (0.9, torch.tensor(0.1, dtype=torch.float64)):
+        clock.read(t)
+    assert clock.unseen == 0
+
+
 def test_rounding_of_half_precision_is_not_an_unseen_timestep() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(20)

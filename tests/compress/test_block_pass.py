@@ -1,6 +1,7 @@
 """The reconstruction pass over a whole denoiser: what it records, learns, leaves alone and resumes."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +10,14 @@ import torch
 
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.calibrate.record import record_calibration_set
+from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.structure import probe_structure
 from dcomp.calibrate.tree_file import decode, open_tensors, read_description
-from dcomp.compress.block_pass import FloatBlocks, reconstruct_blocks, record_blocks
+from dcomp.compress.block_pass import BlockError, batched_leaves, reconstruct_blocks, record_blocks
 from dcomp.compress.policy import Treatment, choose_schemes
 from dcomp.compress.quantize import quantize_denoiser, rows_of_pass
 from dcomp.compress.quantize_layer import to_canonical, transformed_weight
+from dcomp.compress.soft_rounding import fake_execution
 from dcomp.compress.split import quantized_layers
 from tests.support.tiny import save_tiny_pipeline
 
@@ -118,7 +121,7 @@ def test_a_stopped_run_goes_on_with_the_next_block_and_ends_with_the_same_bits(
 
 
 def test_an_exception_leaves_no_trace(case: SimpleNamespace, tmp_path: Path) -> None:
-    broken = FloatBlocks(case.reference.names, case.reference.weights, tmp_path / "nowhere")
+    broken = replace(case.reference, folder=tmp_path / "nowhere")
     denoiser = copy.deepcopy(case.quantized)
     with pytest.raises(Exception, match="nowhere"):
         reconstruct_blocks(denoiser, case.rows, broken, tmp_path / "out", iterations=1)
@@ -134,3 +137,62 @@ def test_float_weights_in_the_coordinates_of_the_codes_are_near_them(case: Simpl
             codes_stand_for = to_canonical(part.values())
             assert own.shape == codes_stand_for.shape
             assert (own - codes_stand_for).norm() < 0.2 * own.norm(), name
+
+
+# Written by hand from the architectures. Flux's blocks also get a table of positions for 16 + 7 tokens, without rows.
+BATCHED = {
+    "FluxTransformer2DModel": {
+        "transformer_blocks.0": {("hidden_states",), ("encoder_hidden_states",), ("temb",)},
+        "single_transformer_blocks.1": {("hidden_states",), ("encoder_hidden_states",), ("temb",)},
+    },
+    "SD3Transformer2DModel": {
+        "transformer_blocks.1": {("hidden_states",), ("encoder_hidden_states",), ("temb",)},
+    },
+    "PixArtTransformer2DModel": {
+        "transformer_blocks.1": {(0,), ("encoder_hidden_states",), ("encoder_attention_mask",), ("timestep",)},
+    },
+}
+TOKENS = {"FluxTransformer2DModel": 23, "SD3Transformer2DModel": 16, "PixArtTransformer2DModel": 16}
+
+
+@pytest.mark.parametrize("name", list(BATCHED))
+def test_what_has_rows_is_not_told_by_its_length(name: str, tmp_path: Path) -> None:
+    pipeline = open_pipeline(save_tiny_pipeline(name, tmp_path / "model"))
+    denoiser, settings = pipeline.denoiser, Generation(steps=4, batch_size=6, height=16, width=16)
+    recorded = record_calibration_set(pipeline, ["a cat"] * 12, settings, tmp_path / "calibration")
+    call = next(recorded.calls())
+    structure = probe_structure(denoiser, call.args, call.kwargs)
+    decisions = choose_schemes(denoiser, structure, "w4a8", treatment=Treatment(rounding="adaround"))
+    schemes = {name: d.scheme for name, d in decisions.items() if d.scheme}
+    rows = rows_of_pass(denoiser, recorded, 40, 0).take(range(TOKENS[name]))
+    reference = record_blocks(denoiser, rows, structure.blocks, list(schemes), tmp_path / "float")
+    for block, leaves in BATCHED[name].items():
+        assert reference.batched[block] == leaves
+    quantize_denoiser(denoiser, recorded, schemes, None, tmp_path / "work", rows=TOKENS[name])
+    predictions = []
+    hook = denoiser.register_forward_hook(lambda _, __, output: predictions.append(output[0]))
+    results = reconstruct_blocks(denoiser, rows, reference, tmp_path / "out", iterations=2)
+    hook.remove()
+    with fake_execution(quantized_layers(denoiser).values()), torch.no_grad():
+        expected = denoiser(*rows.args, **rows.kwargs)[0]
+    assert set(results) == set(reference.names)
+    # Other batch sizes sum in another order; a wrong row would be off by the size of the prediction.
+    assert (predictions[-1] - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+class _Folded(torch.nn.Module):
+    """Puts rows and heads into one axis before its block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.block(x.reshape(-1, 4))
+
+
+def test_rows_that_share_an_axis_are_refused_by_name() -> None:
+    rows = RowBatch((torch.zeros(5, 3, 4), torch.zeros(5)), {}, *[torch.zeros(5)] * 3, None, frozenset({(0,), (1,)}))
+    with pytest.raises(BlockError, match="argument 0") as error:
+        batched_leaves(_Folded(), rows, ["block"])
+    assert error.value.where == "block"

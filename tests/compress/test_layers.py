@@ -54,14 +54,15 @@ def _conv(*arguments, bits=8, granularity=STATIC, scales=(0.03,), zeros=(120,), 
 
 
 def _assert_int_is_fake(layer, x):
-    # Without oneDNN, whose float convolution is wrong for one input channel and one output column.
-    with torch.backends.mkldnn.flags(enabled=False):
-        fake = layer.fake_forward(x)
+    fake = layer.fake_forward(x)
     integer = layer.int_forward(x)
     assert integer.dtype == fake.dtype == x.dtype
     assert integer.shape == fake.shape
     if integer.numel():
-        assert (integer - fake).abs().max() <= INT_VS_FAKE * fake.abs().max()
+        peak = fake.abs().max()
+        if getattr(layer, "step_bias", None) is not None:  # a correction may cancel a product that is much larger
+            peak = torch.maximum(peak, layer.step_bias.abs().max())
+        assert (integer - fake).abs().max() <= INT_VS_FAKE * peak
 
 
 @settings(deadline=None, max_examples=60)
@@ -486,7 +487,8 @@ def test_convolutions_of_every_scheme_run_the_same_in_integers_as_fake(data, con
     _assert_int_is_fake(layer, x)
     if batch:
         assert layer(x).is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+        # One sample alone may have other strides, by which torch chooses another order of sums.
+        torch.testing.assert_close(layer(x[0]), layer(x[:1])[0])
 
 
 torch.manual_seed(0)
@@ -661,7 +663,7 @@ def test_gradients_reach_an_override_of_the_values(layer, scheme):
     assert torch.equal(tuned, y)
     by_weight, by_input = torch.autograd.grad(tuned.square().sum(), (values, x))
     assert by_weight.shape == values.shape
-    assert by_weight.abs().min() > 0
+    assert (by_weight != 0).float().mean() > 0.9  # that of a code 0 of the input is 0
     # The straight-through gradient is that of the layer with its effective weight and the output at hand.
     weight = quantized.dequantize().detach()
     inputs = x.detach().requires_grad_()
@@ -691,8 +693,8 @@ def _refused_schemes():
         "smooth groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, smooth=True), "in groups"),
         "rotated groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, rotate=True), "in groups"),
         "branch of groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, rank=1), "in groups"),
-        "rank above outputs": (linear, QScheme(8, rank=5), "more than its 4"),
-        "rank above inputs": (pixels, QScheme(8, rank=9), "more than its 8"),
+        "rank above outputs": (linear, QScheme(8, rank=5), "more than 4 channels"),
+        "rank above inputs": (pixels, QScheme(8, rank=9), "more than 8 channels"),
         "boundaries of one part": (linear, QScheme(8, boundaries=(4,)), "no boundaries"),
     }  # fmt: skip
 
@@ -721,3 +723,67 @@ def test_transforms_that_do_not_fit_the_scheme_are_refused():
             QuantLinear.from_float(LINEAR, packed, scheme, **(good | {name: value}))
     with pytest.raises(SchemeError, match="smooth_inv"):
         QuantLinear.from_float(LINEAR, packed, QScheme(8), smooth_inv=torch.ones(24))
+
+
+CORRECTED = {
+    "token": (LINEAR, QScheme(8, input_bits=8, input_granularity="token", smooth=True, rank=3)),
+    "float input": (LINEAR, QScheme(4, 8)),
+    "static": (CONV, QScheme(8, input_bits=8, input_granularity="tensor", rotate=True)),
+    "sample": (CONV, QScheme(4, 8, input_bits=8, input_granularity="sample", rank=2)),
+    "parts": (CONV, QScheme(8, input_bits=8, input_granularity="sample", boundaries=(8, 16), rank=2)),
+    "pixels": (nn.Conv2d(24, 10, 1, bias=False), QScheme(8, input_bits=8, input_granularity="token")),
+    "linear parts": (LINEAR, QScheme(8, input_bits=8, input_granularity="token", boundaries=(5,))),
+}
+
+
+@pytest.mark.parametrize("name", CORRECTED)
+def test_a_correction_is_a_scale_and_a_bias_of_the_output(name):
+    original, scheme = CORRECTED[name]
+    original = copy.deepcopy(original)
+    if original.bias is not None:
+        original.bias.data += 100  # a bias that is counted twice, or without its factor, is seen
+    layer = quantized_form(original, scheme, bins=3)
+    layer.clock = _clock()
+    x = torch.randn(4, 24) if isinstance(layer, nn.Linear) else torch.randn(4, 24, 6, 5)
+    plain = []
+    for layer.clock.bin in range(3):
+        plain.append((layer.int_forward(x), layer.fake_forward(x)))
+    scale, bias = torch.rand(3, 10) + 0.5, torch.randn(3, 10)
+    own = torch.zeros(10) if layer.bias is None else layer.bias
+    layer.correct(scale, bias + scale * own)
+    assert layer.scheme == replace(scheme, corrected=True)
+    shape = (10, *[1] * (x.ndim - 2))
+    for layer.clock.bin in range(3):
+        integer, fake = layer.int_forward(x), layer.fake_forward(x)
+        factor, offset = (table[layer.clock.bin].view(shape) for table in (scale, bias))
+        for found, before in zip((integer, fake), plain[layer.clock.bin], strict=True):
+            assert relative_error(found, before * factor + offset) < 1e-6
+        assert relative_error(integer, fake) < 1e-6
+    rows = [2, 0, 0, 1]
+    alone = []
+    for sample, layer.clock.bin in zip(x, rows, strict=True):
+        alone.append((layer.int_forward(sample[None]), layer.fake_forward(sample[None])))
+    layer.clock.bin, layer.clock.row_bins = 1, torch.tensor(rows)
+    for found, expected in zip((layer.int_forward(x), layer.fake_forward(x)), zip(*alone, strict=True), strict=True):
+        assert torch.allclose(found, torch.cat(expected), rtol=1e-5, atol=1e-4)
+    again = empty_layer(original, layer.scheme, 3)
+    again.load_state_dict(layer.state_dict())
+    again.clock = layer.clock
+    assert torch.equal(again(x), layer(x))
+
+
+def test_tables_of_another_form_correct_nothing():
+    layer = quantized_form(CONV, QScheme(8, input_bits=8, input_granularity="tensor"), bins=3)
+    for scale, bias in (
+        (torch.ones(2, 10),) * 2,
+        (torch.ones(3, 9),) * 2,
+        (torch.ones(3, 10), torch.ones(3, 10).half()),
+    ):
+        with pytest.raises(SchemeError, match="Tables of a correction"):
+            layer.correct(scale, bias)
+    assert layer.step_scale is None
+    assert not layer.scheme.corrected
+    layer.clock = _clock(3)
+    layer.correct(torch.ones(3, 10), torch.zeros(3, 10))
+    with pytest.raises(SchemeError, match="bin 3"):
+        layer(torch.randn(1, 24, 6, 5))

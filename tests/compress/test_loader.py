@@ -107,6 +107,25 @@ def test_a_loaded_model_saves_the_same_tensors_and_config(written: Path, tmp_pat
     assert torch.equal(output(again), output(load(written).unet))
 
 
+def test_corrections_of_dynamic_layers_come_back_with_their_step_bins(tmp_path: Path) -> None:
+    pipeline = open_pipeline(save_tiny_pipeline(NAME, tmp_path / "source"))
+    for name, scheme in ((LINEAR, QScheme(8)), ("conv_out", QScheme(8, boundaries=(8,)))):
+        layer = quantized_form(pipeline.denoiser.get_submodule(name), scheme)
+        width = layer.weight.shape[0]
+        layer.correct(torch.rand(2, width) + 0.5, torch.randn(2, width))
+        pipeline.denoiser.set_submodule(name, layer)
+    attach_clock(pipeline.denoiser, BINS)
+    write_checkpoint(pipeline, tmp_path / "out", ManifestFields(recipe={}))  # a fresh process repeats a call
+    unet = load(tmp_path / "out").unet
+    assert unet.dcomp_clock.bins == BINS
+    sample = denoiser_inputs(NAME)[0][0]
+    found = {t: unet(sample, t).sample for t in (900, 100)}
+    assert all(torch.equal(y, pipeline.denoiser(sample, t).sample) for t, y in found.items())
+    mixed = unet(sample, torch.tensor([900, 100])).sample
+    assert torch.allclose(mixed, torch.cat([found[900][:1], found[100][1:]]), atol=1e-5)
+    assert unet.conv_out.half().parts[0].step_bias.dtype == torch.float32
+
+
 def test_the_clock_follows_the_calls(written: Path) -> None:
     unet = load(written).unet
     sample = denoiser_inputs(NAME)[0][0]

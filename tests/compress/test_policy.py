@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from dcomp.calibrate.structure import Role
+from dcomp.compress.layers import is_pointwise
 from dcomp.compress.policy import PRESETS, Decision, Treatment, choose_schemes
 from dcomp.compress.scheme import QScheme, SchemeError
 from tests.support.parts import PARTS, STRUCTURE
@@ -131,11 +132,36 @@ def test_factors_are_looked_for_by_default_where_inputs_have_four_bits_and_never
     assert any(scheme.smooth for scheme in treated("w4a4").values())
 
 
+def test_inputs_of_four_bits_have_groups_of_their_own() -> None:
+    for size, expected in ((32, {32}), (8, {8}), (0, None)):
+        for name, scheme in treated("w4a4", input_group=size).items():
+            assert (scheme.input_group is None) == (scheme.input_bits != 4)
+            if scheme.input_group and expected is None:  # all channels share a range; an odd number is rounded up
+                channels = PARTS.get_submodule(name).weight.shape[1]
+                assert scheme.input_group == channels + channels % 2
+            elif scheme.input_group:
+                assert {scheme.input_group} == expected
+
+
+def test_single_pixels_keep_eight_bits_where_a_preset_asks_for_four() -> None:
+    found = treated("w4a4")
+    convs = {name: PARTS.get_submodule(name) for name in found if STRUCTURE.layers[name].kind == "conv2d"}
+    pixels = [name for name, conv in convs.items() if is_pointwise(conv)]  # type: ignore[arg-type]
+    assert Role.CONV in {STRUCTURE.layers[name].role for name in pixels}
+    for name in pixels:
+        assert found[name].input_bits in (8, 16)
+    assert any(scheme.input_bits == 4 and scheme.input_granularity == "sample" for scheme in found.values())
+    # Who asks for such a layer by a pattern gets what was asked for.
+    asked = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides={"*": "W4A4"})
+    assert all(asked[name].scheme.input_bits == 4 for name in pixels if asked[name].scheme)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("preset", INTEGERS)
 def test_rotation_and_branches_are_for_inputs_of_four_bits(preset: str) -> None:
     schemes = treated(preset, rotate=True, rank=16)
     for name, scheme in schemes.items():
-        assert scheme.rotate == (scheme.input_bits == 4)
+        odd = name in ("narrow_conv", "wide")  # 63 and 65 channels: a rotation would change nothing
+        assert scheme.rotate == (scheme.input_bits == 4 and not odd)
         # No branch has a larger rank than its weight.
         largest = min(len(PARTS.get_submodule(name).weight), 16)
         assert scheme.rank == (largest if scheme.input_bits == 4 else 0)
@@ -143,7 +169,7 @@ def test_rotation_and_branches_are_for_inputs_of_four_bits(preset: str) -> None:
 
 
 def test_parts_narrower_than_a_group_get_eight_bits() -> None:
-    overrides = {"joined": "W4A8", "behind": "W4A4"}
+    overrides = {"joined": "W4A8", "behind*": "W4A4"}
     whole = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="none"))
     parts = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="all"))
     assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token")
@@ -207,10 +233,12 @@ def test_overrides_reach_four_bits_and_a_scheme_is_taken_as_it_is() -> None:
         STRUCTURE,
         "w8a8",
         overrides={"*": "W4A4", "shortcut": sample},
-        treatment=Treatment(inputs="static", weight_range="minmax", rounding="gptq", rank=2, smooth=False),
+        treatment=Treatment(
+            inputs="static", weight_range="minmax", rounding="gptq", rank=2, smooth=False, rotate=False
+        ),
     )
     four = QScheme(
-        4, 64, "minmax", input_bits=4, input_granularity="token", input_group=64, rank=2, rounding="gptq"
+        4, 64, "minmax", input_bits=4, input_granularity="token", input_group=32, rank=2, rounding="gptq"
     )  # fmt: skip
     assert decisions["linear"].scheme == four
     assert decisions["conv"].scheme == replace(four, input_granularity="sample")
@@ -220,6 +248,37 @@ def test_overrides_reach_four_bits_and_a_scheme_is_taken_as_it_is() -> None:
 
 def test_an_override_cannot_ask_for_what_no_kernel_runs() -> None:
     assert chosen("w8a8", overrides={"*": "W8A8"})["grouped"][0] is None
+
+
+def test_a_branch_is_no_larger_than_the_narrowest_part() -> None:
+    treatment = Treatment(split="all", rank=40)
+    decisions = choose_schemes(PARTS, STRUCTURE, "w4a4", overrides={"joined": "W4A4"}, treatment=treatment)
+    ranks = {name: d.scheme.rank for name, d in decisions.items() if d.scheme and d.scheme.input_bits == 4}
+    assert (ranks["joined.minor"], ranks["behind"], ranks["narrow"]) == (8, 40, 40)
+    wider = Treatment(split="all", rank=100)
+    decisions = choose_schemes(PARTS, STRUCTURE, "w4a4", treatment=wider)
+    assert decisions["behind"].scheme is not None
+    assert decisions["behind"].scheme.rank == 64
+
+
+def test_what_is_asked_for_by_name_is_had_or_refused_with_all_others() -> None:
+    overrides = {
+        "narrow": "W4A8", "grouped": "W8A16", "fragile.linear": "W8A8", "shortcut": QScheme(8, rank=9),
+        "wide": QScheme(8, rotate=True), "linear": "W4A4",
+    }  # fmt: skip
+    with pytest.raises(SchemeError) as caught:
+        choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides)
+    head, *lines = caught.value.problem.splitlines()
+    assert head == "5 layers cannot be quantized as asked:"
+    assert sorted(line.split(":")[0].strip() for line in lines) == sorted(overrides.keys() - {"linear"})
+    assert any(
+        line.startswith("  narrow: W4A8 is asked for by name, but 4-bit weights need groups of 64") for line in lines
+    )
+    assert caught.value.remedy.count("out of the overrides") == 1, "one remedy for a kind"
+    for pattern in ("*", "re:."):
+        choose_schemes(PARTS, STRUCTURE, "w8a8", overrides={**dict.fromkeys(overrides, "W4A8"), pattern: "W4A8"})
+    choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, keep=list(overrides))
+    choose_schemes(PARTS, STRUCTURE, "w8a8", overrides={"grouped": "float"})
 
 
 @pytest.mark.parametrize("option", ["keep", "overrides"])

@@ -1,5 +1,6 @@
 import copy
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dcomp import DcompError
 from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline, prediction_of
 from dcomp.calibrate.record import CalibrationSet, record_calibration_set
@@ -30,7 +30,8 @@ from dcomp.compress.quantize import (
     quantize_denoiser,
 )
 from dcomp.compress.quantize_layer import quantize_layer
-from dcomp.compress.scheme import QScheme
+from dcomp.compress.scheme import QScheme, SchemeError
+from dcomp.compress.scheme_check import WeightError
 from dcomp.compress.split import is_quantized, parts_of, quantized_layers
 from tests.support.tiny import NAMES, save_tiny_pipeline
 
@@ -443,13 +444,19 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_layer(bad: float, unet:
     denoiser = unet.denoiser()
     with torch.no_grad():
         denoiser.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = bad
+        denoiser.conv_in.bias[1] = bad
     before = copy.deepcopy(denoiser)
-    with pytest.raises(DcompError, match="NaN or infinite") as caught:
+    with pytest.raises(WeightError, match="NaN or infinite") as caught:
         quantize_denoiser(denoiser, unet.calibration, unet.schemes("w4a8"), unet.bins, tmp_path)
-    assert caught.value.where == "mid_block.resnets.0.conv1"
+    assert caught.value.problem.splitlines()[1:] == [
+        "  conv_in.bias: 1 of 32 values, the first at [1]",
+        "  mid_block.resnets.0.conv1.weight: 1 of 36864 values, the first at [0, 0, 0, 0]",
+    ]
+    assert not list(tmp_path.iterdir()), "refused before anything is measured"
     with torch.no_grad():
         for model in (denoiser, before):
             model.mid_block.resnets[0].conv1.weight[0, 0, 0, 0] = 0
+            model.conv_in.bias[1] = 0
     assert untouched(denoiser, before)
 
 
@@ -461,7 +468,44 @@ def test_an_input_that_is_not_finite_is_refused_with_its_layer(unet: Case, tmp_p
     with pytest.raises(QuantizationError, match="input of a layer is not finite") as caught:
         quantize_denoiser(denoiser, unet.calibration, unet.schemes("w8a8"), unet.bins, tmp_path)
     assert caught.value.where == "conv_out"
+    rows = unet.rows()
+    first, count = f"{float(rows.timesteps[0]):g}", len(rows)
+    words = rf"{count * 64} of {count * 32 * 64} values, in {count} of {count} calibration rows, .* row 0, at timestep"
+    assert re.search(f"{words} {first}$", caught.value.problem), caught.value.problem
     assert untouched(denoiser, before)
+
+
+def test_an_output_that_is_not_finite_is_refused_with_its_layer(unet: Case, tmp_path: Path) -> None:
+    denoiser = unet.denoiser()
+    with torch.no_grad():
+        denoiser.conv_in.weight[0] = 3e38
+    with pytest.raises(QuantizationError, match=r"output of a layer is not finite: \d+ of") as caught:
+        quantize_denoiser(denoiser, unet.calibration, {"conv_in": QScheme(8)}, unet.bins, tmp_path)
+    assert caught.value.where == "conv_in"
+
+
+def test_all_schemes_that_cannot_be_had_are_refused_before_the_pass(unet: Case, tmp_path: Path) -> None:
+    denoiser = unet.denoiser()
+    schemes = unet.schemes("w8a8") | {"conv_in": QScheme(8, rank=4), "conv_out": QScheme(8, rank=4)}
+    with pytest.raises(SchemeError, match=r"2 layers cannot(.|\n)*conv_in: (.|\n)*conv_out: "):
+        quantize_denoiser(denoiser, unet.calibration, schemes, unet.bins, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert untouched(denoiser, unet.pipeline.denoiser)
+
+
+def test_dead_channels_are_remarked_on_and_survive_a_kill(unet: Case, tmp_path: Path) -> None:
+    denoiser, name = unet.denoiser(), "mid_block.resnets.0.conv1"
+    with torch.no_grad():
+        denoiser.get_submodule(name).weight[5] = 0
+        # A norm whose weight is 0 and a SiLU: the input of conv_out is the same everywhere.
+        denoiser.conv_norm_out.weight[:2], denoiser.conv_norm_out.bias[0] = 0, 0
+    schemes = {name: QScheme(8), "conv_out": STATIC}
+    errors = quantize_denoiser(copy.deepcopy(denoiser), unet.calibration, schemes, unet.bins, tmp_path)
+    assert errors[name].remarks == ("1 of 64 output channels is made with weights that are all 0: 5",)
+    assert errors["conv_out"].remarks == (
+        "1 of 32 input channels is always 0: 0", "1 of 32 input channels is constant: 1",
+    )  # fmt: skip
+    assert quantize_denoiser(denoiser, unet.calibration, schemes, unet.bins, tmp_path) == errors
 
 
 def test_a_layer_that_is_never_called_is_refused(unet: Case, tmp_path: Path) -> None:

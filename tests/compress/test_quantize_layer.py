@@ -73,8 +73,9 @@ def test_the_quantized_layer_is_near_the_float_one_and_runs_in_integers(
     layer, x = layer_of(kind), inputs_of(kind, outliers=4.0)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     result = quantize_layer(layer, x, scheme)
-    assert replace(result.scheme, smooth=False) == replace(scheme, smooth=False)
+    assert replace(result.scheme, smooth=False, rotate=False) == replace(scheme, smooth=False, rotate=False)
     assert result.scheme.smooth <= scheme.smooth
+    assert result.scheme.rotate <= scheme.rotate
     assert len(parts_of(result)) == 1 + len(scheme.boundaries)
     # As a file gives them back: other strides would round otherwise.
     assert all(tensor.is_contiguous() for tensor in result.state_dict().values())
@@ -84,6 +85,27 @@ def test_the_quantized_layer_is_near_the_float_one_and_runs_in_integers(
         assert relative_error(y, layer(x)) < {"W8A8": 0.02, "W4A8": 0.12, "W4A4": 0.2}[bits]
         assert (result.int_forward(x) - y).abs().max() <= 1e-5 * y.abs().max()
     assert all(tensor.equal(before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("boundaries", [(), (16,)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_rotated_where_that_lowers_its_error(kind: str, boundaries: tuple[int, ...]) -> None:
+    scheme = scheme_for(kind, W4A4, boundaries=boundaries, rotate=True, input_group=16)
+    layer = layer_of(kind)
+    # One large channel a group takes all levels; rotated, it becomes a value of middling size in every channel.
+    spiky = inputs_of(kind)
+    axis = -1 if kind == "linear" else 1
+    spiky.select(axis, 3).mul_(8), spiky.select(axis, 20).mul_(8)
+    result = quantize_layer(layer, spiky, scheme)
+    assert result.scheme.rotate
+    assert all(part.scheme.rotate for part in parts_of(result))
+    assert output_error(layer, spiky, scheme) < 0.9 * output_error(layer, spiky, replace(scheme, rotate=False))
+    # Inputs with two values of one size are exact as they are, and not when they are mixed.
+    even = inputs_of(kind).sign()
+    result = quantize_layer(layer, even, scheme)
+    assert not result.scheme.rotate
+    plain = quantize_layer(layer, even, replace(scheme, rotate=False)).state_dict()
+    assert all(tensor.equal(plain[name]) for name, tensor in result.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,8 +4,9 @@ from torch import nn
 
 from dcomp.calibrate.clock import StepBins, StepClock
 from dcomp.calibrate.range_search import search_weight
+from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
-from dcomp.compress.reconstruction import _SoftWeight, reconstruct_block
+from dcomp.compress.reconstruction import BlockCall, _SoftWeight, reconstruct_block
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.soft_rounding import soft_step
 from dcomp.compress.split import SplitLinear, float_parts
@@ -36,8 +37,8 @@ def _inputs(rank, count):
     return torch.randn(count, len(mixing)) @ mixing
 
 
-def _chunks(x):
-    return [((part,), {}) for part in x.split(100)]
+def _call(x):
+    return BlockCall((x,), {}, {(0,)})
 
 
 def _state(block):
@@ -69,7 +70,7 @@ def test_at_the_start_soft_weights_are_the_float_ones_and_hard_ones_the_nearest(
 def test_correlated_inputs_halve_the_error_on_rows_that_were_not_seen(layers, rank):
     network, block, weights = _mlp(layers)
     x = _inputs(rank, 1500)
-    result = reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, **FAST)
+    result = reconstruct_block(block, _call(x), network(x), weights, **FAST)
     assert result.kept
     assert result.held_out_final <= 0.5 * result.held_out_initial
     assert result.undecided < 0.01
@@ -82,14 +83,14 @@ def test_correlated_inputs_halve_the_error_on_rows_that_were_not_seen(layers, ra
 def test_white_inputs_leave_next_to_nothing_to_gain():
     network, block, weights = _mlp(1)
     x = _inputs(None, 4000)
-    result = reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, **FAST)
+    result = reconstruct_block(block, _call(x), network(x), weights, **FAST)
     assert abs(1 - result.held_out_final / result.held_out_initial) < 0.03
 
 
 def test_a_gain_that_does_not_hold_elsewhere_is_not_kept():
     network, block, weights = _mlp(1)
     before, x = _state(block), _inputs(None, 70)
-    result = reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, **FAST)
+    result = reconstruct_block(block, _call(x), network(x), weights, **FAST)
     assert result.final < result.initial
     assert result.held_out_final >= result.held_out_initial
     assert not result.kept
@@ -100,10 +101,10 @@ def test_a_gain_that_does_not_hold_elsewhere_is_not_kept():
 def test_a_start_that_is_better_than_nearest_is_not_lost():
     network, block, weights = _mlp(1)
     x = _inputs(8, 600)
-    first = reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, **FAST)
+    first = reconstruct_block(block, _call(x), network(x), weights, **FAST)
     before = _state(block)
     # A few steps do not get as far, and must not replace what is there.
-    second = reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, iterations=2)
+    second = reconstruct_block(block, _call(x), network(x), weights, iterations=2)
     assert second.held_out_initial == pytest.approx(first.held_out_final)
     assert not second.kept
     assert _same(block, before)
@@ -119,7 +120,7 @@ def test_the_scale_of_weights_and_outputs_does_not_matter():
         x = _inputs(16, 600)
         options = {"iterations": 300, "lr": 5e-2}
         weights = {"0": network[0].weight}
-        results.append(reconstruct_block(block, _chunks(x), list(network(x).split(100)), weights, **options))
+        results.append(reconstruct_block(block, _call(x), network(x), weights, **options))
     assert results[0].held_out_final == pytest.approx(results[1].held_out_final, rel=1e-3)
     assert results[0].undecided == results[1].undecided
 
@@ -135,7 +136,7 @@ def test_both_parts_of_a_split_layer_are_decided():
     ]
     block = SplitLinear.from_parts(linear, parts, QScheme(4, 32, **FLOAT_INPUT, boundaries=(32,))).eval()
     before, x = _state(block), _inputs(16, 1500)
-    result = reconstruct_block(block, _chunks(x), list(linear(x).split(100)), weights, **FAST)
+    result = reconstruct_block(block, _call(x), linear(x), weights, **FAST)
     assert result.held_out_final <= 0.5 * result.held_out_initial
     assert result.undecided < 0.01
     changed = {key for key, value in block.state_dict().items() if not torch.equal(value, before[key])}
@@ -160,17 +161,35 @@ def test_trees_of_arguments_and_answers_are_followed_and_asymmetric_inputs_used(
     network, block = _TwoStreams(one, other), _TwoStreams(_quantized(one), _quantized(other, bits=8))
     x, context, positions = _inputs(8, 600), _inputs(16, 1200)[600:], torch.rand(64)
     noisy = x + 0.01 * torch.randn_like(x)
-    inputs, targets = [], []
-    for rows in torch.arange(600).split([256, 244, 100]):
-        inputs.append(((noisy[rows],), {"context": context[rows], "positions": positions, "gate": None}))
-        targets.append(network(x[rows], context=context[rows], positions=positions))
+    kwargs = {"context": context, "positions": positions, "gate": None}
+    call = BlockCall((noisy,), kwargs, {(0,), ("context",)})
+    targets = network(x, context=context, positions=positions)
     before = _state(block)
     options = {**FAST, "groups": torch.arange(600) // 10}
-    result = reconstruct_block(block, inputs, targets, {"one": one.weight}, **options)
+    result = reconstruct_block(block, call, targets, {"one": one.weight}, **options)
     assert result.kept
     assert result.held_out_final <= 0.6 * result.held_out_initial
     changed = {key for key, value in block.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"one.qweight"}
+
+
+def test_a_table_with_as_many_entries_as_there_are_rows_belongs_to_every_row():
+    torch.manual_seed(0)
+    one, other = (nn.Linear(64, 64).requires_grad_(False) for _ in range(2))
+    network, block = _TwoStreams(one, other), _TwoStreams(_quantized(one), _quantized(other, bits=8))
+    x = _inputs(8, 64)
+    for positions in (torch.rand(64), torch.rand(1, 64)):
+        call = BlockCall((x,), {"context": x, "positions": positions}, {(0,), ("context",)})
+        targets = network(x, context=x, positions=positions)
+        result = reconstruct_block(block, call, targets, {}, iterations=1, batch=16)
+        answer = block(x, context=x, positions=positions)
+        pairs = [(answer[0], targets[0]), (answer[1]["x"], targets[1]["x"])]
+        learn, held_out = hold_out(torch.arange(64), 0)
+        for rows, error in ((learn, result.initial), (held_out, result.held_out_initial)):
+            off = sum((got - wanted)[rows].square().sum() for got, wanted in pairs)
+            assert error == pytest.approx(
+                float(off / sum(wanted[rows].square().sum() for _, wanted in pairs)), rel=1e-4
+            )
 
 
 def test_static_ranges_follow_the_timestep_of_each_row():
@@ -186,8 +205,7 @@ def test_static_ranges_follow_the_timestep_of_each_row():
     errors = []
     for times in (torch.tensor([2.0] * 23 + [1.0]), torch.full((24,), 1.0)):
         options = {"iterations": 1, "timesteps": times, "batch": 8}
-        inputs, targets = [((part,), {}) for part in x.split(8)], list(conv(x).split(8))
-        errors.append(reconstruct_block(block, inputs, targets, {"": weight}, **options).initial)
+        errors.append(reconstruct_block(block, _call(x), conv(x), {"": weight}, **options).initial)
     assert errors[0] < 0.1
     assert errors[1] > 0.9
 
@@ -196,7 +214,7 @@ def test_a_block_is_left_as_it_was_found():
     network, block, weights = _mlp(2)
     flags = [block[0].bias.requires_grad_(True), block[2].bias]
     x = _inputs(8, 300)
-    chunks, targets = _chunks(x), list(network(x).split(100))
+    call, targets = _call(x), network(x)
 
     def interrupt(text, done, total):
         if done == 3:
@@ -204,7 +222,7 @@ def test_a_block_is_left_as_it_was_found():
 
     before = _state(block)
     with pytest.raises(KeyboardInterrupt):
-        reconstruct_block(block, chunks, targets, weights, iterations=5, progress=interrupt)
+        reconstruct_block(block, call, targets, weights, iterations=5, progress=interrupt)
     assert _same(block, before)
     assert [bias.requires_grad for bias in flags] == [True, False]
     for layer in block.modules():
@@ -219,6 +237,6 @@ def test_an_exact_block_has_nothing_to_learn():
     linear = nn.Linear(64, 64).requires_grad_(False)
     linear.weight.copy_(packed.dequantize())
     block, x = QuantLinear.from_float(linear, packed, W4), _inputs(None, 50)
-    result = reconstruct_block(block, _chunks(x), [linear(x)], {"": linear.weight})
+    result = reconstruct_block(block, _call(x), linear(x), {"": linear.weight})
     assert (result.initial, result.final, result.kept) == (0, 0, False)
     assert soft_step(_SoftWeight(block, linear.weight).logits).max() == 0

@@ -23,6 +23,7 @@ def test_schemes_survive_json(scheme: QScheme) -> None:
 OLD_KEYS = ("weight_bits", "group_size", "weight_range", "input_bits", "input_granularity", "input_range")
 DEFAULTS = {
     "input_group": None, "boundaries": [], "smooth": False, "rotate": False, "rank": 0, "rounding": "nearest",
+    "folded": False, "corrected": False,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.pipeline import Generation, open_pipeline, prediction_of
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.calibrate.structure import Role, Structure, probe_structure
+from dcomp.compress.loader import attach_clock
 from dcomp.compress.manifest import CheckpointError
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.temporal import (
@@ -271,6 +272,20 @@ def test_unseen_timesteps_of_any_form_are_answered(case: Case) -> None:
         for told in (t, torch.tensor(t), torch.full((len(call.output),), t)):
             if case.name.startswith("UNet") or (isinstance(told, Tensor) and told.ndim):
                 assert bool(torch.isfinite(predict(denoiser, call, told)).all())
+
+
+def test_unseen_timesteps_are_counted(case: Case) -> None:
+    denoiser, _ = case.cached()
+    clock = attach_clock(denoiser, None)
+    for call in case.calibration.calls():
+        predict(denoiser, call)
+    assert (clock.unseen, clock.max_distance) == (0, 0.0)
+    call = case.plan.calls[0]
+    above, below = case.calibration.all_timesteps[:2]
+    told = torch.full((len(call.output),), (3 * above + below) / 4)
+    predict(denoiser, call, told)
+    assert clock.unseen == 1
+    assert clock.max_distance == pytest.approx((above - below) / 4, rel=1e-5)
 
 
 def test_samples_with_timesteps_of_their_own_get_their_own_rows(case: Case) -> None:

@@ -12,6 +12,7 @@ from dcomp.calibrate.range_search import search_weight
 from dcomp.compress import transforms
 from dcomp.compress.transforms import (
     FACTOR_LIMIT,
+    Reader,
     choose_smoothing,
     low_rank_branch,
     rotate_weight,
@@ -100,7 +101,7 @@ def test_an_outlier_channel_of_the_input_is_smoothed(kind: str) -> None:
     outlier[5] = 60
     x = x * outlier.view(shape)
     weight = weight / outlier  # the output is not the outlier's alone
-    sigma = choose_smoothing(layer, weight, x, per_sample, eight_bits)
+    sigma = choose_smoothing([Reader(layer, weight, per_sample, eight_bits)], x)
     assert sigma is not None
     assert sigma.argmax() == 5
     y = run(x, weight)
@@ -117,17 +118,37 @@ def test_the_choice_is_the_best_of_the_grid() -> None:
         sigma = smoothing_factors(x.abs().amax(0), weight.abs().amax(0), alpha)
         output = functional.linear(per_sample(x[None] * (1 / sigma))[0], four_bits(weight * sigma))
         tried[float((output - y).double().square().sum())] = sigma
-    chosen = choose_smoothing(layer, weight, x, lambda values: per_sample(values[None])[0], four_bits)
+    chosen = choose_smoothing([Reader(layer, weight, lambda values: per_sample(values[None])[0], four_bits)], x)
     assert chosen is not None
     assert torch.equal(chosen, tried[min(tried)])
 
 
 def test_nothing_is_smoothed_without_need() -> None:
     layer, weight, x = nn.Linear(64, 32), gaussian(32, 64).sign(), gaussian(100, 64).sign()
-    assert choose_smoothing(layer, weight, x, per_sample, eight_bits) is None
+    reader = Reader(layer, weight, per_sample, eight_bits)
+    assert choose_smoothing([reader], x) is None
     noisy = gaussian(100, 64) * torch.exp(gaussian(64))
-    assert choose_smoothing(layer, weight, noisy, lambda values: values, lambda values: values) is None
-    assert choose_smoothing(layer, weight, noisy, per_sample, eight_bits, grid=(0.0,)) is None
+    assert choose_smoothing([Reader(layer, weight, lambda values: values, lambda values: values)], noisy) is None
+    assert choose_smoothing([reader], noisy, grid=(0.0,)) is None
+
+
+def test_layers_that_share_factors_count_alike_whatever_their_size() -> None:
+    x = gaussian(60, 16) * torch.exp(gaussian(16, seed=3))
+    readers = [
+        Reader(nn.Linear(16, 8), gaussian(8, 16, seed=4) * torch.exp(gaussian(16, seed=5)), per_sample, four_bits),
+        Reader(
+            nn.Linear(16, 8), 1e4 * gaussian(8, 16, seed=6) * torch.exp(gaussian(16, seed=7)), per_sample, four_bits
+        ),
+    ]
+    absmax = torch.maximum(*(reader.weight.abs().amax(0) for reader in readers))
+    tried = {}
+    for alpha in (0.25, 0.5, 0.75, 1.0):
+        sigma = smoothing_factors(x.abs().amax(0), absmax, alpha)
+        tried[sum(reader.error(x, sigma) / reader.error(x, None) for reader in readers)] = sigma
+    chosen = choose_smoothing(readers, x)
+    assert min(tried) < 0.99 * 2
+    assert chosen is not None
+    assert torch.equal(chosen, tried[min(tried)])
 
 
 @pytest.mark.parametrize("shape", [(6, 32), (4, 3, 3, 16)])

@@ -70,3 +70,16 @@ def test_weight_only_operations_are_the_float_operations_on_the_dequantized_weig
     rows = torch.randn(7, 4).to(dtype)
     expected = torch.nn.functional.linear(rows, weight[:, 0, 0], bias.to(dtype))
     assert torch.equal(reference.linear_a16(rows, codes[:, 0, 0], scale, bias), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("size", [(5, 4), (8, 5)])
+def test_weights_of_one_input_channel_are_read_right_in_any_layout(groups, stride, size):
+    x, canonical = torch.randn(2, groups, *size), torch.randn(2 * groups, 3, 3, 1)
+    weight = canonical.permute(0, 3, 1, 2)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, stride, groups=groups)
+    for form in (weight, weight.clone(memory_format=torch.channels_last)):
+        for inputs in (x, x.clone(memory_format=torch.channels_last)):
+            found = reference.float_conv2d(inputs, form, None, stride, 0, 1, groups)
+            torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)

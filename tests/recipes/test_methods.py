@@ -8,7 +8,7 @@ from dcomp.compress.policy import choose_schemes
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import METHODS, QUALITIES, settings_of
 from dcomp.recipes.plan import treatment_of
-from dcomp.recipes.schema import QuantizeStage
+from dcomp.recipes.schema import Preset, QuantizeStage
 from tests.support.parts import PARTS, STRUCTURE
 
 NAMED = [*((name, None) for name in METHODS), *((None, name) for name in QUALITIES)]
@@ -43,16 +43,20 @@ def test_more_quality_takes_more_time() -> None:
     assert fast.tune < default.tune < best.tune
 
 
-def test_minmax_is_the_naive_baseline() -> None:
-    stage = QuantizeStage(preset="w8a8", **settings_of("minmax", None))
-    decisions = choose_schemes(PARTS, STRUCTURE, "w8a8", treatment=treatment_of(stage))
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
+def test_minmax_is_the_naive_baseline(preset: Preset) -> None:
+    stage = QuantizeStage(preset=preset, **settings_of("minmax", None))
+    decisions = choose_schemes(PARTS, STRUCTURE, preset, treatment=treatment_of(stage))
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme}
     assert schemes
     for name, scheme in schemes.items():
         assert (scheme.weight_range, scheme.input_range, scheme.rounding) == ("minmax", "minmax", "nearest")
         assert (scheme.boundaries, scheme.smooth, scheme.rotate, scheme.rank) == ((), False, False, 0)
         conv = STRUCTURE.layers[name].kind == "conv2d"
-        assert scheme.input_granularity == ("tensor" if conv else "token")
+        if scheme.input_bits == 8:
+            assert scheme.input_granularity == ("tensor" if conv else "token")
+        if scheme.input_group:  # one range for all channels of a row
+            assert scheme.input_group >= PARTS.get_submodule(name).weight.shape[1]
     assert (stage.step_bins, stage.tune) == (1, 0)
     assert any(STRUCTURE.layers[name].role is Role.SHORTCUT for name in schemes)
 

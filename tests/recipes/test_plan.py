@@ -115,7 +115,7 @@ def test_keys_of_the_stage_reach_the_schemes(tiny_model: Models) -> None:
     recipe = short_recipe(UNET, "w4a4")
     values = {
         "weight_range": "minmax", "input_range": "minmax", "rounding": "adaround", "inputs": "static", "split": "all",
-        "smooth": False, "rotate": True, "rank": 3,
+        "smooth": False, "rotate": True, "rank": 3, "input_group": 16,
     }  # fmt: skip
     assert treatment_of(QuantizeStage.model_validate(values)) == Treatment(**values)  # type: ignore[arg-type]
     stage = recipe.stages[0].model_copy(update=values)
@@ -125,7 +125,7 @@ def test_keys_of_the_stage_reach_the_schemes(tiny_model: Models) -> None:
     assert {(s.weight_range, s.input_range, s.rounding, s.smooth) for s in schemes} == {
         ("minmax", "minmax", "adaround", False)
     }
-    assert {(s.rotate, s.rank) for s in four} == {(True, 3)}
+    assert {(s.rotate, s.rank, s.input_group) for s in four} == {(True, 3, 16)}
     assert {(s.rotate, s.rank, s.input_granularity) for s in eight} == {(False, 0, "tensor")}
     assert len([s for s in four if s.boundaries]) > 0
 

@@ -136,6 +136,17 @@ def test_page_is_one_file_that_loads_nothing(page: tuple[str, Page]) -> None:
     assert not re.search(r"@import|url\(|https?://", text)
 
 
+def test_curves_of_layers_are_on_the_page(page: tuple[str, Page], tmp_path: Path) -> None:
+    layers = [{"name": f"<b>{i}", "role": "conv", "output_error": 0.1, "error_by_step": [0.1, 0.2]} for i in range(8)]
+    sizes = {"scheme": "W8A8", "bytes_before": 4, "bytes_after": 1, "reason": None}
+    file = report.write_html(result_of(layers=[layer | sizes for layer in layers]), tmp_path)
+    text = file.read_text("utf-8")
+    for title in ("Errors of layers over steps, by role", "Worst layers over steps"):
+        assert title in text
+        assert title not in page[0]
+    assert text.count("data:image/png") == page[0].count("data:image/png") + 2 * 2
+
+
 def test_hostile_texts_are_shown_and_never_interpreted(page: tuple[str, Page]) -> None:
     _, parsed = page
     assert not [attributes for _, attributes in parsed.tags if any(name.startswith("on") for name in attributes)]

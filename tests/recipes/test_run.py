@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -26,10 +27,11 @@ from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
 from dcomp.compress.manifest import check_manifest
 from dcomp.compress.quantize import quantize_denoiser
 from dcomp.compress.split import quantized_layers
+from dcomp.recipes.inspect import inspect
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import settings_of
 from dcomp.recipes.plan import Plan, make_plan
-from dcomp.recipes.run import RunResult, default_output, quantize, record_calibration, run_recipe
+from dcomp.recipes.run import RunResult, default_output, plan_recipe, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
 from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe, with_stage
 from tests.support.tiny import load_pipeline, tiny_pipeline
@@ -222,6 +224,48 @@ def test_tuning_goes_on_where_it_stopped_and_is_told_of(whole: RunResult, tiny_m
     }
 
 
+def test_corrections_by_step_are_told_of_and_resumed(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(TEXT, samples=6), correct=True, rounding="nearest")
+    corrected = run_recipe(tiny_model(TEXT), recipe, tmp_path / "corrected")
+    for text, done in (("corrections", 0), ("corrections", 9), ("integers against floats", 0)):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(TEXT), recipe, tmp_path / "out", progress=interrupt_at(text, done))
+    again = run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
+    assert file_hashes(again.output) == file_hashes(corrected.output)
+    denoiser = dcomp.load(corrected.output, check="full").unet
+    layers = {name for name, layer in quantized_layers(denoiser).items() if layer.scheme.corrected}
+    records = {name: r for name, r in corrected.manifest.layers.items() if "corrected at each step" in (r.reason or "")}
+    assert layers == set(records)
+    (note,) = [note for note in corrected.notes if "corrections by step" in note]
+    assert note.startswith(f"{len(layers)} of {len(quantized_layers(denoiser))} layers")
+    assert denoiser.dcomp_clock.bins.count == 3  # though no range is static
+    for name, record in records.items():
+        module = denoiser.get_submodule(name)
+        assert record.bytes_after == sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def test_folded_factors_are_told_of_and_resumed(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(TEXT, "w4a4"), tune=2)
+    folded = run_recipe(tiny_model(TEXT), recipe, tmp_path / "folded")
+    for text, done in (("layers", 20), ("tuning", 1)):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(TEXT), recipe, tmp_path / "out", progress=interrupt_at(text, done))
+    again = run_recipe(tiny_model(TEXT), recipe, tmp_path / "out")
+    assert file_hashes(again.output) == file_hashes(folded.output)
+    plain = run_recipe(tiny_model(TEXT), with_stage(recipe, fold=False), tmp_path / "plain")
+    layers, others = (quantized_layers(dcomp.load(tmp_path / name).unet) for name in ("folded", "plain"))
+    records = json.loads((tmp_path / "folded" / "dcomp.json").read_text())["layers"]
+    lost = {name for name, record in records.items() if "smoothed by " in record["reason"]}
+    smoothed = lost | {name for name, layer in layers.items() if layer.scheme.smooth}
+    assert lost
+    assert not any(layers[name].scheme.smooth or not layers[name].scheme.folded for name in lost)
+    (note,) = [note for note in folded.notes if "what makes their input" in note]
+    assert note.startswith(f"The smoothing of {len(lost)} of {len(smoothed)} smoothed layers")
+    assert not any("what makes their input" in note for note in plain.notes)
+    assert not any(layer.scheme.folded for layer in others.values())
+    assert any(layer.scheme.smooth for name, layer in others.items() if name in lost)
+
+
 @pytest.mark.parametrize("name", [UNET, DIT])
 def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
     name: str, tiny_model: Models, tmp_path: Path
@@ -235,7 +279,8 @@ def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
     assert {layer.execution for layer in layers.values()} == {"int"}
     four = [layer.scheme for layer in layers.values() if layer.scheme.input_bits == 4]
     assert four
-    assert all(scheme.rotate and scheme.rank == 4 for scheme in four)
+    assert all(scheme.rank == 4 for scheme in four)
+    assert any(scheme.rotate for scheme in four)
     assert all(error.int_vs_fake is not None and error.int_vs_fake <= 1e-5 for error in result.errors.values())
     prompts, settings = prompts_for(original), settings_for(name, seed=5)
     expected, found = (p.run(prompts, [8, 9], settings, decode=False).latents for p in (original, compressed))
@@ -312,9 +357,71 @@ def test_the_manifest_tells_what_a_given_set_was_recorded_with(tiny_model: Model
 def test_settings_that_a_given_set_contradicts_are_refused(tiny_model: Models, tmp_path: Path) -> None:
     record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
     asked = short_recipe(UNET, samples=9, steps=5)
-    with pytest.raises(UsageError, match="recorded with samples 2, steps 3"):
+    with pytest.raises(UsageError, match="recorded with samples 2 instead of 9, steps 3 instead of 5"):
         run_recipe(tiny_model(UNET), asked, tmp_path / "out", calibration=tmp_path / "set")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_refuses_what_a_run_would_refuse(tiny_model: Models, tmp_path: Path) -> None:
+    model, folder = tiny_model(UNET), tmp_path / "set"
+    record_calibration(model, short_recipe(UNET), folder)
+    assert plan_recipe(model, load_recipe("w8a8"), calibration=folder).recipe.calibration.steps == 3
+    refused = {
+        "steps 3 instead of 4": short_recipe(UNET, steps=4),
+        "scheduler DDPMScheduler instead of DDIMScheduler": short_recipe(UNET, scheduler="DDIMScheduler"),
+        "conv_in: W4A8 is asked for by name": with_stage(short_recipe(UNET), overrides={"conv_in": "W4A8"}),
+        "cannot be as small": with_stage(short_recipe(UNET), target_bits=1.0),
+    }
+    for words, recipe in refused.items():
+        with pytest.raises(UsageError, match=re.escape(words)) as planned:
+            plan_recipe(model, recipe, calibration=folder)
+        seen: list[str] = []
+        with pytest.raises(UsageError) as ran:
+            run_recipe(
+                model,
+                recipe,
+                tmp_path / "out",
+                calibration=folder,
+                progress=lambda text, done, total, seen=seen: seen.append(text),
+                on_plan=lambda plan, seen=seen: seen.append("plan"),
+            )
+        assert str(ran.value) == str(planned.value)
+        assert seen == [], "refused before the plan is shown"
+    assert left_in(tmp_path) == ["set"]
+    allowed = plan_recipe(model, short_recipe(UNET, steps=4), calibration=folder, allow_mismatch=True)
+    assert allowed.recipe.calibration.steps == 4
+    assert any("in log-SNR from the nearest" in note for note in allowed.notes)
+
+
+def test_the_advice_names_only_what_helps(tiny_model: Models, tmp_path: Path) -> None:
+    record_calibration(tiny_model(UNET), short_recipe(UNET), tmp_path / "set")
+    for changes, words in (
+        ({"steps": 4}, "pass --allow-mismatch to deploy with them"),
+        ({"steps": 4, "seed": 9}, "or leave seed out and pass --allow-mismatch"),
+        ({"seed": 9}, "Leave these options out, or record another set with `dcomp calibrate`."),
+    ):
+        with pytest.raises(UsageError) as caught:
+            plan_recipe(tiny_model(UNET), short_recipe(UNET, **changes), calibration=tmp_path / "set")
+        assert words in caught.value.remedy
+
+
+def test_a_dead_channel_is_told_of_in_notes_manifest_and_inspection(tmp_path: Path) -> None:
+    pipe = tiny_pipeline(UNET)
+    with torch.no_grad():
+        pipe.unet.conv_norm_out.weight[0], pipe.unet.conv_norm_out.bias[0] = 0, 0
+        pipe.unet.mid_block.resnets[0].conv1.weight[3:6] = 0
+    pipe.save_pretrained(tmp_path / "model")
+    result = run_recipe(tmp_path / "model", short_recipe(UNET), tmp_path / "out")
+    (note,) = [note for note in result.notes if "told nothing" in note]
+    dead = "1 of 32 input channels is always 0: 0"
+    empty = "3 of 64 output channels are made with weights that are all 0: 3, 4, 5"
+    assert note == (
+        "2 layers have channels or ranges that told nothing in calibration: "
+        f"mid_block.resnets.0.conv1 ({empty}), conv_out ({dead})."
+    )
+    told = {layer.name: layer.remarks for layer in inspect(result.output).layers if layer.remarks}
+    assert told == {"conv_out": [dead], "mid_block.resnets.0.conv1": [empty]}
+    assert result.errors["conv_out"].remarks == (dead,)
 
 
 def test_a_calibration_set_of_another_model_is_refused(tiny_model: Models, tmp_path: Path) -> None:

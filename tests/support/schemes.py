@@ -41,18 +41,25 @@ def schemes(draw: st.DrawFn, inputs: int = 64, outputs: int = 64, known: tuple[s
         draw(st.booleans()),
         draw(st.integers(0, min(3, narrowest, outputs))),
         draw(st.sampled_from(["nearest", "gptq", "adaround"])),
+        corrected=draw(st.booleans()),
     )
 
 
 def quantized_form(layer: nn.Module, scheme: QScheme, bins: int = 1, seed: int = 0) -> Quantized:
-    """Quantize a layer by any scheme: random transforms, branches and static ranges, weights by search.
+    """Quantize a layer by any scheme: random transforms, branches, static ranges and corrections, weights by search.
 
-    The float function is kept: whatever the transforms and branches take from the weight, they give back.
+    The float function is kept, corrections aside: whatever the transforms and branches take from the weight, they give
+    back.
     """
     generator = torch.Generator().manual_seed(seed)
     parts = float_parts(layer, scheme.boundaries) if scheme.boundaries else [layer]
-    own = replace(scheme, boundaries=())
-    return join_parts(layer, [_part(part, own, bins, generator) for part in parts], scheme)
+    whole = replace(scheme, corrected=False)
+    own = replace(whole, boundaries=())
+    quantized = join_parts(layer, [_part(part, own, bins, generator) for part in parts], whole)
+    if scheme.corrected:
+        shape = (bins, len(layer.weight))  # type: ignore[arg-type]
+        quantized.correct(torch.rand(shape, generator=generator) + 0.5, torch.randn(shape, generator=generator))
+    return quantized
 
 
 def _part(layer: Any, scheme: QScheme, bins: int, generator: torch.Generator) -> QuantLayer:

@@ -1,0 +1,169 @@
+"""Second moments of a layer's inputs: what its output errors are measured by without running it again.
+
+A row of X is what one output position of the layer reads, in the order of the canonical weight `[O, *taps, I]`, input
+channels fastest. Letters: O output channels, I input channels, K columns of X.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dcomp import DcompError
+
+WIDEST = 4608  # columns of one block: 512 channels of a 3x3 convolution, 81 MiB
+ROWS_PER_COLUMN, FEWEST_ROWS = 8, 4096
+
+_PATCH_ELEMENTS = 1 << 22  # of X in memory at once
+_STRIPE = 256  # columns computed at once, from the diagonal down: the rest follows from the symmetry
+_IMAGE_ELEMENTS = 1 << 24  # of the input copied at once, to cut patches from
+
+
+class MomentsError(DcompError):
+    """Inputs whose second moments cannot be taken."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a layer's inputs, `X^T X / rows`, or those of two forms of them, `X^T Z / rows`.
+
+    Attributes:
+        blocks: fp32 `[K_b, K_b]` for consecutive sets of input channels, each with all of its taps. One set if K is at
+            most `WIDEST`; else what lies between two sets is left out.
+        rows: how many rows of X they are the mean of.
+    """
+
+    blocks: tuple[Tensor, ...]
+    rows: int
+
+    def cut(self, weight: Tensor) -> list[Tensor]:
+        """Cut a canonical weight `[O, *taps, I]` into the columns `[O, K_b]` of each block."""
+        taps = math.prod(weight.shape[1:-1])
+        return [part.flatten(1) for part in weight.split([len(block) // taps for block in self.blocks], -1)]
+
+
+def input_moments(layer: nn.Linear | nn.Conv2d, x: Tensor, *, max_rows: int | None = None) -> Moments:
+    """Measure the second moments of a layer's inputs. Equal inputs give equal moments; temporaries are bounded.
+
+    Args:
+        layer: gives the geometry; its weight is not read. A convolution pads by zeros and has one group.
+        x: float `[..., I]` of a linear layer, `[N, I, H, W]` of a convolution.
+        max_rows: rows of X that are used, spread over all; by default 8 for each column of a block, at least 4096.
+
+    Raises:
+        MomentsError: there are no inputs, or one is NaN, infinite, or too large to be squared.
+    """
+    blocks, rows = [], 0
+    for (channels,), wanted in _channel_sets(layer, max_rows, x):
+        rows, columns = 0, _taps(layer) * channels.shape[-1]
+        total = torch.zeros(columns, columns, device=x.device)
+        for chunk in _rows(layer, channels, wanted):
+            for first in range(0, columns, _STRIPE):
+                stripe = slice(first, first + _STRIPE)
+                total[first:, stripe].addmm_(chunk[:, first:].t(), chunk[:, stripe])
+            rows += len(chunk)
+        blocks.append((total.tril() + total.tril(-1).t()).div_(rows))
+    return _checked(Moments(tuple(blocks), rows), layer)
+
+
+def cross_moments(layer: nn.Linear | nn.Conv2d, x: Tensor, z: Tensor, *, max_rows: int | None = None) -> Moments:
+    """Measure `X^T Z / rows` for two forms of a layer's inputs, by the rows that `input_moments` uses.
+
+    Args:
+        layer: see `input_moments`.
+        x: likewise.
+        z: like `x`.
+        max_rows: likewise.
+
+    Raises:
+        MomentsError: likewise.
+    """
+    blocks, rows = [], 0
+    for (of_x, of_z), wanted in _channel_sets(layer, max_rows, x, z):
+        rows, columns = 0, _taps(layer) * of_x.shape[-1]
+        total = torch.zeros(columns, columns, device=x.device)
+        for left, right in zip(_rows(layer, of_x, wanted), _rows(layer, of_z, wanted), strict=True):
+            total.addmm_(left.t(), right)
+            rows += len(left)
+        blocks.append(total.div_(rows))
+    return _checked(Moments(tuple(blocks), rows), layer)
+
+
+def _taps(layer: nn.Linear | nn.Conv2d) -> int:
+    return math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1
+
+
+def _channel_sets(
+    layer: nn.Linear | nn.Conv2d, max_rows: int | None, *inputs: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    """Yield the channels of each block of all inputs, channels last, and the number of rows that are wanted."""
+    if isinstance(layer, nn.Conv2d):
+        assert layer.groups == 1
+        assert layer.padding_mode == "zeros"
+        inputs = tuple(x.movedim(1, -1) for x in inputs)
+    channels, taps = inputs[0].shape[-1], _taps(layer)
+    width = -(-channels // -(-channels * taps // WIDEST))
+    wanted = max_rows or max(FEWEST_ROWS, ROWS_PER_COLUMN * width * taps)
+    for parts in zip(*(x.detach().split(width, -1) for x in inputs), strict=True):
+        yield parts, wanted
+
+
+def _checked(moments: Moments, layer: nn.Module) -> Moments:
+    if not all(block.isfinite().all() for block in moments.blocks):
+        raise MomentsError(
+            "The inputs of a layer are missing, not finite, or too large to be squared",
+            where=str(layer),
+            remedy="Run the model in float32 and find the first layer whose output is not finite.",
+        )
+    return moments
+
+
+def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:
+    """Yield chunks of at most `wanted` rows of X, fp32 `[rows, K]`; channels of `x` are last."""
+    if isinstance(layer, nn.Conv2d):
+        yield from _patches(layer, x, wanted)
+        return
+    flat = x.reshape(-1, x.shape[-1])
+    for rows in _spread(len(flat), wanted).split(max(1, _PATCH_ELEMENTS // x.shape[-1])):
+        yield flat[rows.to(x.device)].float()
+
+
+def _patches(conv: nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:
+    """Likewise of inputs `[N, H, W, I]`, cut out at output positions only that are wanted."""
+    samples, height, width, channels = x.shape
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    height, width = height + top + bottom, width + left + right
+    out_height, out_width = (
+        (size - dilation * (taps - 1) - 1) // stride + 1
+        for size, dilation, taps, stride in zip(
+            (height, width), conv.dilation, conv.kernel_size, conv.stride, strict=True
+        )
+    )
+    positions = out_height * out_width
+    down, across = (torch.arange(k) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    taps = (down[:, None] * width + across).flatten()
+    chosen = _spread(samples * positions, wanted)
+    together = max(1, _IMAGE_ELEMENTS // (height * width * channels))
+    for first in range(0, samples, together):
+        image = functional.pad(x[first : first + together].float(), (0, 0, left, right, top, bottom))
+        image = image.reshape(-1, channels)
+        here = chosen[(chosen >= first * positions) & (chosen < (first + together) * positions)] - first * positions
+        for place in here.split(max(1, _PATCH_ELEMENTS // (len(taps) * channels))):
+            sample, row, column = place // positions, place % positions // out_width, place % out_width
+            corner = (sample * height + row * conv.stride[0]) * width + column * conv.stride[1]
+            yield image[(corner[:, None] + taps).to(x.device)].flatten(1)
+
+
+def _spread(total: int, count: int) -> Tensor:
+    """Return `min(count, total)` ascending numbers below `total`: one at random, always the same, of each equal part.
+
+    Equal distances would meet the same columns of every picture.
+    """
+    if total <= count:
+        return torch.arange(total)
+    edges = torch.arange(count + 1) * total // count
+    share = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return edges[:-1] + (share * edges.diff()).long()
