@@ -452,11 +452,17 @@ def _quiet(text: str, done: int, total: int) -> None:
 
 def tables(report: Report) -> str:
     """Return rows and ladders as Markdown."""
-    header = report.header
-    setup = f"{header['samples']} pictures, {header['steps']} steps, guidance {header['guidance']}"
-    parts = [f"{header['model']}: {setup}, KID by {header['extractor']}", matrix_table(report)]
+    parts = [setup(report), matrix_table(report)]
     parts += [ladder_table(entry, report) for entry in report.ladders]
     return "\n\n".join(parts)
+
+
+def setup(report: Report) -> str:
+    """Return what all rows share, in words."""
+    header = report.header
+    guidance = "no guidance" if header["guidance"] is None else f"guidance {header['guidance']:g}"
+    figures = f"KID and FID by features of {header['extractor']}"
+    return f"`{header['model']}`, {header['samples']} pictures, {header['steps']} steps, {guidance}; {figures}"
 
 
 def matrix_table(report: Report) -> str:

@@ -12,25 +12,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
 
-import quality  # noqa: E402
+import ptq_quality  # noqa: E402
 import speed  # noqa: E402
 
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
 def main() -> None:
     """Write the README's figures."""
-    measured = json.loads((quality.RESULTS / "quality.json").read_text())
-    timed = json.loads((speed.RESULTS / "speed.json").read_text())
+    measured = ptq_quality.Report.read(RESULTS / "ptq_quality.json")
+    timed = json.loads((RESULTS / "speed.json").read_text())
     text = "\n".join(
         [
             BEGIN,
-            f"`{measured['model']}`, {measured['samples']} prompts, {measured['steps']} steps, guidance "
-            f"{measured['guidance']:g}, the same seeds through both, {measured['threads']} threads, "
-            f"torch {measured['torch']}. Bytes and speed are the denoiser's, speed with one sample: that is too little "
-            "work for integers to pay.",
+            f"{ptq_quality.setup(measured)}. Every row has the same prompts and noise, which no calibration saw. Other "
+            "packages have their own defaults, on the layers that they support.",
             "",
-            quality.table(measured),
+            ptq_quality.matrix_table(measured),
             "",
             f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
             f"{timed['repeats']} rounds in turn, {timed['threads']} threads:",

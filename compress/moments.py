@@ -28,7 +28,7 @@ class MomentsError(DcompError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a layer's inputs, `X^T X / rows`, or those of two forms of them, `X^T Z / rows`.
+    """Second moments of a layer's inputs, `X^T X / rows`.
 
     Attributes:
         blocks: fp32 `[K_b, K_b]` for consecutive sets of input channels, each with all of its taps. One set if K is at
@@ -56,69 +56,33 @@ def input_moments(layer: nn.Linear | nn.Conv2d, x: Tensor, *, max_rows: int | No
     Raises:
         MomentsError: there are no inputs, or one is NaN, infinite, or too large to be squared.
     """
-    blocks, rows = [], 0
-    for (channels,), wanted in _channel_sets(layer, max_rows, x):
-        rows, columns = 0, _taps(layer) * channels.shape[-1]
+    taps = 1
+    if isinstance(layer, nn.Conv2d):
+        assert layer.groups == 1
+        assert layer.padding_mode == "zeros"
+        taps = math.prod(layer.kernel_size)
+        x = x.movedim(1, -1)
+    x = x.detach()
+    channels = x.shape[-1]
+    width = -(-channels // -(-channels * taps // WIDEST))
+    wanted = max_rows or max(FEWEST_ROWS, ROWS_PER_COLUMN * width * taps)
+    blocks = []
+    for channel_set in x.split(width, -1):
+        rows, columns = 0, taps * channel_set.shape[-1]
         total = torch.zeros(columns, columns, device=x.device)
-        for chunk in _rows(layer, channels, wanted):
+        for chunk in _rows(layer, channel_set, wanted):
             for first in range(0, columns, _STRIPE):
                 stripe = slice(first, first + _STRIPE)
                 total[first:, stripe].addmm_(chunk[:, first:].t(), chunk[:, stripe])
             rows += len(chunk)
         blocks.append((total.tril() + total.tril(-1).t()).div_(rows))
-    return _checked(Moments(tuple(blocks), rows), layer)
-
-
-def cross_moments(layer: nn.Linear | nn.Conv2d, x: Tensor, z: Tensor, *, max_rows: int | None = None) -> Moments:
-    """Measure `X^T Z / rows` for two forms of a layer's inputs, by the rows that `input_moments` uses.
-
-    Args:
-        layer: see `input_moments`.
-        x: likewise.
-        z: like `x`.
-        max_rows: likewise.
-
-    Raises:
-        MomentsError: likewise.
-    """
-    blocks, rows = [], 0
-    for (of_x, of_z), wanted in _channel_sets(layer, max_rows, x, z):
-        rows, columns = 0, _taps(layer) * of_x.shape[-1]
-        total = torch.zeros(columns, columns, device=x.device)
-        for left, right in zip(_rows(layer, of_x, wanted), _rows(layer, of_z, wanted), strict=True):
-            total.addmm_(left.t(), right)
-            rows += len(left)
-        blocks.append(total.div_(rows))
-    return _checked(Moments(tuple(blocks), rows), layer)
-
-
-def _taps(layer: nn.Linear | nn.Conv2d) -> int:
-    return math.prod(layer.kernel_size) if isinstance(layer, nn.Conv2d) else 1
-
-
-def _channel_sets(
-    layer: nn.Linear | nn.Conv2d, max_rows: int | None, *inputs: Tensor
-) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-    """Yield the channels of each block of all inputs, channels last, and the number of rows that are wanted."""
-    if isinstance(layer, nn.Conv2d):
-        assert layer.groups == 1
-        assert layer.padding_mode == "zeros"
-        inputs = tuple(x.movedim(1, -1) for x in inputs)
-    channels, taps = inputs[0].shape[-1], _taps(layer)
-    width = -(-channels // -(-channels * taps // WIDEST))
-    wanted = max_rows or max(FEWEST_ROWS, ROWS_PER_COLUMN * width * taps)
-    for parts in zip(*(x.detach().split(width, -1) for x in inputs), strict=True):
-        yield parts, wanted
-
-
-def _checked(moments: Moments, layer: nn.Module) -> Moments:
-    if not all(block.isfinite().all() for block in moments.blocks):
+    if not all(block.isfinite().all() for block in blocks):
         raise MomentsError(
             "The inputs of a layer are missing, not finite, or too large to be squared",
             where=str(layer),
             remedy="Run the model in float32 and find the first layer whose output is not finite.",
         )
-    return moments
+    return Moments(tuple(blocks), rows)
 
 
 def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:

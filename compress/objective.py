@@ -1,8 +1,13 @@
 """The error that tuning lowers: how far a denoiser is from recorded predictions, step by step.
 
 It is the squared error of the prediction, or of the guided prediction `u + g (c - u)` where rows come in pairs (u, c).
-Errors of steps differ a hundredfold, what they do to the picture does not; hence each step's error has a unit of its
-own. Letters: N rows; U units, which are pairs of rows or single ones.
+Two things make it what the picture suffers from. Errors of steps differ a hundredfold, what they do to the picture does
+not; hence each step's error has a unit of its own. And errors that have nothing to do with each other average out over
+the steps, while one along the prediction itself does not, since predictions of neighbouring steps are nearly parallel:
+over T steps its square grows like T squared, and that of others like T. So it counts T times. Without that, the least
+error is that of predictions that are too small, as it is of any estimate from noisy data.
+
+Letters: N rows; U units, which are pairs of rows or single ones; T timesteps.
 """
 
 import torch
@@ -35,13 +40,19 @@ class Objective:
         self.batch = max(1, batch_rows // self.units.shape[1])
 
     def errors(self, units: Tensor) -> Tensor:
-        """Return the mean squared error of some units, `[n]`; differentiable."""
+        """Return the mean squared error of some units, with what lies along the prediction T times; differentiable."""
         batch = self._rows.take(self.units[units].flatten())
-        error = prediction_of(self._denoiser(*batch.args, **batch.kwargs)).float() - batch.outputs.float()
-        if self.units.shape[1] == 2:
-            assert self._guidance is not None
-            error = error[0::2] + self._guidance * (error[1::2] - error[0::2])
-        return error.square().flatten(1).mean(1)
+        exact = batch.outputs.float()
+        error = self._guided(prediction_of(self._denoiser(*batch.args, **batch.kwargs)).float() - exact).flatten(1)
+        exact = self._guided(exact).flatten(1)
+        along = (error * exact).sum(1).square() / exact.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+        return (error.square().sum(1) + (len(self.timesteps) - 1) * along) / error.shape[1]
+
+    def _guided(self, values: Tensor) -> Tensor:
+        if self.units.shape[1] == 1:
+            return values
+        assert self._guidance is not None
+        return values[0::2] + self._guidance * (values[1::2] - values[0::2])
 
     def loss(self, units: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean of the errors of some units, with weights `[U]`."""

@@ -15,9 +15,8 @@ from dcomp import DcompError
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.gptq import round_gptq
-from dcomp.compress.input_fit import fit_to_inputs
 from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear, fake_quant_dynamic
-from dcomp.compress.moments import cross_moments, input_moments
+from dcomp.compress.moments import input_moments
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, join_parts, part_slices, parts_of
 from dcomp.compress.transforms import LEAST_GAIN, Reader, choose_smoothing, low_rank_branch, rotate_weight
@@ -191,12 +190,8 @@ class _Part:
 
     def _rounded(self, weight: Tensor, inputs: Tensor) -> PackedWeight:
         """Quantize a weight by what it makes of the layer's inputs, both transformed."""
-        if self.scheme.input_bits != 4:
-            return round_gptq(weight, self._search(weight), input_moments(self.layer, inputs))
-        quantized = self._fake_dynamic(inputs)
-        moments = input_moments(self.layer, quantized)
-        weight = fit_to_inputs(weight, cross_moments(self.layer, inputs, quantized), moments)
-        return round_gptq(weight, self._search(weight), moments)
+        read = self._fake_dynamic(inputs) if self.scheme.input_bits == 4 else inputs
+        return round_gptq(weight, self._search(weight), input_moments(self.layer, read))
 
     def reader(self, rotate: bool) -> Reader:
         """Return the layer, rotated or not, as the choice of transforms sees it."""

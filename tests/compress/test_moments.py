@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from dcomp.compress import moments
 from dcomp.compress.gptq import metric_error
-from dcomp.compress.moments import MomentsError, cross_moments, input_moments
+from dcomp.compress.moments import MomentsError, input_moments
 from dcomp.kernels.packing import pack_weight
 
 
@@ -13,8 +13,8 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(x: Tensor, z: Tensor | None = None) -> Tensor:
-    return x.t() @ (x if z is None else z) / len(x)
+def by_hand(x: Tensor) -> Tensor:
+    return x.t() @ x / len(x)
 
 
 def patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -98,23 +98,3 @@ def test_inputs_that_are_not_finite_are_refused(value: float) -> None:
         input_moments(nn.Linear(4, 4), x)
     with pytest.raises(MomentsError, match="missing"):
         input_moments(nn.Linear(4, 4), x[:0])
-
-
-@pytest.mark.parametrize("small_chunks", [False, True])
-def test_cross_moments_are_those_of_the_same_rows_of_both_forms(
-    small_chunks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if small_chunks:
-        monkeypatch.setattr(moments, "_PATCH_ELEMENTS", 300)
-        monkeypatch.setattr(moments, "_IMAGE_ELEMENTS", 1500)
-        monkeypatch.setattr(moments, "WIDEST", 20)
-    conv, x, z = nn.Conv2d(5, 4, 3, padding=1), gaussian(7, 5, 9, 11), gaussian(7, 5, 9, 11, seed=1)
-    found, whole = cross_moments(conv, x, z), by_hand(patches(conv, x), patches(conv, z)).view(9, 5, 9, 5)
-    first = 0
-    for block in found.blocks:
-        channels = slice(first, first := first + len(block) // 9)
-        torch.testing.assert_close(block, whole[:, channels, :, channels].reshape(block.shape), rtol=1e-5, atol=1e-6)
-    assert first == 5
-    # With fewer rows than there are, it is the same ones that both are read at.
-    few = cross_moments(conv, x, x, max_rows=50).blocks[0]
-    torch.testing.assert_close(few, input_moments(conv, x, max_rows=50).blocks[0])

@@ -23,6 +23,7 @@ from dcomp.compress.sensitivity import (
     proxy_correlation,
 )
 from tests.support import tiny
+from tests.support.errors import accumulating_error
 
 SD = "UNet2DConditionModel"
 SETTINGS = Generation(steps=3, height=16, width=16, guidance=3.0, batch_size=2)
@@ -70,8 +71,8 @@ def test_the_error_is_that_of_the_guided_prediction_with_one_layer_replaced(
     with torch.no_grad():
         error = prediction_of(denoiser(*rows.args, **rows.kwargs)) - rows.outputs
     layer.weight.copy_(kept)
-    guided = error[0::2] + 3.0 * (error[1::2] - error[0::2])
-    squares = guided.double().square().flatten(1).mean(1)
+    error, exact = (t[0::2] + 3.0 * (t[1::2] - t[0::2]) for t in (error, rows.outputs))
+    squares = accumulating_error(error, exact, steps=3)
     times = rows.timesteps[0::2]
     expected = [float(squares[times == t].mean()) for t in measured.timesteps]
     assert measured.timesteps == tuple(sorted(set(times.tolist()), reverse=True))

@@ -15,6 +15,7 @@ from dcomp.compress.objective import Objective
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import SplitLinear, float_parts
 from dcomp.compress.tuning import TuningError, tune
+from tests.support.errors import accumulating_error
 from tests.support.tiny import denoiser_inputs, tiny_denoiser
 
 TIMESTEPS = (901.0, 501.0, 101.0)
@@ -100,8 +101,8 @@ def _guided_error(denoiser, rows, execution="fake"):
             layer.execution = execution
     with torch.no_grad():
         error = denoiser(*rows.args, **rows.kwargs)[0] - rows.outputs
-    u, c = error[0::2], error[1::2]
-    return (u + GUIDANCE * (c - u)).square().mean((1, 2, 3)).double()
+    error, exact = (u + GUIDANCE * (c - u) for u, c in ((t[0::2], t[1::2]) for t in (error, rows.outputs)))
+    return accumulating_error(error, exact, len(TIMESTEPS))
 
 
 def _harm(denoiser, what):
@@ -177,10 +178,33 @@ def test_codes_that_are_learned_halve_the_error_of_correlated_inputs():
     assert 0 < (denoiser.first.packed().codes() != codes).float().mean() < 0.2
 
 
+def test_an_error_along_the_prediction_counts_once_for_each_step(case):
+    denoiser, rows, _ = case
+    exact = copy.deepcopy(rows.outputs)
+    objective = Objective(denoiser, rows, GUIDANCE, 16)
+    units = torch.arange(len(objective.units))
+
+    def error_of(predictions):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objective, "_denoiser", lambda *args, **kwargs: (predictions[:16],))
+            return objective.errors(units[:8])
+
+    size = objective._guided(exact)[:8].square().mean((1, 2, 3))
+    assert torch.allclose(error_of(0.9 * exact), len(TIMESTEPS) * 0.01 * size, rtol=1e-4)
+    # Rolled along the channels and made orthogonal, an error of the same size counts once.
+    noise = exact.roll(1, 1)
+    flat, rolled = objective._guided(exact).flatten(1), objective._guided(noise).flatten(1)
+    share = ((rolled * flat).sum(1) / flat.square().sum(1)).repeat_interleave(2).view(-1, 1, 1, 1)
+    across = noise - share * exact
+    expected = 0.01 * objective._guided(across)[:8].square().mean((1, 2, 3))
+    assert torch.allclose(error_of(exact + 0.1 * across), expected, rtol=1e-3)
+
+
 def test_losses_are_those_of_the_deployed_values(case):
     original, rows, trajectories = case
-    denoiser, result = _tune(case)
-    _, judges = hold_out(trajectories[0::2], 0)
+    denoiser, result = _tune(case, seed=1)
+    assert result.kept
+    _, judges = hold_out(trajectories[0::2], 1)
     seen = ~torch.isin(torch.arange(len(trajectories) // 2), judges)
     before, after = (_guided_error(model, rows) for model in (original, denoiser))
     units = torch.stack([before[seen & (rows.timesteps[0::2] == t)].mean() for t in TIMESTEPS])
@@ -289,8 +313,9 @@ def test_without_guidance_rows_are_judged_one_by_one(case):
     denoiser, rows, _ = case
     plain = Objective(denoiser, rows, None, 16)
     with torch.no_grad():
-        squares = (denoiser(*rows.args, **rows.kwargs)[0] - rows.outputs).square().mean((1, 2, 3))
-        assert torch.allclose(plain.errors(torch.arange(len(rows.outputs))), squares, rtol=1e-5)
+        error = denoiser(*rows.args, **rows.kwargs)[0] - rows.outputs
+        expected = accumulating_error(error, rows.outputs, len(TIMESTEPS)).float()
+        assert torch.allclose(plain.errors(torch.arange(len(rows.outputs))), expected, rtol=1e-4)
     guided = Objective(denoiser, rows, GUIDANCE, 16)
     assert (plain.batch, guided.batch) == (16, 8)
     assert torch.allclose(
