@@ -24,6 +24,8 @@ from dcomp.recipes.schema import QuantizeStage
 
 SENSITIVITY_ROWS = 32
 PROXY_CHANGES, PROXY_SAMPLES, PROXY_STEPS = 12, 4, 10
+HEADER_BYTES, ENTRY_BYTES = 128, 96  # of a safetensors header, and of a tensor in it beside its name
+_TENSORS = ("qweight", "scale", "multiplier", "bias", "input_scale", "smooth_inv")
 
 Candidates = dict[str, dict[str, QScheme]]
 
@@ -127,13 +129,29 @@ def _within_budget(
 ) -> Allocation:
     others = coverage(denoiser, {name: decision for name, decision in decisions.items() if name not in candidates})
     float_bytes = sum(p.nbytes for name in candidates for p in denoiser.get_submodule(name).parameters())
+    # A budget of bytes is one of the file; bits a parameter are those of what is in memory.
+    header = 0 if stage.max_megabytes is None else header_bytes(denoiser, candidates)
     return allocate(
         options_of(denoiser, candidates, sensitivity, step_bins=stage.step_bins),
         parameters=plan.coverage.parameters,
         target_bits=stage.target_bits,
         max_bytes=None if stage.max_megabytes is None else int(stage.max_megabytes * 1e6),
-        fixed_bytes=others.bytes_after - float_bytes,
+        fixed_bytes=others.bytes_after - float_bytes + header,
     )
+
+
+def header_bytes(denoiser: nn.Module, candidates: Candidates) -> int:
+    """Return no less than what the names and shapes of all tensors take in the denoiser's file.
+
+    Args:
+        denoiser: in float.
+        candidates: what each layer may become.
+    """
+    names = [name for name in denoiser.state_dict() if name.rpartition(".")[0] not in candidates]
+    for name, schemes in candidates.items():
+        parts = 1 + max(len(scheme.boundaries) for scheme in schemes.values())
+        names += [f"{name}.parts.{part}.{tensor}" for part in range(parts) for tensor in _TENSORS]
+    return HEADER_BYTES + sum(len(name) + ENTRY_BYTES for name in names)
 
 
 def _notes(chosen: Allocation, rho: float | None, count: int) -> list[str]:

@@ -36,6 +36,15 @@ def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, lab
     assert any("correlation" in note for note in sizes[7.0].notes)
 
 
+@pytest.mark.parametrize("megabytes", [0.56, 0.64])
+def test_the_file_is_no_larger_than_a_budget_of_bytes(tiny_model, tmp_path: Path, megabytes: float) -> None:
+    recipe = with_stage(short_recipe(UNET), rounding="nearest", max_megabytes=megabytes)
+    with checked_in_a_fork():
+        run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    (file,) = (tmp_path / "out" / "unet").glob("*.safetensors")
+    assert 0.8 * megabytes * 1e6 < file.stat().st_size <= megabytes * 1e6
+
+
 def test_a_budget_that_cannot_be_met_names_the_smallest(tiny_model, tmp_path: Path) -> None:
     recipe = with_stage(short_recipe(UNET), max_megabytes=0.001)
     with checked_in_a_fork(), pytest.raises(AllocationError, match="or more"):
