@@ -119,6 +119,8 @@ def quantize_stage(
         if planned.scheme is not None and planned.scheme.smooth and not layer.scheme.smooth:
             words = f"smoothed by {folded[name]}" if name in folded else "smoothing left out: it did not help"
             reason = reason.replace(", smoothed", f", {words}")
+        if planned.scheme is not None and planned.scheme.rotate and not layer.scheme.rotate:
+            reason = reason.replace(", rotated", ", rotation left out: it did not help")
         decisions[name] = Decision(layer.scheme, reason)
     if original and bins:
         # Factors that were moved into a layer change the units of its output: the float model has no such output.

@@ -280,6 +280,8 @@ def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
     four = [layer.scheme for layer in layers.values() if layer.scheme.input_bits == 4]
     assert four
     assert all(scheme.rank == 4 for scheme in four)
+    for layer, made in layers.items():  # reasons tell what was done, not what was planned
+        assert (", rotated" in (result.manifest.layers[layer].reason or "")) == made.scheme.rotate
     assert all(error.int_vs_fake is not None and error.int_vs_fake <= 1e-5 for error in result.errors.values())
     prompts, settings = prompts_for(original), settings_for(name, seed=5)
     expected, found = (p.run(prompts, [8, 9], settings, decode=False).latents for p in (original, compressed))
