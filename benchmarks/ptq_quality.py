@@ -461,16 +461,16 @@ def setup(report: Report) -> str:
     """Return what all rows share, in words."""
     header = report.header
     guidance = "no guidance" if header["guidance"] is None else f"guidance {header['guidance']:g}"
-    figures = f"KID and FID by features of {header['extractor']}"
+    figures = f"FID by features of {header['extractor']}"
     return f"`{header['model']}`, {header['samples']} pictures, {header['steps']} steps, {guidance}; {figures}"
 
 
 def matrix_table(report: Report) -> str:
     """Return the rows of methods and peers, by bits."""
     lines = [
-        "| bits | method | latent error | median | PSNR dB | SSIM | KID | FID | bits a parameter | bytes / fp32 "
+        "| bits | method | latent error | median | PSNR dB | SSIM | FID | bits a parameter | bytes / fp32 "
         "| minutes |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     known = methods()
     rows = [
@@ -481,9 +481,9 @@ def matrix_table(report: Report) -> str:
         note = f" ({row['note']})" if row.get("note") else ""
         start = f"| {row['bits'].upper()} | {row['name']}{note} |"
         if "not_run" in row:
-            lines.append(f"{start} not run: {row['not_run'].replace('|', '/')} |" + " |" * 8)
+            lines.append(f"{start} not run: {row['not_run'].replace('|', '/')} |" + " |" * 7)
             continue
-        formats = {"latent_error": ".4f", "latent_error_median": ".4f", "psnr_db": ".1f", "ssim": ".4f", "kid": ".2e"}
+        formats = {"latent_error": ".4f", "latent_error_median": ".4f", "psnr_db": ".1f", "ssim": ".4f"}
         formats |= {"fid": ".2e", "bits_per_param": ".2f", "bytes_ratio": ".3f", "minutes": ".1f"}
         values = ("-" if row[key] is None else format(row[key], form) for key, form in formats.items())
         lines.append(f"{start} {' | '.join(values)} |")
