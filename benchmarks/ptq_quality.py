@@ -468,8 +468,7 @@ def setup(report: Report) -> str:
 def matrix_table(report: Report) -> str:
     """Return the rows of methods and peers, by bits."""
     lines = [
-        "| bits | method | latent error | median | PSNR dB | SSIM | FID | bits a parameter | bytes / fp32 "
-        "| minutes |",
+        "| bits | method | latent error | median | PSNR dB | SSIM | FID | bits a parameter | bytes / fp32 | minutes |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     known = methods()
