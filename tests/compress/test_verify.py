@@ -6,10 +6,10 @@ import torch
 
 from dcomp.calibrate.pipeline import OpenPipeline
 from dcomp.compress.checkpoint import CheckpointError, ManifestFields, check_manifest, write_checkpoint
-from dcomp.compress.verify import compare, save_probe
+from dcomp.compress.verify import call_denoiser, compare, save_probe
 from tests.support.hostile import WEIGHTS
 from tests.support.quantized import quantized_pipeline
-from tests.support.tiny import denoiser_inputs, save_tiny_pipeline
+from tests.support.tiny import denoiser_inputs, save_tiny_pipeline, tiny_denoiser
 
 NAME = "UNet2DModel"
 FIELDS = ManifestFields(recipe={})
@@ -72,3 +72,17 @@ def test_nothing_is_published_when_the_fresh_process_disagrees(pipeline: OpenPip
     finally:
         handle.remove()
     assert {path.name for path in tmp_path.iterdir()} <= {"out.lock"}
+
+
+def test_where_weights_lie_in_memory_makes_no_difference(tmp_path: Path) -> None:
+    (args, kwargs), bits = CALL, []
+    latents = torch.cat([args[0][:1]])
+    for shift in (0, 1, 3):
+        denoiser = tiny_denoiser(NAME)
+        for parameter in denoiser.parameters():
+            room = torch.empty(parameter.numel() + 16)
+            parameter.data = room[shift : shift + parameter.numel()].view(parameter.shape).copy_(parameter.data)
+        assert (shift == 0) == all(parameter.data_ptr() % 64 == 0 for parameter in denoiser.parameters())
+        bits.append(call_denoiser(denoiser, (latents, *args[1:]), kwargs))
+        assert all(parameter.data_ptr() % 64 == 0 for parameter in denoiser.parameters())
+    assert all(torch.equal(bits[0], other) for other in bits[1:])
