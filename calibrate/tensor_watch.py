@@ -72,14 +72,14 @@ class TensorWatch(TorchFunctionMode):
         """Call the function, then tag what it returns."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        read = list(_tensors((args, kwargs)))
+        read = list(tensors_in((args, kwargs)))
         if func in _CAT:
             self._tag_cat(output, read, kwargs.get("dim", args[1] if len(args) > 1 else 0))
         elif read and func in _COPYING | _BY_CHANNEL and read[0] in self._concatenated:
             dim, boundaries, direct = self._concatenated[read[0]]
             self._concatenated[output] = (dim, boundaries, direct and func in _COPYING)
         if len(read) == 1 and read[0] in self._latents:
-            for tensor in _tensors(output):
+            for tensor in tensors_in(output):
                 self._latents[tensor] = True
         return output
 
@@ -107,11 +107,12 @@ class TensorWatch(TorchFunctionMode):
         self._concatenated[output] = (dim, tuple(sorted(boundaries - {0})), True)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and dictionaries, in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, list | tuple):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
+        yield from tensors_in(list(tree.values()))

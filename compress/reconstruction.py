@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import Path, map_leaves
+from dcomp.calibrate.tensor_watch import tensors_in
 from dcomp.compress.code_grid import CodeGrid
 from dcomp.compress.held_out import hold_out
 from dcomp.compress.layers import QuantLayer
@@ -121,7 +122,7 @@ def reconstruct_block(
     """
     layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QuantLayer)}
     soft = {layer: _SoftWeight(layer, weights[name]) for name, layer in layers.items() if name in weights}
-    rows = _Rows(block, call, _tensors(targets), timesteps)
+    rows = _Rows(block, call, list(tensors_in(targets)), timesteps)
     learn, held_out = hold_out(torch.arange(rows.count) if groups is None else groups, seed)
     with _without_gradients(block), fake_execution(layers.values()):
         before = rows.errors(batch)
@@ -209,7 +210,7 @@ class _Rows:
         if self.timesteps is not None:
             for clock in self.clocks:
                 clock.read(self.timesteps[rows])
-        outputs = _tensors(self.block(*args, **kwargs))
+        outputs = list(tensors_in(self.block(*args, **kwargs)))
         wanted = [target[rows] for target in self.targets]
         return _squares([output.float() - target.float() for output, target in zip(outputs, wanted, strict=True)])
 
@@ -258,14 +259,6 @@ def _without_gradients(block: nn.Module) -> Any:
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    return [tensor for item in tree for tensor in _tensors(item)] if isinstance(tree, tuple | list) else []
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:

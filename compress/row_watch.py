@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dcomp.calibrate.structure import is_layer
+from dcomp.calibrate.tensor_watch import tensors_in
 
 _COPYING: set[Any] = {
     functional.dropout,
@@ -113,8 +114,8 @@ class RowWatch(TorchFunctionMode):
         output = func(*args, **kwargs)
         if self._inside:
             return output
-        made = list(_tensors(output))
-        read = [tensor for tensor in _tensors((args, kwargs)) if tensor in self._tags]
+        made = list(tensors_in(output))
+        read = [tensor for tensor in tensors_in((args, kwargs)) if tensor in self._tags]
         if read and made:
             self._follow(func, args, kwargs, read, made)
         return output
@@ -208,13 +209,3 @@ def _is_affine(module: nn.Module) -> bool:
     """Whether a module has one weight for each channel, as norms do; what it does with it is not known here."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.ndim == 1 and weight.is_floating_point()
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for item in tree:
-            yield from _tensors(item)
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
