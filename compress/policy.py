@@ -62,11 +62,19 @@ class Decision:
 
     Attributes:
         scheme: how it is quantized; None leaves it float.
-        reason: why, in words for people.
+        cause: what decided, in a few words.
+        findings: what turned out while it was carried out, likewise.
     """
 
     scheme: QScheme | None
-    reason: str
+    cause: str
+    findings: tuple[str, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """What is done and why, as one sentence for people, without a full stop."""
+        done = self.cause if self.scheme is None else f"{self.cause}: {self.scheme}"
+        return ", ".join((done, *self.findings))
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def choose_schemes(
             pattern = changed[name][-1]
             scheme, words = changes[pattern], f"set by {pattern!r}"
             if isinstance(overrides[pattern], QScheme):
-                decisions[name] = Decision(scheme, f"{words}: {scheme}")
+                decisions[name] = Decision(scheme, words)
             else:
                 decisions[name] = _decide(denoiser.get_submodule(name), facts, scheme, words, treatment)
                 found = decisions[name].scheme
@@ -219,7 +227,7 @@ def _decide(layer: nn.Module, facts: LayerFacts, scheme: QScheme | None, words: 
     if scheme.group_size is not None and smallest < scheme.group_size:
         words = f"{words} with {smallest} input channels, less than a group of {scheme.group_size}"
         scheme = replace(scheme, weight_bits=8, group_size=None)
-    return Decision(scheme, f"{words}: {scheme}")
+    return Decision(scheme, words)
 
 
 def _granularity(layer: nn.Module, scheme: QScheme, treatment: Treatment) -> Granularity:

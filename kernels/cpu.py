@@ -116,10 +116,10 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     for start in range(0, batch, samples):
         part = slice(start, start + samples)
         blocks = x[part].split(rows, 1)
-        steps = [qparams.group_steps(qparams.in_groups(block, group)) for block in blocks]
-        scale[part] = qparams.group_scale(torch.cat(steps, 1))
-        for block, step, target in zip(blocks, steps, image[part].split(rows, 1), strict=True):
-            target.copy_(qparams.group_image(block, group, step, scale[part]))
+        grids = [qparams.group_grids(qparams.in_groups(block, group)) for block in blocks]
+        scale[part] = qparams.group_scale(*(torch.cat(values, 1) for values in zip(*grids, strict=True)))
+        for block, grid, target in zip(blocks, grids, image[part].split(rows, 1), strict=True):
+            target.copy_(qparams.group_image(block, group, *grid, scale[part]))
     return image, scale
 
 
@@ -213,7 +213,11 @@ def conv2d_prepacked(
     """
     assert groups == 1
     by_sample = len(x_scale) != 1 or len(x_zero) != 1
-    unfit = _may_see_only_padding(q, codes, padding, dilation) or codes.is_inference()  # which has no version
+    unfit = (
+        _may_see_only_padding(q, codes, padding, dilation)
+        or _is_strided_column(q, codes, stride, padding, dilation)
+        or codes.is_inference()  # which has no version
+    )
     if unfit or (by_sample and _is_small(q, codes)):
         return conv2d_patches(q, x_scale, x_zero, codes, weight_scale, bias, stride, padding, dilation)
     shape = (tuple(codes.shape), tuple(stride), tuple(padding), tuple(dilation))
@@ -255,6 +259,18 @@ def _may_see_only_padding(q: Tensor, codes: Tensor, padding: list[int], dilation
     """
     sides = zip(q.shape[2:], codes.shape[1:3], padding, dilation, strict=True)
     return any(p > d * (k - 1) or (p > 0 and d > length) for length, k, p, d in sides)
+
+
+def _is_strided_column(q: Tensor, codes: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> bool:
+    """Say whether the output is one column of several rows, made with a horizontal stride.
+
+    There oneDNN takes the rows below the first from the wrong place.
+    """
+    height, width = (
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, k, s, p, d in zip(q.shape[2:], codes.shape[1:3], stride, padding, dilation, strict=True)
+    )
+    return width == 1 and height > 1 and stride[1] > 1
 
 
 def _prepack(codes: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:

@@ -83,7 +83,7 @@ def allocate_bits(
     changed = {
         name: Decision(
             replace(candidates[name][option.label], rounding=stage.rounding),
-            f"{option.label} under the budget: error {sensitivity.errors[name][option.label]:.2g}",
+            f"{option.label} under the budget, alone an error of {sensitivity.errors[name][option.label]:.2g}",
         )
         for name, option in chosen.chosen.items()
     }

@@ -113,15 +113,10 @@ def quantize_stage(
     notes += _folding_notes(denoiser, folded)
     if stage.tune and schemes:
         notes += _tuning_notes(_tune(denoiser, recorded, stage, guidance, seed, work, report))
-    for name, layer in quantized_layers(denoiser).items():
-        planned = decisions[name]
-        reason = planned.reason
-        if planned.scheme is not None and planned.scheme.smooth and not layer.scheme.smooth:
-            words = f"smoothed by {folded[name]}" if name in folded else "smoothing left out: it did not help"
-            reason = reason.replace(", smoothed", f", {words}")
-        if planned.scheme is not None and planned.scheme.rotate and not layer.scheme.rotate:
-            reason = reason.replace(", rotated", ", rotation left out: it did not help")
-        decisions[name] = Decision(layer.scheme, reason)
+    decisions |= {
+        name: _carried_out(decisions[name], layer.scheme, folded.get(name))
+        for name, layer in quantized_layers(denoiser).items()
+    }
     if original and bins:
         # Factors that were moved into a layer change the units of its output: the float model has no such output.
         corrected = correct_steps(
@@ -137,12 +132,22 @@ def quantize_stage(
             progress=report,
         )
         notes.append(_correction_note(denoiser, corrected))
-        for name, layer in quantized_layers(denoiser).items():
-            if layer.scheme.corrected:
-                decisions[name] = Decision(layer.scheme, f"{decisions[name].reason}, corrected at each step")
+        decisions |= {
+            name: replace(decisions[name], scheme=layer.scheme) for name, layer in quantized_layers(denoiser).items()
+        }
     differences = compare_executions(denoiser, recorded, report)
     errors = {name: replace(error, int_vs_fake=differences.get(name)) for name, error in errors.items()}
     return StageResult(decisions, errors, (*notes, *_remark_notes(errors)))
+
+
+def _carried_out(planned: Decision, scheme: QScheme, fold: str | None) -> Decision:
+    """Return a decision with the scheme that came out, and what became of transforms that are not in it."""
+    findings = []
+    if planned.scheme is not None and planned.scheme.smooth and not scheme.smooth:
+        findings.append(f"smoothed by {fold}" if fold else "smoothing left out: it did not help")
+    if planned.scheme is not None and planned.scheme.rotate and not scheme.rotate:
+        findings.append("rotation left out: it did not help")
+    return replace(planned, scheme=scheme, findings=(*planned.findings, *findings))
 
 
 def _cache_features(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, stage: QuantizeStage) -> FeaturePlan:

@@ -175,8 +175,11 @@ def test_parts_narrower_than_a_group_get_eight_bits() -> None:
     assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token")
     assert parts["joined.minor"] == Decision(
         QScheme(8, input_bits=8, input_granularity="token", boundaries=(32,)),
+        "set by 'joined' with 32 input channels, less than a group of 64",
+    )
+    assert parts["joined.minor"].reason == (
         "set by 'joined' with 32 input channels, less than a group of 64: "
-        "8-bit weights, 8-bit input per token, split at 32",
+        "8-bit weights, 8-bit input per token, split at 32"
     )
     for name in ("joined.aligned", "joined.astray", "behind"):  # parts of 64 channels or more
         assert parts[name].scheme is not None
@@ -215,9 +218,9 @@ def test_last_override_counts_and_keep_is_stronger() -> None:
         keep=["joined.minor"],
         overrides={"joined": "w4a16", "joined.astray": scheme, "linear": "float", "conv": "W4A8", "idle": "W8A8"},
     )
-    assert decisions["joined.aligned"] == Decision(
-        QScheme(4, 64, boundaries=(64, 128)),
-        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128",
+    assert decisions["joined.aligned"] == Decision(QScheme(4, 64, boundaries=(64, 128)), "set by 'joined'")
+    assert decisions["joined.aligned"].reason == (
+        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128"
     )
     assert decisions["joined.astray"].scheme == scheme
     assert decisions["joined.minor"].scheme is None
@@ -243,7 +246,7 @@ def test_overrides_reach_four_bits_and_a_scheme_is_taken_as_it_is() -> None:
     assert decisions["linear"].scheme == four
     assert decisions["conv"].scheme == replace(four, input_granularity="sample")
     assert decisions["narrow"].scheme == replace(four, weight_bits=8, group_size=None)
-    assert decisions["shortcut"] == Decision(sample, f"set by 'shortcut': {sample}")
+    assert decisions["shortcut"] == Decision(sample, "set by 'shortcut'")
 
 
 def test_an_override_cannot_ask_for_what_no_kernel_runs() -> None:

@@ -100,6 +100,17 @@ def test_convolution_sums_are_exact_and_padding_is_the_real_zero(
 
 
 @needs_vnni
+@pytest.mark.parametrize("stride", [[1, 2], [2, 3], [1, 1]])
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 3)])
+def test_one_column_of_several_rows_is_exact_with_a_horizontal_stride(kernel, stride):
+    q, codes = _draw((2, 16, 6, 3), 0, 255, 0), _draw((16, *kernel, 16), -127, 127, 1)
+    arguments = (torch.ones(1), torch.tensor([7], dtype=torch.uint8), codes, torch.ones(16), None, stride, [0, 0])
+    y = cpu.conv2d_prepacked(q, *arguments, [1, 1])
+    assert y.shape[3] == 1 < y.shape[2]
+    assert torch.equal(y, reference.conv2d_a8(q, *arguments, [1, 1], 1))
+
+
+@needs_vnni
 @pytest.mark.parametrize("convolve", [cpu.conv2d_prepacked, cpu.conv2d_patches])
 @pytest.mark.parametrize("zero", range(0, 256, 5))
 def test_an_image_of_real_zeros_gives_zeros_up_to_its_edge(convolve, zero):
