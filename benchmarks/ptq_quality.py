@@ -30,7 +30,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
 from peers import PEERS, Context, Peer
 
-BITS = ("w8a8", "w4a8", "w4a16", "w4a4")
+BITS = ("w8a16", "w8a8", "w4a8", "w4a16", "w4a4")
 EXTRACTOR = "random-conv"
 SEED = 0  # of the pictures; calibration seeds vary, this does not
 BATCH = 8
@@ -75,19 +75,15 @@ def ladder() -> tuple[Step, ...]:
     stage = QuantizeStage()
     return (
         Step("minmax", {**settings_of("minmax", None), "temporal": "layers"}),
-        Step("+ least-error ranges", {"weight_range": "mse", "input_range": "mse"}),
-        Step("+ static ranges of each step", {"step_bins": stage.step_bins}, ("w8a8", "w4a8")),
+        Step("+ calibrated ranges", {"weight_range": "mse", "input_range": "mse", "step_bins": stage.step_bins}),
         Step("+ dynamic ranges", {"inputs": "dynamic"}, ("w8a8", "w4a8")),
         Step("+ groups of inputs", {"input_group": stage.input_group}, ("w4a4",)),
         Step("+ split", {"split": stage.split}),
-        Step("+ smoothing", {"smooth": stage.smooth}, ("w4a4",)),
-        Step("+ rotation", {"rotate": stage.rotate}, ("w4a4",)),
-        Step("+ GPTQ", {"rounding": "gptq"}),
-        Step("+ tuning", {"tune": stage.tune}),
+        Step("+ smoothing and rotation", {"smooth": stage.smooth, "rotate": stage.rotate}, ("w4a4",)),
+        Step("+ directions in float", {"directions": stage.directions}, ("w4a4",)),
         Step("+ temporal tables", {"temporal": "choose"}),
-        Step("+ tuned rounding", {"tune_rounding": True}),
-        Step("+ step correction", {"correct": True, "step_bins": 5}),
-        Step("+ AdaRound", {"rounding": "adaround", "tune_rounding": False, "correct": False}),
+        Step("+ second-order rounding", {"rounding": "gptq"}),
+        Step("+ tuning", {"tune": stage.tune}),
     )
 
 
@@ -171,7 +167,7 @@ class Report:
             del self.rows[old]
         self.rows[key] = row
         self.write()
-        shown = {name: value for name, value in row.items() if name not in ("changes", "latent_errors")}
+        shown = {name: value for name, value in row.items() if name not in _HIDDEN}
         print(json.dumps(shown), flush=True)
 
 
@@ -182,6 +178,7 @@ def main(
     samples: int = 64,
     steps: int = 20,
     guidance: Annotated[float, typer.Option(help="Left out where the pipeline has none.")] = 4.0,
+    climb: Annotated[list[str] | None, typer.Option(help="Presets with a ladder; default: those of --bits.")] = None,
     seeds: Annotated[int, typer.Option(help="Calibration seeds of the ladder; 0 for no ladder.")] = 3,
     peers: Annotated[bool, typer.Option(help="Measure other packages too.")] = True,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "ptq_quality.json",
@@ -220,8 +217,9 @@ def main(
         for peer in PEERS:
             if bits is None or peer.bits in chosen:
                 runner.measure_peer(peer)
-    report.ladders = [entry for entry in report.ladders if entry["bits"] not in chosen or not seeds]
-    for preset in chosen if seeds else ():
+    climbed = (tuple(climb) if climb else chosen) if seeds else ()
+    report.ladders = [entry for entry in report.ladders if entry["bits"] not in climbed]
+    for preset in climbed:
         report.ladders.append(runner.climb(preset, range(seeds)))
         report.write()
     report.write()
@@ -335,8 +333,14 @@ class Runner:
         calibration, recording = self._calibration(job.recipe)
         output = self.work / "compressed" / job.key
         started = time.perf_counter()
-        run_recipe(self.settings.model, job.recipe, output, calibration=calibration, overwrite=True)
+        made = run_recipe(self.settings.model, job.recipe, output, calibration=calibration, overwrite=True)
         minutes = recording + (time.perf_counter() - started) / 60
+        # Without learning a calibration seed may change nothing: the same files make the same pictures.
+        denoiser = _denoiser_sha256(made.manifest.files)
+        for row in self.report.rows.values():
+            if row.get("denoiser_sha256") == denoiser:
+                shutil.rmtree(output)
+                return {key: row[key] for key in row if key in _FIGURES} | {"minutes": round(minutes, 2)}
         with tempfile.TemporaryDirectory(dir=self.work) as other:
             # `validate` keeps the original's pictures beside the compressed ones; only the former are worth keeping.
             (Path(other) / "original").symlink_to(self._originals(), target_is_directory=True)
@@ -356,7 +360,8 @@ class Runner:
         figures = {key: getattr(result, key) for key in ("latent_rel_error", "psnr_db", "ssim")}
         distance = {key: getattr(result, key) for key in ("fid", "kid", "kid_std")}
         errors = [p.latent_rel_error for p in result.per_prompt]
-        return _row(figures, distance, errors, result.bits_per_param, result.denoiser_bytes_ratio, minutes)
+        row = _row(figures, distance, errors, result.bits_per_param, result.denoiser_bytes_ratio, minutes)
+        return row | {"denoiser_sha256": denoiser}
 
     def _peer_row(self, peer: Peer) -> dict[str, Any]:
         from dcomp.calibrate import quality
@@ -424,6 +429,19 @@ class _Samples:
         return Chunk(made.latents.float(), made.images.float(), blanked, unseen=0, step_latents=None)
 
 
+_FIGURES = (
+    *("latent_error", "latent_error_median", "psnr_db", "ssim", "fid", "kid", "kid_std"),
+    *("bits_per_param", "bytes_ratio", "latent_errors", "denoiser_sha256"),
+)
+_HIDDEN = ("changes", "latent_errors", "denoiser_sha256")
+
+
+def _denoiser_sha256(files: dict[str, str]) -> str:
+    """Return a hash over the files of the denoiser; `files` are path -> sha256."""
+    own = {name: sha256 for name, sha256 in files.items() if name.startswith(("unet/", "transformer/"))}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
 def _row(
     figures: dict[str, Any],
     distance: dict[str, Any],
@@ -475,8 +493,7 @@ def matrix_table(report: Report) -> str:
     rows = [
         row for row in report.rows.values() if row["group"] == "peer" or (row["name"] in known and row["seed"] == 0)
     ]
-    order = ("w8a16", *BITS)
-    for row in sorted(rows, key=lambda row: (order.index(row["bits"]), row["group"] == "peer")):
+    for row in sorted(rows, key=lambda row: (BITS.index(row["bits"]), row["group"] == "peer")):
         note = f" ({row['note']})" if row.get("note") else ""
         start = f"| {row['bits'].upper()} | {row['name']}{note} |"
         if "not_run" in row:

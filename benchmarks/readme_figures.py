@@ -31,6 +31,8 @@ def main() -> None:
             "",
             ptq_quality.matrix_table(measured),
             "",
+            *(line for entry in measured.ladders for line in (ptq_quality.ladder_table(entry, measured), "")),
+            *small_models(),
             f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
             f"{timed['repeats']} rounds in turn, {timed['threads']} threads:",
             "",
@@ -41,6 +43,15 @@ def main() -> None:
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     readme.write_text(before + text + rest.partition(END)[2])
+
+
+def small_models() -> list[str]:
+    """Return the tables of other models that were measured."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("ptq_quality-*.json")):
+        report = ptq_quality.Report.read(file)
+        lines += [f"{ptq_quality.setup(report)}:", "", ptq_quality.matrix_table(report), ""]
+    return lines
 
 
 if __name__ == "__main__":

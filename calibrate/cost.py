@@ -46,6 +46,10 @@ class Precision(Protocol):
         """Of the float branch of each part."""
 
     @property
+    def directions(self) -> int:
+        """Of the input of each part, which are multiplied in float."""
+
+    @property
     def corrected(self) -> bool:
         """Whether there are tables of the output's scale and bias."""
 
@@ -72,7 +76,7 @@ def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     """Run one call and count; also works on meta tensors, where nothing is computed.
 
     Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original; the parts
-    of a split layer do not count beside it, and neither does a low-rank branch.
+    of a split layer do not count beside it, and neither does what is multiplied in float.
     """
     layers: dict[str, int] = {}
 
@@ -130,8 +134,9 @@ def _part_bytes(out_channels: int, taps: tuple[int, ...], in_channels: int, sche
     table = step_bins * (4 + 1) if scheme.input_granularity == "tensor" else 0  # fp32 scales and uint8 zeros
     factors = 4 * in_channels if scheme.smooth else 0
     branch = 2 * scheme.rank * (prod(taps) * in_channels + out_channels)  # fp16
+    directions = scheme.directions * (2 * in_channels + prod(taps) * out_channels + 4)  # fp16, int8 and fp32
     factors_of_output = 4 * step_bins * out_channels if scheme.corrected else 0
-    return weight + table + factors + branch + factors_of_output
+    return weight + table + factors + branch + directions + factors_of_output
 
 
 class _Products(TorchFunctionMode):

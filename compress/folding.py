@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.structure import is_layer
-from dcomp.compress.layers import Quantized
+from dcomp.compress.quantized import Quantized
 from dcomp.compress.row_watch import Reading, Rows, RowWatch
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import is_quantized, parts_of
@@ -138,9 +138,9 @@ def _fits(layer: nn.Module, fold: Fold) -> bool:
 def _can_take(module: nn.Module, rows: Rows, scheme: QScheme | None) -> bool:
     """Whether a module's rows can be multiplied.
 
-    A branch in half precision would be rounded once more, and a layer that stays float could not refuse an adapter.
+    Weights in half precision would be rounded once more, and a layer that stays float could not refuse an adapter.
     """
-    fits = scheme is not None and not scheme.rank if is_layer(module) else True
+    fits = scheme is not None and not (scheme.rank or scheme.directions) if is_layer(module) else True
     return fits and (not rows.plus or _bias(module) is not None)
 
 

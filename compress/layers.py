@@ -4,32 +4,35 @@ They are `nn.Linear` and `nn.Conv2d` for everything that asks by type (adapters,
 `weight`, so that nothing merges into or retypes one by mistake. Codes and scales keep their dtype through `.to(dtype)`.
 Arithmetic is not here: integers run through `torch.ops.dcomp`, floats through `kernels/qparams.py`.
 
-A layer computes `y = Q(x') W'^T + bias + up (down x)` with `x' = (x * smooth_inv) H`: its weight W' is that of smoothed
-and rotated inputs, H is symmetric and orthonormal, and the low-rank branch reads the raw input. Each part is optional.
-A corrected layer has tables of the output's scale and bias in the step bins, `y = step_scale[b] (Q(x') W'^T + up (down
-x)) + step_bias[b]`. They become part of the weight's scale, of `up` and of the bias: no operation is added.
+A layer computes `y = Q(x') W'^T + bias + h P^T + up (down x)` with `s = x * smooth_inv`, `h = s D^T` and
+`x' = (s - h D) H`: its weight W' is that of smoothed and rotated inputs, H is symmetric and orthonormal, the few
+directions D of the input are taken out before it is rounded and multiplied in float, and the low-rank branch reads the
+raw input. Each part is optional.
+A corrected layer has tables of the output's scale and bias in the step bins,
+`y = step_scale[b] (Q(x') W'^T + h P^T + up (down x)) + step_bias[b]`. They become part of the weight's scale, of P, of
+`up` and of the bias: no operation is added.
 
-Letters: O output and I input channels (of one convolution group), B step bins, N samples, r rank of the branch.
+Letters: O output and I input channels (of one convolution group), B step bins, N samples, r rank of the branch, d
+directions.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dcomp.compress.geometry import is_pointwise, take_conv_geometry, take_linear_geometry
+from dcomp.compress.quantized import WeightForm
 from dcomp.compress.scheme import QScheme, SchemeError
+from dcomp.compress.step_tables import SteppedLayer, form_of
 from dcomp.kernels import dispatch, packing, qparams, reference
 from dcomp.kernels.packing import PackedWeight
 
 if TYPE_CHECKING:
     from dcomp.calibrate.clock import StepClock
-
-_M = TypeVar("_M", bound=nn.Module)
-Execution = Literal["int", "fake"]
 
 _BUFFERS = (
     "qweight",
@@ -38,161 +41,37 @@ _BUFFERS = (
     "input_scale",
     "input_zero",
     "smooth_inv",
+    "directions",
+    "direction_weight",
+    "direction_scale",
     "lr_down",
     "lr_up",
     "step_scale",
     "step_bias",
 )
 
-_NO_WEIGHT = (
-    "A quantized layer has integer codes and no float weight, so an adapter can be attached but not merged; "
-    "dequantize() gives the float values"
-)
 
-
-class WeightForm:
-    """What may be asked of a weight that is not there: its shape, dtype and device.
-
-    PEFT looks at the type and at the number of axes before it attaches an adapter. Every other use, merging above all,
-    raises AttributeError.
-    """
-
-    def __init__(self, shape: torch.Size, device: torch.device, folded: bool = False) -> None:
-        self.shape, self.dtype, self._device, self._folded = shape, torch.float32, device, folded
-
-    @property
-    def device(self) -> torch.device:
-        """The device; PEFT asks for it when it attaches an adapter.
-
-        Raises:
-            SchemeError: the layer is folded.
-        """
-        if self._folded:
-            raise SchemeError(
-                "An adapter for the float model does not fit: factors were moved between this layer and its neighbours",
-                where=f"a quantized layer with a weight of {list(self.shape)}",
-                remedy="Fuse the adapter before quantization with --lora, or quantize with --set stages.0.fold=false.",
-            )
-        return self._device
-
-    def dim(self) -> int:
-        """Return the number of axes."""
-        return len(self.shape)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(_NO_WEIGHT)
-
-
-class Quantized(nn.Module, ABC):
-    """What stands in the place of a float layer; only its subclasses are used.
-
-    Attributes:
-        scheme: the rule that it was quantized by.
-        bias: parameter `[O]` without gradient, or None. It takes the model's float dtype. A corrected layer has it in
-            `step_bias` and does not read it.
-        clock: tells the step bin; without one, bin 0 is used.
-        execution: "int", or "fake" for the float arithmetic that the integers stand for.
-    """
-
-    float_kind: ClassVar[type[nn.Module]]
-    scheme: QScheme
-    bias: Any  # Parameter or None; nn.Linear and nn.Conv2d disagree on the type
-    clock: "StepClock | None"
-    execution: Execution
-
-    def __new__(cls, *sizes: Any, **options: Any) -> Any:
-        """Make the float layer when called like one: there are no codes yet.
-
-        PEFT makes an adapter's layers by calling the type of the layer that it adapts.
-        """
-        return cls.float_kind(*sizes, **options) if sizes or options else super().__new__(cls)
-
-    @classmethod
-    @abstractmethod
-    def from_shape(cls, layer: nn.Module, scheme: QScheme, bins: int) -> Self:
-        """Make a layer with uninitialised buffers for a checkpoint to fill, on the current default device.
-
-        Args:
-            layer: float layer with the geometry; may be on the meta device.
-            scheme: decides which buffers there are.
-            bins: B, rows of tables.
-
-        Raises:
-            SchemeError: this layer cannot have such a scheme.
-        """
-
-    @abstractmethod
-    def correct(self, step_scale: Tensor, step_bias: Tensor) -> None:
-        """Give the layer tables of its output's scale and bias; those that it had are replaced.
-
-        Args:
-            step_scale: fp32 `[B, O]`, factors of the output without bias.
-            step_bias: fp32 `[B, O]`, what is added to that; the layer's own bias, times the factor, is part of it.
-
-        Raises:
-            SchemeError: the tables have another form, or not as many rows as those of the inputs.
-        """
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer as `execution` says; the result has the dtype of `x`."""
-
-    @abstractmethod
-    def int_forward(self, x: Tensor) -> Tensor:
-        """Apply the layer in integers."""
-
-    @abstractmethod
-    def fake_forward(self, x: Tensor) -> Tensor:
-        """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
-
-    @abstractmethod
-    def dequantize(self) -> Tensor:
-        """Return the float weight that the layer amounts to, fp32, in torch's layout.
-
-        That is the weight for raw inputs: transforms are undone, and the branch is added. Corrections by step are not
-        in it.
-        """
-
-    @property
-    @abstractmethod
-    def weight(self) -> WeightForm:
-        """Shape, dtype and device of the float weight, which is not there."""
-
-    def _check_channels(self, found: int, expected: int) -> None:
-        # A packed weight is padded, so that a kernel cannot tell a missing channel from a padded one.
-        if found != expected:
-            raise dispatch.KernelError(
-                f"The input has {found} channels instead of {expected}", where=str(self), remedy="Check the model."
-            )
-
-    def extra_repr(self) -> str:
-        """Return the geometry and the scheme."""
-        return f"{super().extra_repr()}, scheme={self.scheme.label}, execution={self.execution}"
-
-
-class QuantLayer(Quantized):
+class QuantLayer(SteppedLayer):
     """What `QuantLinear` and `QuantConv2d` share: one integer weight and one quantizer of inputs.
 
     Attributes:
         qweight, scale, multiplier: see `kernels/packing.py`; `multiplier` is None for 8 bits.
-        input_scale, input_zero: fp32 and uint8 `[B]` of a static input range, else None. Tables of one row serve
-            every bin.
+        input_zero: uint8 `[B]` of a static input range, else None.
         smooth_inv: fp32 `[I]`, what inputs are multiplied by, or None.
+        directions: fp16 `[d, I]`, D above, or None.
+        direction_weight, direction_scale: int8 `[O, *taps, d]` and fp32 `[d]`, whose product is P above, or None.
         lr_down, lr_up: fp16 `[r, *taps, I]` and `[O, r]` of the low-rank branch, or None.
-        step_scale, step_bias: fp32 `[B, O]` of a corrected layer, else None; of the parts of a split layer only the
-            first has a bias.
     """
 
     qweight: Tensor
-    scale: Tensor
     multiplier: Tensor | None
-    input_scale: Tensor | None
     input_zero: Tensor | None
     smooth_inv: Tensor | None
+    directions: Tensor | None
+    direction_weight: Tensor | None
+    direction_scale: Tensor | None
     lr_down: Tensor | None
     lr_up: Tensor | None
-    step_scale: Tensor | None
-    step_bias: Tensor | None
 
     @classmethod
     def from_float(
@@ -205,18 +84,20 @@ class QuantLayer(Quantized):
         clock: "StepClock | None" = None,
         *,
         smooth_inv: Tensor | None = None,
+        directions: tuple[Tensor, Tensor, Tensor] | None = None,
         low_rank: tuple[Tensor, Tensor] | None = None,
     ) -> Self:
         """Make the quantized form of a float layer; nothing but the bias is copied.
 
         Args:
             layer: `nn.Linear` or `nn.Conv2d`; only its geometry and its bias are used.
-            packed: its weight, as it is for smoothed and rotated inputs and without the branch.
+            packed: its weight, as it is for smoothed and rotated inputs, without directions and branch.
             scheme: must agree with all others.
             input_scale: fp32 `[B]`, of a static range only.
             input_zero: uint8 `[B]`, of a static range only.
             clock: tells the step bin.
             smooth_inv: fp32 `[I]`, of a smoothed layer only.
+            directions: `directions`, `direction_weight` and `direction_scale`, of a layer with directions only.
             low_rank: `lr_down` and `lr_up`, of a layer with a branch only.
 
         Raises:
@@ -232,15 +113,18 @@ class QuantLayer(Quantized):
             "input_scale": input_scale,
             "input_zero": input_zero,
             "smooth_inv": smooth_inv,
+            "directions": directions and directions[0].contiguous(),
+            "direction_weight": directions and directions[1].contiguous(),
+            "direction_scale": directions and directions[2].contiguous(),
             # As a file holds them: products over other strides round otherwise.
             "lr_down": low_rank and low_rank[0].contiguous(),
             "lr_up": low_rank and low_rank[1].contiguous(),
         }
         for name, value in given.items():
             expected = quantized._buffers[name]
-            if _form(value) != _form(expected):
+            if form_of(value) != form_of(expected):
                 raise SchemeError(
-                    f"{name} is {_form(value)}, but a layer of this scheme needs {_form(expected)}",
+                    f"{name} is {form_of(value)}, but a layer of this scheme needs {form_of(expected)}",
                     where=f"{scheme.label}, {layer}",
                     remedy="Quantize the weight and the input by the scheme that is passed here.",
                 )
@@ -275,6 +159,10 @@ class QuantLayer(Quantized):
             }
         if scheme.smooth:
             buffers["smooth_inv"] = (torch.Size((in_channels,)), torch.float32)
+        if scheme.directions:
+            buffers["directions"] = (torch.Size((scheme.directions, in_channels)), torch.float16)
+            buffers["direction_weight"] = (torch.Size((out_channels, *taps, scheme.directions)), torch.int8)
+            buffers["direction_scale"] = (torch.Size((scheme.directions,)), torch.float32)
         if scheme.rank:
             buffers["lr_down"] = (torch.Size((scheme.rank, *taps, in_channels)), torch.float16)
             buffers["lr_up"] = (torch.Size((out_channels, scheme.rank)), torch.float16)
@@ -288,29 +176,6 @@ class QuantLayer(Quantized):
         quantized.register_parameter("bias", bias)
         quantized.scheme, quantized.clock, quantized.execution = scheme, None, "int"
         return quantized
-
-    def correct(self, step_scale: Tensor, step_bias: Tensor | None) -> None:
-        """Give the layer tables of its output's scale and bias; those that it had are replaced.
-
-        Args:
-            step_scale: fp32 `[B, O]`, factors of the output without bias.
-            step_bias: fp32 `[B, O]`, what is added to that; the layer's own bias, times the factor, is part of it. None
-                for a part of a layer that is not the first.
-
-        Raises:
-            SchemeError: the tables have another form, or not as many rows as those of the inputs.
-        """
-        bins = len(step_scale if self.input_scale is None else self.input_scale)
-        expected = _form(torch.empty(bins, len(self.scale), device="meta"))
-        forms = {_form(table) for table in (step_scale, step_bias) if table is not None}
-        if forms != {expected}:
-            raise SchemeError(
-                f"Tables of a correction are {' and '.join(sorted(forms))}, but this layer needs {expected}",
-                where=str(self),
-                remedy="Use fp32 tables with a row for each step bin.",
-            )
-        self.step_scale, self.step_bias = step_scale, step_bias
-        self.scheme = replace(self.scheme, corrected=True)
 
     def packed(self) -> PackedWeight:
         """Return the stored weight; shares memory with the buffers."""
@@ -336,6 +201,9 @@ class QuantLayer(Quantized):
         weight = self.values().movedim(1, -1)
         if self.scheme.rotate:
             weight = qparams.hadamard(weight, qparams.rotation_block(self._in_channels))
+        if self.directions is not None:
+            directions = self.directions.float()
+            weight = weight + (self._carried() - weight @ directions.t()) @ directions
         if self.smooth_inv is not None:
             weight = weight * self.smooth_inv
         if self.lr_down is not None and self.lr_up is not None:
@@ -369,7 +237,7 @@ class QuantLayer(Quantized):
 
     def _check_scheme(self, scheme: QScheme, out_channels: int, in_channels: int) -> None:
         known = self._granularities
-        transformed = scheme.smooth or scheme.rotate or scheme.rank
+        transformed = scheme.smooth or scheme.rotate or scheme.rank or scheme.directions
         most = min(out_channels, in_channels)
         for good, problem, remedy in (
             (not scheme.boundaries, "A layer of one part has no boundaries", "Leave the boundaries out."),
@@ -381,7 +249,12 @@ class QuantLayer(Quantized):
             (
                 getattr(self, "groups", 1) == 1 or not transformed,
                 "Channels in groups have no transform and no branch",
-                "Leave smooth, rotate and rank out for convolutions in groups.",
+                "Leave smooth, rotate, directions and rank out for convolutions in groups.",
+            ),
+            (
+                scheme.directions <= in_channels,
+                f"{scheme.directions} directions are more than {in_channels} channels can have",
+                "Lower the number of directions to the least number of channels of a layer, or of a part of it.",
             ),
             (
                 scheme.rank <= most,
@@ -392,75 +265,26 @@ class QuantLayer(Quantized):
             if not good:
                 raise SchemeError(problem, where=f"{scheme.label}, {scheme}", remedy=remedy)
 
-    def _transformed(self, x: Tensor) -> Tensor:
-        """Smooth and rotate inputs `[..., I]`; fp32, or `x` itself when there is nothing to do."""
+    def _transformed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Smooth inputs `[..., I]`, take directions out and rotate: fp32, or `x` itself when there is nothing to do.
+
+        Returns:
+            What is rounded, and how far the inputs reach along the directions, `[..., d]`, or None.
+        """
+        along = None
         if self.smooth_inv is not None:
             x = x.float() * self.smooth_inv
+        if self.directions is not None:
+            x, along = qparams.take_out(x, self.directions)
         if self.scheme.rotate:
             x = qparams.hadamard(x.float(), qparams.rotation_block(self._in_channels))
-        return x
+        return x, along
 
-    def _by_bin(self, x: Tensor, apply: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """Apply a function to all samples of a step bin at once.
-
-        Args:
-            x: samples along the first axis.
-            apply: function of samples and their bin.
-        """
-        rows = self._bins(x)
-        if isinstance(rows, int):
-            return apply(x, rows)
-        masks = {step_bin: rows == step_bin for step_bin in rows.unique().tolist()}
-        outputs = {step_bin: apply(x[mask], step_bin) for step_bin, mask in masks.items()}
-        first = outputs[int(rows[0])]
-        y = first.new_empty(len(x), *first.shape[1:])
-        for step_bin, mask in masks.items():
-            y[mask] = outputs[step_bin]
-        return y
-
-    def _bins(self, x: Tensor) -> int | Tensor:
-        """Return the step bin of the whole input, or of each sample where the clock knows them; 0 without tables.
-
-        Raises:
-            SchemeError: the tables have no row for the bin.
-        """
-        table = self.input_scale if self.step_scale is None else self.step_scale
-        if self.clock is None or table is None or len(table) == 1:
-            return 0
-        rows = self.clock.row_bins
-        mixed = rows is not None and x.ndim > 1 and len(rows) == len(x) > 0
-        last = int(rows.max()) if rows is not None and mixed else self.clock.bin
-        if last >= len(table):
-            raise SchemeError(
-                f"The clock is in step bin {last}, the layer has tables for {len(table)}",
-                where=str(self),
-                remedy="Give the layer the clock that it was calibrated with.",
-            )
-        return rows.to(x.device) if rows is not None and mixed else last
-
-    def _scale_and_bias(self, step_bin: int) -> tuple[Tensor, Tensor | None]:
-        """Return the scale of the weight and the bias, `[O]` each, with a bin's correction in them."""
-        if self.step_scale is None:
-            return self.scale, self._bias
-        return self.scale * self.step_scale[step_bin], None if self.step_bias is None else self.step_bias[step_bin]
-
-    def _up(self, step_bin: int | None) -> Tensor:
-        """Return `lr_up` in fp32, with a bin's correction in it."""
-        assert self.lr_up is not None
-        up = self.lr_up.float()
-        return up if self.step_scale is None or step_bin is None else up * self.step_scale[step_bin].unsqueeze(-1)
-
-    def _corrected(self, y: Tensor, x: Tensor, axis: int) -> Tensor:
-        """Apply the tables to an output that has no bias, as fake execution does; O is along an axis of `y`."""
-        if self.step_scale is None:
-            return y
-        rows = self._bins(x)
-        shape = [1] * y.ndim
-        shape[axis] = y.shape[axis]
-        if isinstance(rows, Tensor):
-            shape[0] = len(x)
-        y = y * self.step_scale[rows].view(shape)
-        return y if self.step_bias is None else y + self.step_bias[rows].view(shape)
+    def _carried(self) -> Tensor:
+        """Return what meets the directions of the input, fp32 `[O, *taps, d]`."""
+        assert self.direction_weight is not None
+        assert self.direction_scale is not None
+        return self.direction_weight.float() * self.direction_scale
 
     def _int_rows(self, rows: Tensor, step_bin: int) -> Tensor:
         """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: fp32 `[M, O]`."""
@@ -488,10 +312,6 @@ class QuantLayer(Quantized):
 
         return cast(Self, super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
 
-    @property
-    def _bias(self) -> Tensor | None:
-        return None if self.bias is None or self.step_scale is not None else self.bias.float()
-
 
 class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer with an integer weight, and integer inputs with a scale for each row, or float inputs."""
@@ -512,26 +332,28 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs = self._transformed(x)
+        inputs, along = self._transformed(x)
         if self.scheme.input_bits == 16:
             scale, bias = self._scale_and_bias(step_bin)
             y = dispatch.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
             y = self._int_rows(inputs.reshape(-1, self.in_features), step_bin).view(*x.shape[:-1], self.out_features)
-        return self._with_branch(y, x, step_bin).to(x.dtype)
+        return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
-        inputs = fake_quant_dynamic(self._transformed(x), self.scheme)
-        y = self._with_branch(functional.linear(inputs, self.values(), self._bias), x)
-        return self._corrected(y, x, -1).to(x.dtype)
+        inputs, along = self._transformed(x)
+        y = functional.linear(fake_quant_dynamic(inputs, self.scheme), self.values(), self._bias)
+        return self._corrected(self._with_floats(y, x, along), x, -1).to(x.dtype)
 
-    def _with_branch(self, y: Tensor, x: Tensor, step_bin: int | None = None) -> Tensor:
-        """Add what the low-rank branch makes of the raw input, in a bin with its correction."""
-        if self.lr_down is None:
-            return y
-        hidden = functional.linear(x.float(), self.lr_down.float())
-        return y.float() + functional.linear(hidden, self._up(step_bin))
+    def _with_floats(self, y: Tensor, x: Tensor, along: Tensor | None, step_bin: int | None = None) -> Tensor:
+        """Add what is multiplied in float: directions, and the branch of the raw input; with a bin's correction."""
+        if along is not None:
+            y = y.float() + functional.linear(along, self._of_output(self._carried(), step_bin))
+        if self.lr_down is not None and self.lr_up is not None:
+            hidden = functional.linear(x.float(), self.lr_down.float())
+            y = y.float() + functional.linear(hidden, self._of_output(self.lr_up.float(), step_bin))
+        return y
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
@@ -563,7 +385,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin).contiguous(memory_format=torch.channels_last)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs = self._transformed(x.movedim(1, -1)).movedim(-1, 1)
+        inputs, along = self._transformed(x.movedim(1, -1))
+        inputs = inputs.movedim(-1, 1)
         if self.scheme.input_granularity == "tensor":
             assert self.input_scale is not None
             assert self.input_zero is not None
@@ -578,15 +401,15 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
             y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
-        return self._with_branch(y, x, step_bin).to(x.dtype)
+        return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
         if x.ndim == 3:
             return self.fake_forward(x.unsqueeze(0)).squeeze(0)
-        inputs = self._fake_inputs(self._transformed(x.movedim(1, -1)).movedim(-1, 1))
-        y = self._with_branch(reference.float_conv2d(inputs, self.values(), self._bias, *self._shape), x)
-        return self._corrected(y, x, 1).to(x.dtype)
+        inputs, along = self._transformed(x.movedim(1, -1))
+        y = reference.float_conv2d(self._fake_inputs(inputs.movedim(-1, 1)), self.values(), self._bias, *self._shape)
+        return self._corrected(self._with_floats(y, x, along), x, 1).to(x.dtype)
 
     def _fake_inputs(self, x: Tensor) -> Tensor:
         """Quantize and dequantize transformed inputs."""
@@ -609,12 +432,17 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
         return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
 
-    def _with_branch(self, y: Tensor, x: Tensor, step_bin: int | None = None) -> Tensor:
-        """Add what the low-rank branch makes of the raw input, in a bin with its correction."""
-        if self.lr_down is None:
-            return y
-        hidden = reference.float_conv2d(x.float(), self.lr_down.float().movedim(-1, 1), None, *self._shape)
-        return y.float() + reference.float_conv2d(hidden, self._up(step_bin)[:, :, None, None])
+    def _with_floats(self, y: Tensor, x: Tensor, along: Tensor | None, step_bin: int | None = None) -> Tensor:
+        """Add what is multiplied in float: directions, and the branch of the raw input; with a bin's correction."""
+        if along is not None:
+            weight = self._of_output(self._carried(), step_bin).movedim(-1, 1)
+            y = y.float() + reference.float_conv2d(along.movedim(-1, 1), weight, None, *self._shape)
+        if self.lr_down is not None and self.lr_up is not None:
+            hidden = reference.float_conv2d(x.float(), self.lr_down.float().movedim(-1, 1), None, *self._shape)
+            y = y.float() + reference.float_conv2d(
+                hidden, self._of_output(self.lr_up.float(), step_bin)[:, :, None, None]
+            )
+        return y
 
     @property
     def _shape(self) -> tuple[Any, ...]:
@@ -644,64 +472,3 @@ def _input_group(scheme: QScheme, channels: int) -> int:
     """Channels of a group of inputs; whatever a checkpoint says, no more than there are."""
     assert scheme.input_group is not None
     return min(scheme.input_group, channels + channels % 2)
-
-
-def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is in effect a linear layer over pixels."""
-    unpadded = conv.padding in ("valid", "same", (0, 0))
-    geometry = (conv.kernel_size, conv.stride, conv.dilation, conv.groups)
-    return unpadded and geometry == ((1, 1), (1, 1), (1, 1), 1)
-
-
-def take_linear_geometry(quantized: Any, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
-    """Copy the attributes of a linear layer to its quantized form; return O, no taps, and I.
-
-    Raises:
-        SchemeError: it is no linear layer.
-    """
-    linear = _of_kind(layer, nn.Linear)
-    quantized.in_features, quantized.out_features = linear.in_features, linear.out_features
-    return linear.out_features, (), linear.in_features
-
-
-def take_conv_geometry(quantized: Any, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
-    """Copy the attributes of a convolution to its quantized form; return O, the taps, and the I of one group.
-
-    Raises:
-        SchemeError: it is no convolution, or pads as no integer convolution does.
-    """
-    conv = _of_kind(layer, nn.Conv2d)
-    if conv.padding_mode != "zeros":
-        raise SchemeError(
-            f"A convolution pads by {conv.padding_mode!r}, integer convolutions by zeros only",
-            where=str(layer),
-            remedy="Leave the layer in float.",
-        )
-    quantized.in_channels, quantized.out_channels, quantized.groups = conv.in_channels, conv.out_channels, conv.groups
-    quantized.kernel_size, quantized.stride, quantized.dilation = conv.kernel_size, conv.stride, conv.dilation
-    quantized.padding = _even_padding(conv)
-    quantized.padding_mode, quantized.transposed, quantized.output_padding = "zeros", False, (0, 0)
-    return conv.out_channels, conv.kernel_size, conv.in_channels // conv.groups
-
-
-def _of_kind(layer: nn.Module, kind: type[_M]) -> _M:
-    if not isinstance(layer, kind):
-        raise SchemeError(
-            f"A {type(layer).__name__} is no {kind.__name__}", where=str(layer), remedy="Leave the layer in float."
-        )
-    return layer
-
-
-def _even_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    if not isinstance(conv.padding, str):
-        return cast(tuple[int, int], conv.padding)
-    total = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-    if any(t % 2 for t in total):
-        raise SchemeError(
-            "A convolution pads one side more than the other", where=str(conv), remedy="Leave the layer in float."
-        )
-    return total[0] // 2, total[1] // 2
-
-
-def _form(tensor: Tensor | None) -> str:
-    return "absent" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -91,7 +91,7 @@ def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tens
         yield from _patches(layer, x, wanted)
         return
     flat = x.reshape(-1, x.shape[-1])
-    for rows in _spread(len(flat), wanted).split(max(1, _PATCH_ELEMENTS // x.shape[-1])):
+    for rows in spread_rows(len(flat), wanted).split(max(1, _PATCH_ELEMENTS // x.shape[-1])):
         yield flat[rows.to(x.device)].float()
 
 
@@ -109,7 +109,7 @@ def _patches(conv: nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:
     positions = out_height * out_width
     down, across = (torch.arange(k) * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
     taps = (down[:, None] * width + across).flatten()
-    chosen = _spread(samples * positions, wanted)
+    chosen = spread_rows(samples * positions, wanted)
     together = max(1, _IMAGE_ELEMENTS // (height * width * channels))
     for first in range(0, samples, together):
         image = functional.pad(x[first : first + together].float(), (0, 0, left, right, top, bottom))
@@ -121,7 +121,7 @@ def _patches(conv: nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:
             yield image[(corner[:, None] + taps).to(x.device)].flatten(1)
 
 
-def _spread(total: int, count: int) -> Tensor:
+def spread_rows(total: int, count: int) -> Tensor:
     """Return `min(count, total)` ascending numbers below `total`: one at random, always the same, of each equal part.
 
     Equal distances would meet the same columns of every picture.

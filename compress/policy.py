@@ -14,8 +14,17 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from dcomp.calibrate.structure import LayerFacts, Role, Structure
-from dcomp.compress.layers import is_pointwise
-from dcomp.compress.scheme import GROUP_SIZE, INPUT_GROUP, Granularity, QScheme, RangeName, Rounding, SchemeError
+from dcomp.compress.geometry import is_pointwise
+from dcomp.compress.scheme import (
+    DIRECTIONS,
+    GROUP_SIZE,
+    INPUT_GROUP,
+    Granularity,
+    QScheme,
+    RangeName,
+    Rounding,
+    SchemeError,
+)
 from dcomp.compress.scheme_check import check_schemes
 from dcomp.kernels import qparams
 
@@ -91,6 +100,7 @@ class Treatment:
             activation between, all, or none.
         smooth: whether smoothing factors are looked for; None: for layers with 4-bit inputs.
         rotate: likewise whether a rotation is tried; None: for layers with 4-bit inputs.
+        directions: of inputs that are taken out before rounding; None: some for layers with 4-bit weights or inputs.
         rank: for layers with 4-bit inputs.
     """
 
@@ -103,6 +113,7 @@ class Treatment:
     split: Literal["direct", "all", "none"] = "direct"
     smooth: bool | None = None
     rotate: bool | None = None
+    directions: int | None = None
     rank: int = 0
 
 
@@ -223,11 +234,22 @@ def _decide(layer: nn.Module, facts: LayerFacts, scheme: QScheme | None, words: 
     smallest = min(parts)
     if four:
         turns = any(qparams.rotation_block(part) > 1 for part in parts)
-        scheme = replace(scheme, rotate=scheme.rotate and turns, rank=min(treatment.rank, smallest, _outputs(layer)))
+        scheme = replace(
+            scheme,
+            rotate=scheme.rotate and turns,
+            rank=min(treatment.rank, smallest, _outputs(layer)),
+        )
     if scheme.group_size is not None and smallest < scheme.group_size:
         words = f"{words} with {smallest} input channels, less than a group of {scheme.group_size}"
         scheme = replace(scheme, weight_bits=8, group_size=None)
-    return Decision(scheme, words)
+    return Decision(replace(scheme, directions=_directions(scheme, smallest, treatment)), words)
+
+
+def _directions(scheme: QScheme, channels: int, treatment: Treatment) -> int:
+    if treatment.directions is None:
+        # What they cost grows as channels get fewer.
+        return min(DIRECTIONS, channels // 8) if 4 in (scheme.weight_bits, scheme.input_bits) else 0
+    return min(treatment.directions, channels)
 
 
 def _granularity(layer: nn.Module, scheme: QScheme, treatment: Treatment) -> Granularity:

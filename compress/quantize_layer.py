@@ -15,11 +15,20 @@ from dcomp import DcompError
 from dcomp.calibrate.observer import HistogramObserver
 from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.gptq import round_gptq
-from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear, fake_quant_dynamic
+from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear, fake_quant_dynamic
 from dcomp.compress.moments import input_moments
+from dcomp.compress.quantized import Quantized
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, join_parts, part_slices, parts_of
-from dcomp.compress.transforms import LEAST_GAIN, Reader, choose_smoothing, low_rank_branch, rotate_weight
+from dcomp.compress.transforms import (
+    LEAST_GAIN,
+    Reader,
+    carried_weight,
+    choose_smoothing,
+    low_rank_branch,
+    principal_directions,
+    rotate_weight,
+)
 from dcomp.kernels import qparams
 from dcomp.kernels.packing import PackedWeight
 
@@ -180,17 +189,27 @@ class _Part:
             read = stored.float() if sigma is None else stored.float() * sigma
             weight = weight - (up.float() @ read.flatten(1)).view_as(weight)
             low_rank = (stored, up)
-        weight = self._rotated(weight)
-        inputs = self._transformed(self.x, smooth_inv)
+        inputs, floats = self._channels_last(self.x.float()), None
+        inputs = inputs if smooth_inv is None else inputs * smooth_inv
+        if scheme.directions:
+            directions = principal_directions(inputs, scheme.directions)
+            inputs, _ = qparams.take_out(inputs, directions)
+            codes, scales, weight = carried_weight(weight, directions)
+            floats = (directions, codes, scales)
+        weight, inputs = self._rotated(weight), self._channels_first(self._rotated(inputs))
         packed = self._search(weight) if scheme.rounding == "nearest" else self._rounded(weight, inputs)
         static = scheme.input_granularity == "tensor"
         scale, zero = _static_range(inputs, scheme, row_bins, bins) if static else (None, None)
         kind = QuantConv2d if isinstance(self.layer, nn.Conv2d) else QuantLinear
-        return kind.from_float(self.layer, packed, scheme, scale, zero, smooth_inv=smooth_inv, low_rank=low_rank)
+        return kind.from_float(
+            self.layer, packed, scheme, scale, zero, smooth_inv=smooth_inv, directions=floats, low_rank=low_rank
+        )
 
     def _rounded(self, weight: Tensor, inputs: Tensor) -> PackedWeight:
         """Quantize a weight by what it makes of the layer's inputs, both transformed."""
-        read = self._fake_dynamic(inputs) if self.scheme.input_bits == 4 else inputs
+        read = inputs
+        if self.scheme.input_bits == 4:
+            read = self._channels_first(fake_quant_dynamic(self._channels_last(inputs), self.scheme))
         return round_gptq(weight, self._search(weight), input_moments(self.layer, read))
 
     def reader(self, rotate: bool) -> Reader:
@@ -209,35 +228,30 @@ class _Part:
         """Quantize and dequantize a weight, in its own coordinates; a rotation is its own inverse."""
         return self._rotated(self._search(self._rotated(weight)).dequantize())
 
-    def _rotated(self, weight: Tensor) -> Tensor:
-        return rotate_weight(weight, self._block(weight)) if self.scheme.rotate else weight
+    def _rotated(self, values: Tensor) -> Tensor:
+        """Rotate a weight, or inputs with their channels last."""
+        return qparams.hadamard(values, qparams.rotation_block(values.shape[-1])) if self.scheme.rotate else values
 
     def _input_quantized(self, x: Tensor) -> Tensor:
         """Quantize and dequantize inputs, in their own coordinates."""
-        values = self._transformed(x, None)
+        rest, kept = self._channels_last(x.float()), None
+        if self.scheme.directions:
+            directions = principal_directions(rest, self.scheme.directions)
+            rest, along = qparams.take_out(rest, directions)
+            kept = along @ directions.float()
+        values = self._rotated(rest)
         if self.scheme.input_granularity == "tensor":  # the range of all rows together stands for a static one
-            return self._transformed(qparams.fake_quant_sample(values[None])[0], None)
-        return self._transformed(self._fake_dynamic(values), None)
+            values = qparams.fake_quant_sample(values[None])[0]
+        else:
+            values = fake_quant_dynamic(values, self.scheme)
+        values = self._rotated(values)
+        return self._channels_first(values if kept is None else values + kept)
 
-    def _fake_dynamic(self, x: Tensor) -> Tensor:
-        """Quantize and dequantize transformed inputs with the ranges of the moment."""
-        conv = isinstance(self.layer, nn.Conv2d)
-        last = fake_quant_dynamic(x.movedim(1, -1) if conv else x, self.scheme)
-        return last.movedim(-1, 1) if conv else last
+    def _channels_last(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1) if isinstance(self.layer, nn.Conv2d) else x
 
-    def _transformed(self, x: Tensor, smooth_inv: Tensor | None) -> Tensor:
-        """Smooth and rotate inputs along their channels."""
-        if smooth_inv is None and not self.scheme.rotate:
-            return x.float()
-        conv = isinstance(self.layer, nn.Conv2d)
-        last = x.float().movedim(1, -1) if conv else x.float()
-        last = last if smooth_inv is None else last * smooth_inv
-        last = qparams.hadamard(last, self._block(last)) if self.scheme.rotate else last
-        return last.movedim(-1, 1) if conv else last
-
-    @staticmethod
-    def _block(values: Tensor) -> int:
-        return qparams.rotation_block(values.shape[-1])
+    def _channels_first(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, 1) if isinstance(self.layer, nn.Conv2d) else x
 
 
 def _static_range(x: Tensor, scheme: QScheme, row_bins: Tensor | None, bins: int) -> tuple[Tensor, Tensor]:
@@ -271,5 +285,6 @@ def transformed_weight(weight: Tensor, layer: Quantized) -> list[Tensor]:
         if part.lr_down is not None and part.lr_up is not None:
             own = own - (part.lr_up.float() @ part.lr_down.float().flatten(1)).view_as(own)
         own = own if part.smooth_inv is None else own / part.smooth_inv
+        own = own if part.directions is None else carried_weight(own, part.directions)[2]
         found.append(rotate_weight(own, qparams.rotation_block(own.shape[-1])) if layer.scheme.rotate else own)
     return found

@@ -10,6 +10,7 @@ from dcomp import UsageError
 
 GROUP_SIZE = 64  # of weights
 INPUT_GROUP = 32
+DIRECTIONS = 8  # of inputs, with 4 bits
 MAX_BOUNDARIES = 63  # a checkpoint's word is not taken for more; layers that read a concatenation of 64 are not known
 
 RangeName = Literal["mse", "minmax"]
@@ -48,6 +49,8 @@ class QScheme:
         folded: its inputs or outputs have other units than in the float model, because factors of inputs are part of
             what makes them; no matter for execution, but an adapter for the float model does not fit.
         corrected: the output has a scale and a bias of its own in each step bin.
+        directions: of the input of each part, which are taken out before it is rounded and multiplied in float; 0 for
+            none.
 
     Raises:
         SchemeError: there is no layer with such a combination.
@@ -67,6 +70,7 @@ class QScheme:
     rounding: Rounding = "nearest"
     folded: bool = False
     corrected: bool = False
+    directions: int = 0
 
     def __post_init__(self) -> None:
         granularities = _GRANULARITIES.get(self.input_bits, (None,)) if type(self.input_bits) is int else (None,)
@@ -86,6 +90,7 @@ class QScheme:
                 ("folded is true or false", type(self.folded) is bool),
                 ("corrected is true or false", type(self.corrected) is bool),
                 ("rank is a whole number, 0 for none", type(self.rank) is int and self.rank >= 0),
+                ("directions is a whole number, 0 for none", type(self.directions) is int and self.directions >= 0),
                 ("weight_range is mse or minmax", self.weight_range in ("mse", "minmax")),
                 ("input_range is mse or minmax", self.input_range in ("mse", "minmax")),
                 ("rounding is nearest, gptq or adaround", self.rounding in ("nearest", "gptq", "adaround")),
@@ -109,6 +114,7 @@ class QScheme:
             (self.boundaries, f", split at {', '.join(map(str, self.boundaries))}"),
             (self.smooth, ", smoothed"),
             (self.rotate, ", rotated"),
+            (self.directions, f", {self.directions} directions in float"),
             (self.rank, f", with a branch of rank {self.rank}"),
             (self.corrected, ", corrected at each step"),
         )

@@ -16,16 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from dcomp.compress.layers import (
-    Execution,
-    QuantConv2d,
-    Quantized,
-    QuantLayer,
-    QuantLinear,
-    WeightForm,
-    take_conv_geometry,
-    take_linear_geometry,
-)
+from dcomp.compress.geometry import take_conv_geometry, take_linear_geometry
+from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
+from dcomp.compress.quantized import Execution, Quantized, WeightForm
 from dcomp.compress.scheme import QScheme, SchemeError
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import open_tensors, read_description, write_tree_file
 from dcomp.compress.held_out import hold_out
-from dcomp.compress.layers import Quantized
 from dcomp.compress.loader import attach_clock
 from dcomp.compress.objective import Objective
 from dcomp.compress.quantize import in_chunks
+from dcomp.compress.quantized import Quantized
 from dcomp.compress.split import parts_of, quantized_layers
 
 PRIOR_ROWS = 4.0  # the weight of what is assumed before a bin's own rows are seen, in rows

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from dcomp import DcompError
 from dcomp.calibrate.clock import StepClock
-from dcomp.compress.layers import WeightForm
 from dcomp.compress.manifest import CheckpointError
+from dcomp.compress.quantized import WeightForm
 
 MAX_ROWS = 10_000
 MAX_LAYERS = 100_000

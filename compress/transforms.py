@@ -1,7 +1,8 @@
-"""Exact changes of a layer's coordinates that make it easier to quantize: smoothing, rotation, a low-rank branch.
+"""Exact changes of a layer's coordinates that make it easier to quantize.
 
 Each keeps the float function. Smoothing: `y = (x / sigma) (sigma W)`. Rotation: `y = (x H) (W H)^T` with H orthonormal
-and symmetric. Branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What
+and symmetric. Directions: `y = (x - x D^T D) W^T + (x D^T) P^T`, the part of the input along D in float. Low-rank
+branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What
 is applied to inputs while running is the business of the layers; what
 makes the inputs, that of `folding.py`; nothing here keeps anything.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dcomp.compress.moments import spread_rows
 from dcomp.kernels import qparams, reference
 
 Quantizer = Callable[[Tensor], Tensor]
@@ -26,6 +28,7 @@ FACTOR_LIMIT = 256.0  # a factor lies between 1 / limit and limit
 
 LEAST_GAIN = 0.01  # of the squared error: less is not worth a product for each input
 _SMALL = 256  # rows or columns up to which a whole singular value decomposition is cheap
+_ROWS = 4096  # of inputs, or 8 for each channel if that is more, by which directions are found
 
 
 def smoothing_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -116,6 +119,42 @@ def rotate_weight(weight: Tensor, block: int) -> Tensor:
     return qparams.hadamard(weight, block)
 
 
+def principal_directions(x: Tensor, count: int) -> Tensor:
+    """Return the directions that hold most of the energy of inputs `[..., I]`: orthonormal rows, fp16 `[count, I]`.
+
+    The mean of the inputs is part of what they hold. Without it and its like, what is left to round is small: a
+    quantizer's error is a part of the values that it sees. Directions beyond those that the inputs have are zeros.
+
+    Source:
+        Ours; it does to inputs what the low-rank branch of SVDQuant does to weights.
+    """
+    rows = x.detach().float().reshape(-1, x.shape[-1])
+    rows = rows[spread_rows(len(rows), max(_ROWS, 8 * rows.shape[1])).to(x.device)]  # enough to tell them apart
+    largest = rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    _, _, v = _decomposed(rows / largest, count)
+    return functional.pad(v[:, :count].t(), (0, 0, 0, count - min(count, v.shape[1]))).half()
+
+
+def carried_weight(weight: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide a weight between the directions of its input and the rest.
+
+    With D as it is stored, not quite orthonormal, `P = W D^T (2 - D D^T)` and `W - W D^T D` give the function of W.
+
+    Args:
+        weight: float `[O, *taps, I]`.
+        directions: D, fp16 `[d, I]`.
+
+    Returns:
+        P as int8 codes `[O, *taps, d]` and a scale for each direction, fp32 `[d]`; and what is left of the weight for
+        the rest of the input, fp32.
+    """
+    d = directions.float()
+    along = weight @ d.t()
+    p = along @ (2 * torch.eye(len(d), device=d.device) - d @ d.t())
+    codes, scale = qparams.quantize_token(p.flatten(0, -2).t())
+    return codes.t().reshape(p.shape).contiguous(), scale, weight - along @ d
+
+
 def low_rank_branch(
     weight: Tensor, rank: int, quantize: Quantizer, iterations: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,14 +203,19 @@ def _factors(rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Both carry the square roots of the singular values, so that neither leaves the range of fp16.
     """
-    if min(rows.shape) > max(_SMALL, 4 * rank):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(rows, q=rank + 16, niter=4)
-    else:
-        u, s, vh = torch.linalg.svd(rows, full_matrices=False)
-        v = vh.t()
+    u, s, v = _decomposed(rows, rank)
     root = s[:rank].sqrt()
     missing = rank - len(root)
     up, down = u[:, :rank] * root, (v[:, :rank] * root).t()
     return functional.pad(down, (0, 0, 0, missing)).half(), functional.pad(up, (0, missing)).half()
+
+
+def _decomposed(rows: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the singular value decomposition `u, s, v` of a matrix, of a large one little more than its first part."""
+    if min(rows.shape) > max(_SMALL, 4 * rank):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(rows, q=rank + 16, niter=4)
+            return u, s, v
+    u, s, vh = torch.linalg.svd(rows, full_matrices=False)
+    return u, s, vh.t()

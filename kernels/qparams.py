@@ -1,4 +1,4 @@
-"""Affine arithmetic between floats and integer codes: quantize, dequantize, fake-quantize, rotate, rescale.
+"""Affine arithmetic between floats and integer codes: quantize, dequantize, rescale; inputs turned and taken apart.
 
 One rule for all backends: `q = clamp(rint(x * (1 / scale)) + zero)` in float32, ties to even, where `1 / scale` is
 rounded before it is used. Weights are `codes * scale`. Finding a scale for a layer is not done here; only scales that
@@ -261,6 +261,13 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     kept = type(blocks) is Tensor and not torch.compiler.is_compiling()
     matrix = _kept_sylvester(block, x.device) if kept else _sylvester(block, x.device)
     return (blocks @ matrix).flatten(-2)
+
+
+def take_out(x: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what directions `[d, I]` leave of inputs `[..., I]`, and how far these reach along them, `[..., d]`."""
+    values, directions = x.float(), directions.float()
+    along = functional.linear(values, directions)
+    return values - along @ directions, along
 
 
 def _sylvester(block: int, device: torch.device) -> Tensor:

@@ -160,6 +160,7 @@ def _of_scheme(scheme: QScheme | None) -> dict[str, Any]:
         (scheme.boundaries, f"split at {', '.join(map(str, scheme.boundaries))}"),
         (scheme.smooth, "smoothed"),
         (scheme.rotate, "rotated"),
+        (scheme.directions, f"{scheme.directions} directions in float"),
         (scheme.rank, f"branch of rank {scheme.rank}"),
     )
     return {"rounding": scheme.rounding, "transforms": [text for there, text in words if there]}

@@ -21,6 +21,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "split": "none",
         "smooth": False,
         "rotate": False,
+        "directions": 0,
         "input_group": 0,
         "tune": 0,
     },

@@ -151,7 +151,8 @@ def weight_bits(stage: QuantizeStage) -> int:
 
 def treatment_of(stage: QuantizeStage) -> Treatment:
     """Return how a stage quantizes layers, whatever their precision."""
-    names = ("input_group", "weight_range", "input_range", "rounding", "inputs", "split", "smooth", "rotate", "rank")
+    ranges = ("input_group", "weight_range", "input_range", "inputs")
+    names = (*ranges, "rounding", "split", "smooth", "rotate", "directions", "rank")
     return Treatment(**{name: getattr(stage, name) for name in names})
 
 

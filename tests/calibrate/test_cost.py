@@ -64,10 +64,11 @@ def test_bytes_are_those_of_the_buffers_of_every_scheme(data: st.DataObject, kin
 
 def test_bytes_of_a_split_layer_by_hand() -> None:
     layer = nn.Conv2d(96, 10, 3)
-    scheme = QScheme(4, 64, boundaries=(40,), smooth=True, rank=4, rotate=True)
+    scheme = QScheme(4, 64, boundaries=(40,), smooth=True, rank=4, rotate=True, directions=3)
     codes, multipliers = 10 * 9 * (64 + 64) // 2, 10 * 9 * 2
     branch = 2 * (4 * 9 * 96 + 2 * 10 * 4)
-    assert layer_bytes(layer, scheme) == codes + multipliers + 2 * 4 * 10 + 4 * 10 + 4 * 96 + branch
+    directions = 2 * 3 * 96 + 2 * (9 * 10 * 3 + 4 * 3)
+    assert layer_bytes(layer, scheme) == codes + multipliers + 2 * 4 * 10 + 4 * 10 + 4 * 96 + branch + directions
 
 
 def test_bytes_need_no_weights() -> None:

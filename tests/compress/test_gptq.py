@@ -98,6 +98,40 @@ def test_no_channel_is_worse_than_at_the_start(
     assert rounded.multiplier is start.multiplier or torch.equal(rounded.multiplier, start.multiplier)
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 6), st.sampled_from([3, 40, 128, 150, 300]), st.booleans(), st.integers(0, 99))
+def test_descent_ends_lower_and_no_code_alone_can_gain_where_it_ends(
+    channels: int, columns: int, dead: bool, seed: int
+) -> None:
+    weight, steps = gaussian(columns, channels, seed=seed), gaussian(columns, channels, seed=seed + 1).abs() + 0.2
+    x = gaussian(2 * columns, columns, seed=seed) @ gaussian(columns, columns, seed=seed + 2)
+    x[:, 1::3] *= not dead
+    h = x.t() @ x / len(x)
+
+    def error(codes: Tensor) -> Tensor:
+        d = (codes * steps - weight).double()
+        return (d * (h.double() @ d)).sum(0)
+
+    codes = (weight / steps).round().clamp(-8, 7)
+    start = codes.clone()
+    errors = [error(codes)]
+    for _ in range(60):
+        before = codes.clone()
+        gptq._descend(codes, weight, steps, -8, 7, h)
+        errors.append(error(codes))
+        if torch.equal(codes, before):
+            break
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in itertools.pairwise(errors))
+    assert ((codes >= -8) & (codes <= 7) & (codes == codes.round())).all()
+    if dead:
+        assert torch.equal(codes[1::3], start[1::3])
+    for row in range(0, columns, max(1, columns // 20)):  # by hand: one code up or down
+        for step in (-1, 1):
+            moved = codes.clone()
+            moved[row] = (moved[row] + step).clamp(-8, 7)
+            assert (error(moved) >= errors[-1] * (1 - 1e-4)).all()
+
+
 def test_dead_columns_are_rounded_to_nearest() -> None:
     weight, x = gaussian(8, 64), low_rank_inputs(500)
     dead = torch.arange(0, 64, 3)

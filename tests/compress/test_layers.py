@@ -494,10 +494,11 @@ def test_convolutions_of_every_scheme_run_the_same_in_integers_as_fake(data, con
 torch.manual_seed(0)
 LINEAR, CONV = nn.Linear(24, 10), nn.Conv2d(24, 10, 3, stride=2, padding=1)
 TRANSFORMS = [
-    {"smooth": smooth, "rotate": rotate, "rank": rank}
+    {"smooth": smooth, "rotate": rotate, "rank": rank, "directions": directions}
     for smooth in (False, True)
     for rotate in (False, True)
     for rank in (0, 3)
+    for directions in (0, 2)
 ]
 
 
@@ -529,15 +530,18 @@ def test_dynamic_inputs_lose_little_and_four_bits_lose_more(transform, input_bit
 
 
 def test_every_stage_of_a_layer_is_the_formula():
-    scheme = QScheme(8, input_bits=8, input_granularity="token", smooth=True, rotate=True, rank=2)
+    scheme = QScheme(8, input_bits=8, input_granularity="token", smooth=True, rotate=True, rank=2, directions=3)
     layer, x = quantized_form(nn.Linear(12, 5), scheme), torch.randn(3, 12)
     hadamard = functional.pad(torch.ones(1, 1), (0, 0))
     for _ in range(2):
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5, hadamard)
-    transformed = (x * layer.smooth_inv).view(3, 3, 4) @ hadamard
+    smoothed, directions = x * layer.smooth_inv, layer.directions.float()
+    along = smoothed @ directions.t()
+    transformed = (smoothed - along @ directions).view(3, 3, 4) @ hadamard
     step = transformed.flatten(1).abs().amax(1, keepdim=True) / 127
     values = torch.round(transformed.flatten(1) / step) * step
     expected = values @ (layer.qweight * layer.scale[:, None]).t() + layer.bias
+    expected = expected + along @ (layer.direction_weight * layer.direction_scale).t()
     expected = expected + x @ layer.lr_down.float().t() @ layer.lr_up.float().t()
     assert (layer(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -555,7 +559,7 @@ def test_factors_of_one_change_no_bit(bits):
 def test_a_convolution_over_pixels_is_a_linear_layer(weight_bits, bits):
     scheme = QScheme(
         weight_bits, 8 if weight_bits == 4 else None, input_bits=bits, input_granularity="token",
-        input_group=8 if bits == 4 else None, smooth=True, rotate=True, rank=2,
+        input_group=8 if bits == 4 else None, smooth=True, rotate=True, rank=2, directions=2,
     )  # fmt: skip
     conv = quantized_form(nn.Conv2d(20, 6, 1), scheme)
     linear = QuantLinear.from_shape(nn.Linear(20, 6), scheme, 1)
@@ -618,7 +622,7 @@ def test_a_group_of_inputs_wider_than_the_layer_is_one_group_and_takes_no_memory
         assert torch.equal(wide(x), huge(x))
 
 
-ALL = {"smooth": True, "rotate": True, "rank": 2}
+ALL = {"smooth": True, "rotate": True, "rank": 2, "directions": 2}
 FULL = [
     (LINEAR, QScheme(4, 8, input_bits=4, input_granularity="token", input_group=8, **ALL)),
     (CONV, QScheme(4, 8, input_bits=4, input_granularity="sample", input_group=8, **ALL)),
@@ -694,6 +698,8 @@ def _refused_schemes():
         "rotated groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, rotate=True), "in groups"),
         "branch of groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, rank=1), "in groups"),
         "rank above outputs": (linear, QScheme(8, rank=5), "more than 4 channels"),
+        "directions above inputs": (pixels, QScheme(8, directions=9), "more than 8 channels"),
+        "directions of groups": (nn.Conv2d(8, 8, 1, groups=2), QScheme(8, directions=1), "in groups"),
         "rank above inputs": (pixels, QScheme(8, rank=9), "more than 8 channels"),
         "boundaries of one part": (linear, QScheme(8, boundaries=(4,)), "no boundaries"),
     }  # fmt: skip

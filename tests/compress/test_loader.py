@@ -271,7 +271,7 @@ def test_load_is_what_the_package_offers() -> None:
     assert dcomp.load is load
 
 
-LEVELS = {"smooth": True, "rotate": True, "rank": 2}
+LEVELS = {"smooth": True, "rotate": True, "rank": 2, "directions": 3}
 FOUR = {"input_bits": 4, "input_group": 16}
 SPLIT, SHORTCUT = "up_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut"
 MIXED = {
@@ -310,7 +310,10 @@ def test_layers_of_every_scheme_come_back(mixed: tuple[Path, Tensor], tmp_path: 
     assert own == {f"{SPLIT}.parts.0.bias"} | {
         f"{SPLIT}.parts.{part}.{leaf}"
         for part in (0, 1)
-        for leaf in ("qweight", "scale", "input_scale", "input_zero", "smooth_inv", "lr_down", "lr_up")
+        for leaf in (
+            *("qweight", "scale", "input_scale", "input_zero", "smooth_inv"),
+            *("directions", "direction_weight", "direction_scale", "lr_down", "lr_up"),
+        )
     }
     unet = load(folder, check="full").unet
     layers = split.quantized_layers(unet)
@@ -335,6 +338,7 @@ def test_tensors_of_every_scheme_keep_their_dtype(mixed: tuple[Path, Tensor]) ->
     assert dtypes == {
         "multiplier": torch.int8, "scale": torch.float32, "bias": torch.bfloat16, "input_scale": torch.float32,
         "input_zero": torch.uint8, "smooth_inv": torch.float32, "lr_down": torch.float16, "lr_up": torch.float16,
+        "directions": torch.float16, "direction_weight": torch.int8, "direction_scale": torch.float32,
     }  # fmt: skip
     for name, tensor in found.items():
         if not name.endswith("bias"):
@@ -358,6 +362,11 @@ HOSTILE_MIXED: dict[str, tuple[Callable[[Path], None], str]] = {
     "rank too large": (mixed_scheme(LINEAR, rank=2**70), "cannot have"),
     "rank too large for a part": (mixed_scheme("up_blocks.0.resnets.1.conv_shortcut", rank=17), "cannot have"),
     "other rank": (mixed_scheme(LINEAR, rank=3), "instead of"),
+    "directions too many": (mixed_scheme(LINEAR, directions=2**70), "cannot have"),
+    "other directions": (mixed_scheme(LINEAR, directions=2), "instead of"),
+    "directions forgotten": (mixed_scheme(LINEAR, directions=0), "not part"),
+    "directions invented": (mixed_scheme("conv_out", directions=1), "missing"),
+    "directions are text": (mixed_scheme(LINEAR, directions="3"), "impossible"),
     "rank is text": (mixed_scheme(LINEAR, rank="2"), "impossible"),
     "branch forgotten": (mixed_scheme(LINEAR, rank=0), "not part"),
     "branch invented": (mixed_scheme("conv_out", rank=1), "missing"),

@@ -68,7 +68,7 @@ def test_moments_are_exactly_symmetric_and_repeat_bit_for_bit() -> None:
 
 @pytest.mark.parametrize(("total", "count"), [(10, 10), (9, 30), (10, 7), (100_000, 999), (4096, 4095)])
 def test_rows_are_one_of_each_equal_part(total: int, count: int) -> None:
-    chosen = moments._spread(total, count)
+    chosen = moments.spread_rows(total, count)
     assert len(chosen) == min(total, count)
     assert (chosen.diff() > 0).all()
     if count < total:

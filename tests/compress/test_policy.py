@@ -1,10 +1,11 @@
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from dcomp.calibrate.structure import Role
-from dcomp.compress.layers import is_pointwise
+from dcomp.compress.geometry import is_pointwise
 from dcomp.compress.policy import PRESETS, Decision, Treatment, choose_schemes
 from dcomp.compress.scheme import QScheme, SchemeError
 from tests.support.parts import PARTS, STRUCTURE
@@ -168,11 +169,22 @@ def test_rotation_and_branches_are_for_inputs_of_four_bits(preset: str) -> None:
     assert any(scheme.rank for scheme in schemes.values()) == (preset == "w4a4")
 
 
+@pytest.mark.parametrize("preset", INTEGERS)
+def test_directions_are_for_four_bits_unless_they_are_asked_for(preset: str) -> None:
+    for name, scheme in treated(preset).items():
+        edges = (0, *scheme.boundaries, PARTS.get_submodule(name).weight.shape[1])
+        smallest = min(b - a for a, b in pairwise(edges))
+        assert scheme.directions == (min(8, smallest // 8) if 4 in (scheme.weight_bits, scheme.input_bits) else 0)
+        assert treated(preset, directions=70)[name].directions == min(70, smallest)
+        assert treated(preset, directions=0)[name].directions == 0
+    assert any(scheme.directions for scheme in treated(preset).values()) == preset.startswith("w4")
+
+
 def test_parts_narrower_than_a_group_get_eight_bits() -> None:
     overrides = {"joined": "W4A8", "behind*": "W4A4"}
     whole = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="none"))
     parts = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="all"))
-    assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token")
+    assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token", directions=8)
     assert parts["joined.minor"] == Decision(
         QScheme(8, input_bits=8, input_granularity="token", boundaries=(32,)),
         "set by 'joined' with 32 input channels, less than a group of 64",
@@ -218,14 +230,16 @@ def test_last_override_counts_and_keep_is_stronger() -> None:
         keep=["joined.minor"],
         overrides={"joined": "w4a16", "joined.astray": scheme, "linear": "float", "conv": "W4A8", "idle": "W8A8"},
     )
-    assert decisions["joined.aligned"] == Decision(QScheme(4, 64, boundaries=(64, 128)), "set by 'joined'")
+    assert decisions["joined.aligned"] == Decision(
+        QScheme(4, 64, boundaries=(64, 128), directions=8), "set by 'joined'"
+    )
     assert decisions["joined.aligned"].reason == (
         "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128"
     )
     assert decisions["joined.astray"].scheme == scheme
     assert decisions["joined.minor"].scheme is None
     assert decisions["linear"] == Decision(None, "set by 'linear'")
-    assert decisions["conv"].scheme == QScheme(4, 64, input_bits=8, input_granularity="sample")
+    assert decisions["conv"].scheme == QScheme(4, 64, input_bits=8, input_granularity="sample", directions=8)
     assert decisions["idle"].scheme == QScheme(8, input_bits=8, input_granularity="token")
 
 
@@ -237,7 +251,7 @@ def test_overrides_reach_four_bits_and_a_scheme_is_taken_as_it_is() -> None:
         "w8a8",
         overrides={"*": "W4A4", "shortcut": sample},
         treatment=Treatment(
-            inputs="static", weight_range="minmax", rounding="gptq", rank=2, smooth=False, rotate=False
+            inputs="static", weight_range="minmax", rounding="gptq", rank=2, smooth=False, rotate=False, directions=0
         ),
     )
     four = QScheme(

@@ -23,7 +23,7 @@ def test_schemes_survive_json(scheme: QScheme) -> None:
 OLD_KEYS = ("weight_bits", "group_size", "weight_range", "input_bits", "input_granularity", "input_range")
 DEFAULTS = {
     "input_group": None, "boundaries": [], "smooth": False, "rotate": False, "rank": 0, "rounding": "nearest",
-    "folded": False, "corrected": False,
+    "folded": False, "corrected": False, "directions": 0,
 }  # fmt: skip
 
 
@@ -43,11 +43,11 @@ def test_people_read_what_is_special() -> None:
     )
     full = QScheme(
         4, 64, input_bits=4, input_granularity="token", input_group=32, boundaries=(128, 192), smooth=True, rotate=True,
-        rank=16,
+        rank=16, directions=4,
     )  # fmt: skip
     assert str(full) == (
         "4-bit weights in groups of 64, 4-bit input per token in groups of 32, split at 128, 192, smoothed, rotated, "
-        "with a branch of rank 16"
+        "4 directions in float, with a branch of rank 16"
     )
 
 

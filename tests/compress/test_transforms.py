@@ -13,8 +13,10 @@ from dcomp.compress import transforms
 from dcomp.compress.transforms import (
     FACTOR_LIMIT,
     Reader,
+    carried_weight,
     choose_smoothing,
     low_rank_branch,
+    principal_directions,
     rotate_weight,
     smoothing_factors,
 )
@@ -166,6 +168,38 @@ def test_rotation_spreads_a_planted_outlier() -> None:
     weight[:, 7] *= 60
     rotated = rotate_weight(weight, 64)
     assert (rotated.abs().amax() / rotated.abs().mean()) < 0.2 * (weight.abs().amax() / weight.abs().mean())
+
+
+@pytest.mark.parametrize("shape", [(6, 32), (4, 3, 3, 32)])
+@pytest.mark.parametrize("count", [1, 5, 32, 40])
+def test_directions_hold_the_most_energy_and_keep_the_function(shape: tuple[int, ...], count: int) -> None:
+    weight, x = gaussian(*shape), gaussian(500, 32, seed=1) @ gaussian(32, 32, seed=2) + 2 * gaussian(32, seed=3)
+    directions = principal_directions(x, count)
+    assert (directions.shape, directions.dtype) == ((count, 32), torch.float16)
+    rest, along = qparams.take_out(x, directions)
+    tail = torch.linalg.svdvals(x.double())[count:].square().sum().sqrt()  # Eckart and Young
+    assert rest.norm() <= tail * 1.001 + 2e-3 * x.norm()
+    codes, scale, left = carried_weight(weight, directions)
+    carried = codes * scale
+    assert (codes.dtype, codes.shape, scale.shape, left.shape) == (torch.int8, (*shape[:-1], count), (count,), shape)
+    y = x @ weight.movedim(-1, 0).flatten(1)
+    found = rest @ left.movedim(-1, 0).flatten(1) + along @ carried.movedim(-1, 0).flatten(1)
+    assert relative(found - y, y) < 0.01  # of 8-bit codes
+    exact = (weight @ directions.float().t()).movedim(-1, 0).flatten(1)
+    assert ((carried.movedim(-1, 0).flatten(1) - exact).abs() <= 0.51 * scale[:, None] + 2e-3 * exact.abs()).all()
+    # What is left of the weight reads nothing along them.
+    assert (left @ directions.float().t()).norm() < 3e-3 * weight.norm()
+
+
+def test_directions_of_many_inputs_repeat_and_those_of_zeros_are_finite() -> None:
+    x = gaussian(9_000, 20) @ gaussian(20, 300, seed=1) + 0.1 * gaussian(9_000, 300, seed=2)
+    one, two = principal_directions(x, 4), principal_directions(x.view(3, 3_000, 300), 4)
+    assert torch.equal(one, two)
+    kept = x @ one.float().t()
+    most = torch.linalg.svdvals(x)[:4].square().sum()
+    assert kept.square().sum() > 0.97 * most
+    for value in (0.0, 1e-30):
+        assert principal_directions(torch.full((7, 3), value), 2).isfinite().all()
 
 
 @pytest.mark.parametrize(("shape", "rank"), [((24, 40), 5), ((40, 3, 3, 4), 8), ((10, 16), 10)])

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcomp.calibrate.range_search import search_weight
-from dcomp.compress.layers import QuantConv2d, Quantized, QuantLayer, QuantLinear
+from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
+from dcomp.compress.quantized import Quantized
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import float_parts, join_parts
+from dcomp.compress.transforms import carried_weight, principal_directions
 from dcomp.kernels import qparams
 
 RANGES = st.sampled_from(["mse", "minmax"])
@@ -42,6 +44,7 @@ def schemes(draw: st.DrawFn, inputs: int = 64, outputs: int = 64, known: tuple[s
         draw(st.integers(0, min(3, narrowest, outputs))),
         draw(st.sampled_from(["nearest", "gptq", "adaround"])),
         corrected=draw(st.booleans()),
+        directions=draw(st.integers(0, min(3, narrowest))),
     )
 
 
@@ -77,6 +80,10 @@ def _part(layer: Any, scheme: QScheme, bins: int, generator: torch.Generator) ->
     if scheme.smooth:
         given["smooth_inv"] = torch.rand(in_channels, generator=generator) + 0.5
         weight = weight / given["smooth_inv"]
+    if scheme.directions:
+        directions = principal_directions(torch.randn(64, in_channels, generator=generator), scheme.directions)
+        codes, scale, weight = carried_weight(weight, directions)
+        given["directions"] = (directions, codes, scale)
     if scheme.rotate:
         weight = qparams.hadamard(weight, qparams.rotation_block(in_channels))
     if scheme.input_granularity == "tensor":
