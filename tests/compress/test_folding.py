@@ -40,7 +40,9 @@ class Case:
     def schemes(self, **treatment: Any) -> dict[str, QScheme]:
         call = next(self.calibration.calls())
         structure = probe_structure(self.float_denoiser, call.args, call.kwargs)
-        chosen = choose_schemes(self.float_denoiser, structure, "w4a4", treatment=Treatment(**treatment))
+        chosen = choose_schemes(
+            self.float_denoiser, structure, "w4a4", treatment=Treatment(**{"directions": 0, **treatment})
+        )
         return {name: decision.scheme for name, decision in chosen.items() if decision.scheme}
 
     def folds(self, schemes: dict[str, QScheme]) -> tuple[Fold, ...]:
@@ -386,9 +388,11 @@ def test_a_layer_takes_factors_if_it_is_quantized_without_a_branch() -> None:
     assert folds_of(through_the_value) == {("one",)}
     assert folds_of(through_the_value, value=replace(PLAIN, weight_bits=8, group_size=None)) == {("one",)}
     assert folds_of(through_the_value, value=replace(SMOOTH, rank=2)) == set()
+    assert folds_of(through_the_value, value=replace(SMOOTH, directions=2)) == set()
     assert folds_of(through_the_value, value=None) == set()  # type: ignore[arg-type]
     # A branch of the reader is no matter.
     assert folds_of(through_the_value, one=replace(SMOOTH, rank=2)) == {("one",)}
+    assert folds_of(through_the_value, one=replace(SMOOTH, directions=2)) == {("one",)}
 
 
 def mixed(toy: Toy, x: Tensor) -> Tensor:

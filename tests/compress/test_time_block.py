@@ -43,7 +43,7 @@ def make_case(name: str, folder: Path) -> SimpleNamespace:
     call = next(recorded.calls())
     structure = probe_structure(pipeline.denoiser, call.args, call.kwargs)
     names = structure.named(Role.TIME)
-    treatment = Treatment(rounding="adaround", group_size=16)
+    treatment = Treatment(rounding="adaround", group_size=16, directions=0)
     overrides = dict.fromkeys(names, "w4a16")
     decisions = choose_schemes(pipeline.denoiser, structure, "float", overrides=overrides, treatment=treatment)
     schemes = {name: d.scheme for name, d in decisions.items() if d.scheme}

@@ -225,7 +225,7 @@ def test_tuning_goes_on_where_it_stopped_and_is_told_of(whole: RunResult, tiny_m
 
 
 def test_corrections_by_step_are_told_of_and_resumed(tiny_model: Models, tmp_path: Path) -> None:
-    recipe = with_stage(short_recipe(TEXT, samples=6), correct=True, rounding="nearest")
+    recipe = with_stage(short_recipe(TEXT, samples=6), correct=True, rounding="nearest", directions=0)
     corrected = run_recipe(tiny_model(TEXT), recipe, tmp_path / "corrected")
     for text, done in (("corrections", 0), ("corrections", 9), ("integers against floats", 0)):
         with pytest.raises(KeyboardInterrupt):
