@@ -76,7 +76,8 @@ def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     """Run one call and count; also works on meta tensors, where nothing is computed.
 
     Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original; the parts
-    of a split layer do not count beside it, and neither does what is multiplied in float.
+    of a split layer do not count beside it, and neither does what is multiplied in float beside its weight, the product
+    that takes directions out of an input excepted.
     """
     layers: dict[str, int] = {}
 

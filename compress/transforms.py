@@ -2,9 +2,9 @@
 
 Each keeps the float function. Smoothing: `y = (x / sigma) (sigma W)`. Rotation: `y = (x H) (W H)^T` with H orthonormal
 and symmetric. Directions: `y = (x - x D^T D) W^T + (x D^T) P^T`, the part of the input along D in float. Low-rank
-branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What
-is applied to inputs while running is the business of the layers; what
-makes the inputs, that of `folding.py`; nothing here keeps anything.
+branch: `W = up down + residual`. Weights are canonical, `[O, *taps, I]` with input channels last. What is applied to
+inputs while running is the business of the layers; what makes the inputs, that of `folding.py`; nothing here keeps
+anything.
 """
 
 import math
