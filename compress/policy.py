@@ -100,7 +100,8 @@ class Treatment:
             activation between, all, or none.
         smooth: whether smoothing factors are looked for; None: for layers with 4-bit inputs.
         rotate: likewise whether a rotation is tried; None: for layers with 4-bit inputs.
-        directions: of inputs that are taken out before rounding; None: some for layers with 4-bit weights or inputs.
+        directions: of inputs that are taken out before rounding, for layers with 4-bit weights or inputs; None: some
+            for layers with 4-bit inputs.
         rank: for layers with 4-bit inputs.
     """
 
@@ -248,8 +249,8 @@ def _decide(layer: nn.Module, facts: LayerFacts, scheme: QScheme | None, words: 
 def _directions(scheme: QScheme, channels: int, treatment: Treatment) -> int:
     if treatment.directions is None:
         # What they cost grows as channels get fewer.
-        return min(DIRECTIONS, channels // 8) if 4 in (scheme.weight_bits, scheme.input_bits) else 0
-    return min(treatment.directions, channels)
+        return min(DIRECTIONS, channels // 8) if scheme.input_bits == 4 else 0
+    return min(treatment.directions, channels) if 4 in (scheme.weight_bits, scheme.input_bits) else 0
 
 
 def _granularity(layer: nn.Module, scheme: QScheme, treatment: Treatment) -> Granularity:

@@ -10,7 +10,7 @@ from dcomp import UsageError
 
 GROUP_SIZE = 64  # of weights
 INPUT_GROUP = 32
-DIRECTIONS = 8  # of inputs, with 4 bits
+DIRECTIONS = 8  # of a 4-bit input
 MAX_BOUNDARIES = 63  # a checkpoint's word is not taken for more; layers that read a concatenation of 64 are not known
 
 RangeName = Literal["mse", "minmax"]

@@ -72,8 +72,8 @@ class QuantizeStage(_Frozen):
         input_group: channels of a 4-bit input that share a multiplier; 0: all channels of a row or pixel.
         rotate: rotate inputs and weights of layers with 4-bit inputs by a Hadamard matrix, where that lowers the error;
             none: yes.
-        directions: of each input, those with most of its energy, that are taken out before rounding and multiplied in
-            float; none: 8 for layers with 4-bit weights or inputs, fewer below 64 channels.
+        directions: of the input of layers with 4-bit weights or inputs, those with most of its energy, that are taken
+            out before rounding and multiplied in float; none: 8 with 4-bit inputs, fewer below 64 channels.
         rank: of a float branch beside the weight of layers with 4-bit inputs; 0 for no branch.
         temporal: layers that depend on the timestep alone: stay `layers`, become tables of their outputs at the
             deployed timesteps (`cache`), or tables where that is closer to float (`choose`).

@@ -38,30 +38,29 @@ def chosen(preset: str, **options: Any) -> dict[str, tuple[str | None, str]]:
 
 def test_every_decision_comes_with_its_reason() -> None:
     four, eight = "4-bit weights in groups of 64, 8-bit input per", "8-bit weights, 8-bit input per"
-    floats = "8 directions in float"
     narrow = "input channels, less than a group of 64"
     assert chosen("w4a8") == {
-        "conv": ("W4A8", f"convolution: {four} sample, {floats}"),
-        "linear": ("W4A8", f"linear layer: {four} token, {floats}"),
+        "conv": ("W4A8", f"convolution: {four} sample"),
+        "linear": ("W4A8", f"linear layer: {four} token"),
         "narrow": ("W8A8", f"linear layer with 48 {narrow}: {eight} token"),
         "narrow_conv": ("W8A8", f"convolution with 63 {narrow}: {eight} token"),
-        "wide": ("W4A8", f"linear layer: {four} token, {floats}"),
-        "strided": ("W4A8", f"convolution: {four} sample, {floats}"),
-        "inset": ("W4A8", f"convolution: {four} sample, {floats}"),
-        "pointwise": ("W4A8", f"convolution: {four} token, {floats}"),
+        "wide": ("W4A8", f"linear layer: {four} token"),
+        "strided": ("W4A8", f"convolution: {four} sample"),
+        "inset": ("W4A8", f"convolution: {four} sample"),
+        "pointwise": ("W4A8", f"convolution: {four} token"),
         "grouped": (None, "convolution in 128 groups: no fast integer kernel"),
         "circular": (None, "convolution with padding mode 'circular': integer kernels pad with zeros"),
         "uneven": (None, "convolution that pads one side more than the other: no integer kernel"),
-        "even": ("W4A8", f"convolution: {four} sample, {floats}"),
+        "even": ("W4A8", f"convolution: {four} sample"),
         "fragile.linear": (None, "the model asks to keep it in float32"),
         "joined.aligned": (
             "W4A8",
-            f"reads a concatenation whose parts begin with a group: {four} token, split at 64, 128, {floats}",
+            f"reads a concatenation whose parts begin with a group: {four} token, split at 64, 128",
         ),
         "joined.astray": ("W8A8", f"reads a concatenation: {eight} token, split at 72"),
         "joined.minor": ("W8A8", f"reads a concatenation: {eight} token, split at 32"),
         "shortcut": ("W8A8", f"reads a concatenation: {eight} token, split at 64"),
-        "behind": ("W4A8", f"convolution: {four} sample, {floats}"),
+        "behind": ("W4A8", f"convolution: {four} sample"),
         "idle": (None, "was not executed in the recorded call"),
     }
 
@@ -171,21 +170,22 @@ def test_rotation_and_branches_are_for_inputs_of_four_bits(preset: str) -> None:
 
 
 @pytest.mark.parametrize("preset", INTEGERS)
-def test_directions_are_for_four_bits_unless_they_are_asked_for(preset: str) -> None:
+def test_directions_are_for_four_bits_and_by_default_for_such_inputs(preset: str) -> None:
     for name, scheme in treated(preset).items():
         edges = (0, *scheme.boundaries, PARTS.get_submodule(name).weight.shape[1])
         smallest = min(b - a for a, b in pairwise(edges))
-        assert scheme.directions == (min(8, smallest // 8) if 4 in (scheme.weight_bits, scheme.input_bits) else 0)
-        assert treated(preset, directions=70)[name].directions == min(70, smallest)
+        assert scheme.directions == (min(8, smallest // 8) if scheme.input_bits == 4 else 0)
+        four = 4 in (scheme.weight_bits, scheme.input_bits)
+        assert treated(preset, directions=70)[name].directions == (min(70, smallest) if four else 0)
         assert treated(preset, directions=0)[name].directions == 0
-    assert any(scheme.directions for scheme in treated(preset).values()) == preset.startswith("w4")
+    assert any(scheme.directions for scheme in treated(preset).values()) == (preset == "w4a4")
 
 
 def test_parts_narrower_than_a_group_get_eight_bits() -> None:
     overrides = {"joined": "W4A8", "behind*": "W4A4"}
     whole = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="none"))
     parts = choose_schemes(PARTS, STRUCTURE, "w8a8", overrides=overrides, treatment=Treatment(split="all"))
-    assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token", directions=8)
+    assert whole["joined.minor"].scheme == QScheme(4, 64, input_bits=8, input_granularity="token")
     assert parts["joined.minor"] == Decision(
         QScheme(8, input_bits=8, input_granularity="token", boundaries=(32,)),
         "set by 'joined' with 32 input channels, less than a group of 64",
@@ -231,16 +231,14 @@ def test_last_override_counts_and_keep_is_stronger() -> None:
         keep=["joined.minor"],
         overrides={"joined": "w4a16", "joined.astray": scheme, "linear": "float", "conv": "W4A8", "idle": "W8A8"},
     )
-    assert decisions["joined.aligned"] == Decision(
-        QScheme(4, 64, boundaries=(64, 128), directions=8), "set by 'joined'"
-    )
+    assert decisions["joined.aligned"] == Decision(QScheme(4, 64, boundaries=(64, 128)), "set by 'joined'")
     assert decisions["joined.aligned"].reason == (
-        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128, 8 directions in float"
+        "set by 'joined': 4-bit weights in groups of 64, float input, split at 64, 128"
     )
     assert decisions["joined.astray"].scheme == scheme
     assert decisions["joined.minor"].scheme is None
     assert decisions["linear"] == Decision(None, "set by 'linear'")
-    assert decisions["conv"].scheme == QScheme(4, 64, input_bits=8, input_granularity="sample", directions=8)
+    assert decisions["conv"].scheme == QScheme(4, 64, input_bits=8, input_granularity="sample")
     assert decisions["idle"].scheme == QScheme(8, input_bits=8, input_granularity="token")
 
 
@@ -317,7 +315,7 @@ def test_a_preset_may_be_given_as_a_table() -> None:
     table = dict(PRESETS["w8a16"])
     table[Role.CONV] = QScheme.from_label("W4A16")
     decisions = choose_schemes(PARTS, STRUCTURE, table, treatment=Treatment(group_size=32))
-    assert decisions["conv"].scheme == QScheme(4, 32, directions=8)
+    assert decisions["conv"].scheme == QScheme(4, 32)
     assert decisions["linear"].scheme == QScheme(8)
 
 
