@@ -134,13 +134,26 @@ def _named_settings(method: str | None, quality: str | None) -> dict[str, Any]:
     return {f"stages.0.{key}": value for key, value in settings_of(method, quality).items()}
 
 
-def _megabytes(size: str | None) -> float | None:
-    if size is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", size.strip(), re.IGNORECASE)
-    if not match:
-        raise UsageError(f"{size!r} is no size", where="--budget", remedy="Write for example --budget 12MB.")
-    return float(match[1]) * {"KB": 1e-3, "MB": 1.0, "GB": 1e3}[match[2].upper()]
+_BUDGETS = {
+    "KB": ("max_megabytes", 1e-3),
+    "MB": ("max_megabytes", 1.0),
+    "GB": ("max_megabytes", 1e3),
+    "MS": ("max_milliseconds", 1.0),
+    "X": ("min_speedup", 1.0),
+}
+
+
+def _budgets(texts: list[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB|ms|x)", text.strip(), re.IGNORECASE)
+        key, unit = _BUDGETS[match[2].upper()] if match else ("", 0.0)
+        if not match or f"stages.0.{key}" in found:
+            problem = f"{text!r} is no budget" if not match else f"{text!r} is a second budget of its kind"
+            remedy = "Write for example --budget 12MB, --budget 40ms or --budget 1.5x, each kind once."
+            raise UsageError(problem, where="--budget", remedy=remedy)
+        found[f"stages.0.{key}"] = float(match[1]) * unit
+    return found
 
 
 @app.command()
@@ -176,7 +189,12 @@ def quantize(
         typer.Option(help="Bits a parameter, over all of them: 4 or 8 for each layer.", rich_help_panel="Recipe"),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="The same with a size of the denoiser, as 12MB.", rich_help_panel="Recipe")
+        list[str] | None,
+        typer.Option(
+            help="The same with a size of the denoiser (12MB), or a time of its call (40ms, or 1.5x as fast as float), "
+            "for which layers may stay float. Repeatable.",
+            rich_help_panel="Recipe",
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A built-in recipe or a YAML file.", rich_help_panel="Recipe")
@@ -239,7 +257,7 @@ def quantize(
             **_named_settings(method, quality),
             "lora": lora,
             "stages.0.target_bits": target_bits,
-            "stages.0.max_megabytes": _megabytes(budget),
+            **_budgets(budget or []),
             "stages.0.format": format,
             "stages.0.keep": keep,
             "calibration.prompts": prompts,

@@ -28,14 +28,10 @@ from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.safetensors_file import read_json_object
 from dcomp.calibrate.tree_file import replacing, tensor_sha256
 from dcomp.compress.allocation import Option
+from dcomp.compress.candidates import CHUNK_ROWS, FLOAT, Candidates, quantized_forms
 from dcomp.compress.objective import Objective
-from dcomp.compress.quantize_layer import Layer, quantize_layer
+from dcomp.compress.quantize_layer import Layer
 from dcomp.compress.scheme import QScheme
-
-FLOAT = "float"  # label of a layer that is left as it is
-CHUNK_ROWS = 16  # rows that run at once
-
-Candidates = Mapping[str, Mapping[str, QScheme]]
 
 
 class SensitivityError(DcompError):
@@ -94,8 +90,8 @@ def measure_sensitivity(
         progress: called with a text, the count done and the total.
 
     Raises:
-        SensitivityError: a layer is never called, a prediction is not finite, or the file holds another measurement.
-        QuantizationError: see `quantize_layer`.
+        SensitivityError: a prediction is not finite, or the file holds another measurement.
+        CandidateError, QuantizationError: see `quantized_forms`.
 
     Source:
         Zhao et al. 2024, MixDQ, section 4.2: one layer at a time. The unit of a step is ours.
@@ -111,7 +107,7 @@ def measure_sensitivity(
         progress("sensitivity", done, total)
         if name not in results.by_step:
             found = {}
-            for label, quantized in _forms(denoiser, rows, name, schemes, bins):
+            for label, quantized in quantized_forms(denoiser, rows, name, schemes, bins):
                 with _in_place(denoiser, name, quantized, bins), torch.no_grad():
                     errors = objective.measure(every, silent)
                 if not torch.isfinite(errors).all():
@@ -130,9 +126,7 @@ def options_of(
     candidates: Candidates,
     sensitivity: Sensitivity,
     *,
-    keep_float: Sequence[str] = (),
-    macs: Mapping[str, int] | None = None,
-    prices: Mapping[str, float] | None = None,
+    seconds: Mapping[str, Mapping[str, float]] | None = None,
     step_bins: int = 1,
 ) -> dict[str, list[Option]]:
     """Put sizes, errors and costs together for `allocate`.
@@ -141,9 +135,8 @@ def options_of(
         denoiser: with the layers, float; may be on the meta device.
         candidates: layer -> label -> scheme.
         sensitivity: measured with these.
-        keep_float: layers that may also stay float, with the label "float".
-        macs: multiply-accumulates of each layer in one call; without them costs are 0.
-        prices: label -> time of one multiply-accumulate, in any unit, "float" included where it is an option.
+        seconds: layer -> label -> time of one call. Where "float" is a label, the layer may also stay as it is. Without
+            times costs are 0.
         step_bins: entries of each table of static ranges.
     """
     errors = sensitivity.errors
@@ -151,14 +144,15 @@ def options_of(
     for name, schemes in candidates.items():
         layer = denoiser.get_submodule(name)
         assert isinstance(layer, Layer)
-        ways: dict[str, QScheme | None] = {**({FLOAT: None} if name in keep_float else {}), **schemes}
+        times = {} if seconds is None else seconds[name]
+        ways: dict[str, QScheme | None] = {**({FLOAT: None} if FLOAT in times else {}), **schemes}
         options[name] = [
             Option(
                 name,
                 label,
                 layer_bytes(layer, scheme, step_bins),
                 0.0 if scheme is None else errors[name][label],
-                macs[name] * (prices or {})[label] if macs is not None else 0.0,
+                0.0 if seconds is None else times[label],
             )
             for label, scheme in ways.items()
         ]
@@ -225,7 +219,7 @@ def proxy_correlation(
     for done, (name, label) in enumerate(drawn):
         progress("trajectories with one layer quantized", done, len(drawn))
         scheme = {label: candidates[name][label]}
-        for _, quantized in _forms(pipeline.denoiser, rows, name, scheme, bins):
+        for _, quantized in quantized_forms(pipeline.denoiser, rows, name, scheme, bins):
             with _in_place(pipeline.denoiser, name, quantized, bins):
                 squares = (latents() - reference).square().sum() / reference.square().sum()
         pairs.append((name, label, errors[name][label], float(squares)))
@@ -259,49 +253,6 @@ class _Results:
         if self._file is not None:
             with replacing(self._file) as unfinished:
                 unfinished.write_text(json.dumps({"key": self._key, "by_step": self.by_step}), encoding="utf-8")
-
-
-class _InputReady(Exception):  # noqa: N818 - no error: it ends a forward pass at the layer that was waited for
-    pass
-
-
-def _forms(
-    denoiser: nn.Module, rows: RowBatch, name: str, schemes: Mapping[str, QScheme], bins: StepBins | None
-) -> Iterator[tuple[str, Any]]:
-    """Yield a float layer's quantized forms by label, made with its inputs in the float model."""
-    layer = denoiser.get_submodule(name)
-    assert isinstance(layer, Layer)
-    x = _inputs(denoiser, rows, name)
-    row_bins = None
-    if bins is not None and len(x) == len(rows):
-        row_bins = torch.tensor([bins.lookup(t) for t in rows.timesteps.tolist()])
-    for label, scheme in schemes.items():
-        with torch.no_grad():
-            yield label, quantize_layer(layer, x, scheme, row_bins=row_bins, bins=bins.count if bins else 1, name=name)
-
-
-def _inputs(denoiser: nn.Module, rows: RowBatch, name: str) -> Tensor:
-    """Return what a layer reads at its first call; nothing behind it is run."""
-    parts: list[Tensor] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parts.append((args[0] if args else kwargs["input"]).detach())
-        raise _InputReady
-
-    hook = denoiser.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            for chunk in rows.chunks(CHUNK_ROWS):
-                try:
-                    denoiser(*chunk.args, **chunk.kwargs)
-                except _InputReady:
-                    continue
-                raise SensitivityError(
-                    "The layer was not called", where=name, remedy="Leave it in float, or record calls that use it."
-                )
-    finally:
-        hook.remove()
-    return torch.cat(parts)
 
 
 @contextmanager

@@ -5,10 +5,8 @@ alike; each pair gives one ratio, and the median, the smallest and the largest a
 orientation only: they belong to this machine and hour. Peak memory is measured in a fresh process for each side.
 """
 
-import math
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +20,11 @@ from dcomp.calibrate.cost import count_macs
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
+from dcomp.calibrate.timing import time_in_turns
 from dcomp.recipes.peak_memory import PeakMemory, measure_peak
 from dcomp.recipes.settings import calibration_of, generation_settings
 
-WARM_UPS = 2
 MIN_REPEATS = 3
-MIN_SECONDS = 0.2  # of one timed run: below it the timer and the scheduler's whims weigh too much
-MAX_LOOPS = 200
 RECORDED_STEPS = 2  # of the short trajectory whose denoiser calls are replayed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -170,35 +166,6 @@ def scheduler_of(compressed: str | Path) -> str | None:
     return calibration.scheduler if calibration else None
 
 
-def time_in_turns(
-    original: Callable[[], None],
-    compressed: Callable[[], None],
-    repeats: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    *,
-    warm_ups: int = WARM_UPS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> list[tuple[float, float]]:
-    """Time two functions in turns, `repeats` pairs, and return seconds a call of each pair.
-
-    Which one goes first alternates, so that a slow drift of the machine's speed favours neither. Functions that are
-    done sooner than `MIN_SECONDS` are called several times in a run, both equally often.
-    """
-    functions = (original, compressed)
-    quickest = math.inf
-    for _ in range(warm_ups):
-        quickest = min(quickest, *(_seconds(function, 1, clock) for function in functions))
-    loops = min(MAX_LOOPS, max(1, math.ceil(MIN_SECONDS / max(quickest, 1e-9))))
-    pairs = []
-    for number in range(repeats):
-        progress(number, repeats)
-        order = (0, 1) if number % 2 == 0 else (1, 0)
-        taken = {side: _seconds(functions[side], loops, clock) / loops for side in order}
-        pairs.append((taken[0], taken[1]))
-    progress(repeats, repeats)
-    return pairs
-
-
 def record_calls(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generation) -> list[Call]:
     """Return the arguments of the denoiser's calls in a short seeded trajectory of one batch."""
     calls: list[Call] = []
@@ -319,13 +286,6 @@ def _ratios(name: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
         f"{name}_min": min(ratios, default=None),
         f"{name}_max": max(ratios, default=None),
     }
-
-
-def _seconds(function: Callable[[], None], loops: int, clock: Callable[[], float]) -> float:
-    started = clock()
-    for _ in range(loops):
-        function()
-    return clock() - started
 
 
 def _copy(value: Any) -> Any:

@@ -1,24 +1,33 @@
-"""Bits for the weight of each layer under a budget: candidates, their measured errors, the choice, and its proof.
+"""Bits for the weight of each layer under budgets: candidates, their measured errors, the choice, and its proof.
 
-Inputs keep the precision of the preset. That errors of the prediction rank changes as final latents do is an assumption
-of the choice; it is checked on a few changes, and the correlation is reported.
+Inputs keep the precision of the preset. Under a budget of time a layer may also stay float, for integers do not pay for
+every shape. That errors of the prediction rank changes as final latents do is an assumption of the choice; it is
+checked on a few changes, and the correlation is reported.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
-from dcomp.compress.allocation import Allocation, allocate
+from dcomp.compress.allocation import Allocation, AllocationError, Option, allocate
 from dcomp.compress.coverage import coverage
+from dcomp.compress.layer_times import LayerTimes, measure_layer_times
 from dcomp.compress.policy import PRESETS, Decision, Preset, choose_schemes
 from dcomp.compress.scheme import QScheme
-from dcomp.compress.sensitivity import Sensitivity, measure_sensitivity, options_of, proxy_correlation
+from dcomp.compress.sensitivity import (
+    ProxyCorrelation,
+    Sensitivity,
+    measure_sensitivity,
+    options_of,
+    proxy_correlation,
+)
 from dcomp.recipes.plan import Plan, treatment_of
 from dcomp.recipes.schema import QuantizeStage
 
@@ -47,7 +56,7 @@ def allocate_bits(
         recorded: its calibration set.
         plan: of the recipe.
         decisions: of every layer; those without a scheme stay what they are.
-        stage: with `target_bits` or `max_megabytes`.
+        stage: with a budget.
         prompts: for the short trajectories that check the errors.
         work: folder of resumable results.
         report: called with a text, the count done and the total.
@@ -69,7 +78,11 @@ def allocate_bits(
         file=work / "sensitivity.json",
         progress=report,
     )
-    chosen = _within_budget(denoiser, plan, stage, decisions, candidates, sensitivity)
+    times = None
+    if stage.max_milliseconds or stage.min_speedup:
+        one = rows.take(torch.arange(1 if rows.pairs is None else 2))
+        times = measure_layer_times(denoiser, one, candidates, file=work / "layer-times.json", progress=report)
+    chosen = _within_budget(denoiser, plan, stage, decisions, candidates, sensitivity, times)
     correlation = proxy_correlation(
         pipeline,
         rows,
@@ -81,13 +94,16 @@ def allocate_bits(
         progress=report,
     )
     changed = {
-        name: Decision(
-            replace(candidates[name][option.label], rounding=stage.rounding),
-            f"{option.label} under the budget, alone an error of {sensitivity.errors[name][option.label]:.2g}",
-        )
-        for name, option in chosen.chosen.items()
+        name: _decision(option, candidates[name].get(option.label), stage) for name, option in chosen.chosen.items()
     }
-    return {**decisions, **changed}, _notes(chosen, correlation.rho, correlation.count)
+    return {**decisions, **changed}, [*_notes(chosen, correlation), *_time_notes(chosen, times)]
+
+
+def _decision(option: Option, scheme: QScheme | None, stage: QuantizeStage) -> Decision:
+    if scheme is None:
+        return Decision(None, "float under the budget of time")
+    cause = f"{option.label} under the budget, alone an error of {option.error:.2g}"
+    return Decision(replace(scheme, rounding=stage.rounding), cause)
 
 
 def check_budget(denoiser: nn.Module, plan: Plan) -> None:
@@ -126,16 +142,20 @@ def _within_budget(
     decisions: Mapping[str, Decision],
     candidates: Candidates,
     sensitivity: Sensitivity,
+    times: LayerTimes | None = None,
 ) -> Allocation:
     others = coverage(denoiser, {name: decision for name, decision in decisions.items() if name not in candidates})
     float_bytes = sum(p.nbytes for name in candidates for p in denoiser.get_submodule(name).parameters())
     # A budget of bytes is one of the file; bits a parameter are those of what is in memory.
     header = 0 if stage.max_megabytes is None else header_bytes(denoiser, candidates)
     return allocate(
-        options_of(denoiser, candidates, sensitivity, step_bins=stage.step_bins),
+        options_of(
+            denoiser, candidates, sensitivity, seconds=times.seconds if times else None, step_bins=stage.step_bins
+        ),
         parameters=plan.coverage.parameters,
         target_bits=stage.target_bits,
         max_bytes=None if stage.max_megabytes is None else int(stage.max_megabytes * 1e6),
+        max_cost=_seconds_of_layers(times, stage) if times else None,
         fixed_bytes=others.bytes_after - float_bytes + header,
     )
 
@@ -154,13 +174,45 @@ def header_bytes(denoiser: nn.Module, candidates: Candidates) -> int:
     return HEADER_BYTES + sum(len(name) + ENTRY_BYTES for name in names)
 
 
-def _notes(chosen: Allocation, rho: float | None, count: int) -> list[str]:
+def _seconds_of_layers(times: LayerTimes, stage: QuantizeStage) -> float:
+    """Return what the layers may take together, of what the budgets leave of a call.
+
+    Raises:
+        AllocationError: not even the fastest form of each layer is fast enough.
+    """
+    asked = [
+        stage.max_milliseconds and stage.max_milliseconds / 1e3,
+        stage.min_speedup and times.total / stage.min_speedup,
+    ]
+    limit = min(seconds for seconds in asked if seconds)
+    if limit < times.least:
+        raise AllocationError(
+            f"A call of the denoiser is not expected to take less than {1e3 * times.least:.3g} ms, which is "
+            f"{times.total / times.least:.3g} times as fast as float",
+            where=f"a budget of {1e3 * limit:.3g} ms",
+            remedy="Allow more time, or take another preset; a cache plan or fewer steps save more than integers can.",
+        )
+    return limit - times.rest
+
+
+def _notes(chosen: Allocation, correlation: ProxyCorrelation) -> list[str]:
     counts: dict[str, int] = {}
     for option in chosen.chosen.values():
         counts[option.label] = counts.get(option.label, 0) + 1
     layers = ", ".join(f"{label} {n}" for label, n in sorted(counts.items()))
-    ranks = "unknown" if rho is None else f"{rho:.2f}"
+    ranks = "unknown" if correlation.rho is None else f"{correlation.rho:.2f}"
     return [
         f"Bits by layer: {layers}; {chosen.bits:.2f} bits a parameter over all of them.",
-        f"The errors that they were chosen by rank {count} changes like final latents with a correlation of {ranks}.",
+        f"The errors that they were chosen by rank {correlation.count} changes like final latents with a correlation "
+        f"of {ranks}.",
+    ]
+
+
+def _time_notes(chosen: Allocation, times: LayerTimes | None) -> list[str]:
+    if times is None:
+        return []
+    expected = times.rest + chosen.cost
+    return [
+        f"A call of the denoiser is expected to take {1e3 * expected:.3g} ms, {times.total / expected:.2f} times as "
+        f"fast as float, by the times of single layers; `dcomp bench` measures it."
     ]

@@ -77,7 +77,7 @@ def quantize_stage(
         decisions |= {name: Decision(None, _words(features, name)) for name in features.features}
         tables = len(features.named("table"))
         notes.append(f"{tables} layers became tables of {len(recorded.all_timesteps)} timesteps; others interpolate.")
-    if stage.target_bits or stage.max_megabytes:
+    if stage.has_budget:
         decisions, found = allocate_bits(pipeline, recorded, plan, decisions, stage, prompts, work, report)
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}

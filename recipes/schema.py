@@ -79,6 +79,9 @@ class QuantizeStage(_Frozen):
             deployed timesteps (`cache`), or tables where that is closer to float (`choose`).
         target_bits: bits a parameter, over all parameters; weights get 4 or 8 bits, where each does least harm.
         max_megabytes: the same with a size of the denoiser as the budget, in millions of bytes.
+        max_milliseconds: the same with the time of one denoiser call for one sample on this machine, guidance included;
+            layers may also stay float.
+        min_speedup: the same time, as a part of the float denoiser's.
         rows: samples of recorded calls that ranges and codes are chosen with.
         block_iterations: steps in which the codes of a block are learned, with `adaround`.
         tune: iterations of tuning scales, biases and norms against the float model's predictions.
@@ -107,6 +110,8 @@ class QuantizeStage(_Frozen):
     temporal: Literal["layers", "cache", "choose"] = "layers"
     target_bits: Annotated[float, Field(gt=0, le=32)] | None = None
     max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    max_milliseconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    min_speedup: Annotated[float, Field(gt=0, le=1_000)] | None = None
     rows: Annotated[int, Field(ge=1, le=65_536)] = 256
     block_iterations: Annotated[int, Field(ge=1, le=1_000_000)] = 300
     tune: Annotated[int, Field(ge=0, le=1_000_000)] = 200
@@ -117,9 +122,15 @@ class QuantizeStage(_Frozen):
 
     @model_validator(mode="after")
     def _budget_has_layers(self) -> Self:
-        if (self.target_bits or self.max_megabytes) and (self.preset == "float" or self.format != "dcomp"):
-            raise ValueError("target_bits and max_megabytes need a preset that quantizes and the format dcomp")
+        if self.has_budget and (self.preset == "float" or self.format != "dcomp"):
+            raise ValueError("target_bits and budgets need a preset that quantizes and the format dcomp")
         return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the precision of each layer is chosen under a budget."""
+        budgets = (self.target_bits, self.max_megabytes, self.max_milliseconds, self.min_speedup)
+        return any(budget is not None for budget in budgets)
 
     @field_validator("overrides")
     @classmethod

@@ -207,6 +207,8 @@ QUANTIZE: dict[str, tuple[list[str], str]] = {
     "a column that is not there": (["--prompts", "table.csv", "--column", "captions"], "'captions'"),
     "a precision that a layer cannot have": (["--set", "stages.0.overrides={conv_in: w4a8}"], "conv_in: w4a8 is asked"),
     "a budget that cannot be met": (["--target-bits", "2"], "or more"),
+    "a budget without a unit": (["--budget", "12"], "no budget"),
+    "two budgets of a kind": (["--budget", "12MB", "--budget", "900KB"], "second budget"),
     "a picture of an unknown kind": (["--explain", "--plot", "errors.gif"], ".png"),
     "output that exists": (["-o", "folder"], "exists"),
     "output that is a file": (["-o", "blank.txt"], "not a folder"),

@@ -13,6 +13,7 @@ from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline, pr
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.compress.allocation import allocate
+from dcomp.compress.candidates import CandidateError
 from dcomp.compress.quantize_layer import quantize_layer
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.sensitivity import (
@@ -155,7 +156,7 @@ def test_the_file_of_another_measurement_is_refused(
 def test_a_layer_that_is_not_called_is_refused(pipeline: OpenPipeline, rows: RowBatch) -> None:
     pipeline.denoiser.register_module("stranger", torch.nn.Linear(64, 64))
     try:
-        with pytest.raises(SensitivityError, match=r"not called \(stranger\)"):
+        with pytest.raises(CandidateError, match=r"not called \(stranger\)"):
             measure_sensitivity(pipeline.denoiser, rows, {"stranger": SCHEMES})
     finally:
         del pipeline.denoiser.stranger
@@ -182,14 +183,15 @@ def test_a_step_without_errors_does_not_count() -> None:
 def test_options_have_the_sizes_costs_and_errors_of_their_schemes(
     pipeline: OpenPipeline, measured: Sensitivity
 ) -> None:
-    prices, macs = {"float": 1.0, "W8A16": 0.9, "W4A16": 0.8}, {name: 10 * i for i, name in enumerate(CANDIDATES)}
-    options = options_of(pipeline.denoiser, CANDIDATES, measured, keep_float=[CONV], macs=macs, prices=prices)
+    seconds = {name: {"W8A16": 0.9 * i, "W4A16": 0.8 * i} for i, name in enumerate(CANDIDATES)}
+    seconds[CONV]["float"] = 1.0
+    options = options_of(pipeline.denoiser, CANDIDATES, measured, seconds=seconds)
     assert [option.label for option in options[CONV]] == ["float", "W8A16", "W4A16"]
     assert [option.label for option in options[LINEAR]] == ["W8A16", "W4A16"]
     for option in itertools.chain(*options.values()):
         layer = pipeline.denoiser.get_submodule(option.layer)
         assert option.nbytes == layer_bytes(layer, SCHEMES.get(option.label))
-        assert option.cost == macs[option.layer] * prices[option.label]
+        assert option.cost == seconds[option.layer][option.label]
         assert option.error == measured.errors[option.layer].get(option.label, 0.0)
     sizes = [sum(o.nbytes for each in options.values() for o in each if o.label == label) for label in SCHEMES]
     found = allocate(options, parameters=1, max_bytes=sum(sizes) // 2 + 1)

@@ -9,7 +9,7 @@ from torch import nn
 from dcomp import UsageError
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.recipes import bench as module
-from dcomp.recipes.bench import bench, fill_prompts, record_calls, tensor_bytes, time_in_turns
+from dcomp.recipes.bench import bench, fill_prompts, record_calls, tensor_bytes
 from dcomp.recipes.peak_memory import PeakMemoryError, measure_peak
 from tests.support.tiny import save_tiny_pipeline
 
@@ -17,44 +17,6 @@ from tests.support.tiny import save_tiny_pipeline
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_pipeline("UNet2DConditionModel", tmp_path_factory.mktemp("bench") / "model")
-
-
-class Workshop:
-    """Two functions that take known times on a clock of their own."""
-
-    def __init__(self, original: float, compressed: float) -> None:
-        self.now = 0.0
-        self.log: list[str] = []
-        self.seconds = {"a": original, "b": compressed}
-
-    def run(self, name: str) -> None:
-        self.log.append(name)
-        self.now += self.seconds[name]
-
-    def time(self, repeats: int, **options: int) -> list[tuple[float, float]]:
-        return time_in_turns(lambda: self.run("a"), lambda: self.run("b"), repeats, clock=lambda: self.now, **options)
-
-
-def test_runs_are_interleaved_and_who_goes_first_alternates() -> None:
-    shop = Workshop(3.0, 1.0)
-    pairs = shop.time(4, warm_ups=1)
-    assert "".join(shop.log) == "ab" + "abbaabba"
-    assert pairs == [(3.0, 1.0)] * 4
-
-
-def test_short_functions_run_several_times_both_equally_often() -> None:
-    quick = 2**-5  # exact in binary
-    shop = Workshop(2 * quick, quick)
-    pairs = shop.time(3, warm_ups=2)
-    loops = -(-module.MIN_SECONDS // quick)
-    assert shop.log.count("a") == shop.log.count("b") == 2 + 3 * loops
-    assert [value for pair in pairs for value in pair] == pytest.approx([2 * quick, quick] * 3)
-
-
-def test_nothing_is_timed_cold() -> None:
-    shop = Workshop(1.0, 1.0)
-    assert len(shop.time(3)) == 3
-    assert len(shop.log) == 2 * (module.WARM_UPS + 3)
 
 
 def test_shared_memory_counts_once_and_buffers_count() -> None:

@@ -6,6 +6,8 @@ import pytest
 
 from dcomp import UsageError
 from dcomp.compress.allocation import AllocationError
+from dcomp.compress.layer_times import LayerTimes
+from dcomp.recipes import bit_budget
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.run import run_recipe
 from tests.support.checkpoints import checked_in_a_fork, short_recipe, with_stage
@@ -52,10 +54,46 @@ def test_a_budget_that_cannot_be_met_names_the_smallest(tiny_model, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second layer takes half as long in integers, the others twice as long; all else takes nothing."""
+
+    def times(denoiser, rows, candidates, **options) -> LayerTimes:
+        seconds = {}
+        for place, (name, schemes) in enumerate(candidates.items()):
+            seconds[name] = {"float": 1e-3, **dict.fromkeys(schemes, 5e-4 if place % 2 == 0 else 2e-3)}
+        return LayerTimes(seconds, rest=0.0)
+
+    monkeypatch.setattr(bit_budget, "measure_layer_times", times)
+
+
+@pytest.mark.usefixtures("known_times")
+def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(tiny_model, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(UNET), rounding="nearest", min_speedup=1.2)
+    with checked_in_a_fork():
+        result = run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    chosen = {name: record for name, record in result.manifest.layers.items() if "under the budget" in record.reason}
+    fast = [name for place, name in enumerate(chosen) if place % 2 == 0]
+    quantized = [name for name, record in chosen.items() if record.scheme]
+    assert set(quantized) <= set(fast)
+    # Each of these saves half of its millisecond; one fewer would not be enough.
+    saved, asked = 0.5 * len(quantized), len(chosen) * (1 - 1 / 1.2)
+    assert asked <= saved < asked + 0.5 + 1e-9
+    assert any("1.2" in note and "as fast as float" in note for note in result.notes)
+
+
+@pytest.mark.usefixtures("known_times")
+def test_a_budget_of_time_that_no_form_keeps_names_the_fastest(tiny_model, tmp_path: Path) -> None:
+    recipe = with_stage(short_recipe(UNET), rounding="nearest", max_milliseconds=0.5)
+    with checked_in_a_fork(), pytest.raises(AllocationError, match=r"1\.3\d? times as fast"):
+        run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "values", [{"stages.0.preset": "float"}, {"stages.0.preset": "w8a16", "stages.0.format": "quanto"}]
 )
-@pytest.mark.parametrize("budget", ["target_bits", "max_megabytes"])
+@pytest.mark.parametrize("budget", ["target_bits", "max_megabytes", "max_milliseconds", "min_speedup"])
 def test_a_budget_without_layers_of_ours_is_refused_at_once(values: dict[str, str], budget: str) -> None:
     with pytest.raises(UsageError, match="need a preset that quantizes"):
         load_recipe("w4a8", (), values | {f"stages.0.{budget}": 5.0})
