@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.dcomp-installed
-PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile
+PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile --durations 12
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types layers test test-slow bench demo ci clean
@@ -38,7 +38,7 @@ test: setup  ## The default tests
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
 test-slow: setup  ## The tests marked slow
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(PYTEST_FLAGS)
 
 bench: setup  ## The benchmarks and how to run them
 	@echo "Benchmarks, each a script with --help:"

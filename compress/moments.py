@@ -6,7 +6,7 @@ channels fastest. Letters: O output channels, I input channels, K columns of X.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dcomp import DcompError
 
 WIDEST = 4608  # columns of one block: 512 channels of a 3x3 convolution, 81 MiB
 ROWS_PER_COLUMN, FEWEST_ROWS = 8, 4096
+SHRINKAGE = 0.1  # of what two columns have in common
 
 _PATCH_ELEMENTS = 1 << 22  # of X in memory at once
 _STRIPE = 256  # columns computed at once, from the diagonal down: the rest follows from the symmetry
@@ -38,6 +39,18 @@ class Moments:
 
     blocks: tuple[Tensor, ...]
     rows: int
+
+    def shrunk(self, part: float = SHRINKAGE) -> "Moments":
+        """Return the moments with each product of two different columns smaller by a part.
+
+        Positions of one picture are alike, and so are calls of one trajectory, so that a layer with small pictures has
+        hardly more rows that tell something new than columns. Codes that make use of every correlation of those rows
+        are off on others: on other trajectories, errors of ten out of eleven layers were 3 to 20 % lower with a tenth
+        less.
+
+        Source: Schafer and Strimmer 2005, A shrinkage approach to large-scale covariance matrix estimation (target D).
+        """
+        return replace(self, blocks=tuple((1 - part) * h + part * torch.diag(h.diagonal()) for h in self.blocks))
 
     def cut(self, weight: Tensor) -> list[Tensor]:
         """Cut a canonical weight `[O, *taps, I]` into the columns `[O, K_b]` of each block."""

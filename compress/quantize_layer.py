@@ -210,7 +210,7 @@ class _Part:
         read = inputs
         if self.scheme.input_bits == 4:
             read = self._channels_first(fake_quant_dynamic(self._channels_last(inputs), self.scheme))
-        return round_gptq(weight, self._search(weight), input_moments(self.layer, read))
+        return round_gptq(weight, self._search(weight), input_moments(self.layer, read).shrunk())
 
     def reader(self, rotate: bool) -> Reader:
         """Return the layer, rotated or not, as the choice of transforms sees it."""

@@ -7,7 +7,7 @@ input scales. N is the number of rows.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +53,9 @@ class TuneResult:
         final: likewise after tuning.
         held_out_initial: on the rows of other trajectories.
         held_out_final: likewise after tuning, with the values as they are deployed.
-        kept: whether the denoiser has the learned values; otherwise it is what it was, bit for bit, because held-out
-            rows got no better.
+        kept: whether the denoiser has the learned values; otherwise it is what it was, bit for bit, because the judge,
+            or held-out rows, found it no better.
+        judged: what the judge found before and after; None without one.
         by_step: timestep -> mean squared error on the held-out rows before and after, noisiest first.
     """
 
@@ -63,6 +64,7 @@ class TuneResult:
     held_out_initial: float
     held_out_final: float
     kept: bool
+    judged: tuple[float, float] | None
     by_step: dict[float, tuple[float, float]]
 
 
@@ -78,10 +80,11 @@ def tune(
     lr: float = 1e-3,
     rounding_lr: float = 0.02,
     seed: int = 0,
+    judge: Callable[[], float] | None = None,
     progress: Progress = silent,
     snapshot: Path | None = None,
 ) -> TuneResult:
-    """Learn values of a quantized denoiser, in place, and keep them if rows of other trajectories get better.
+    """Learn values of a quantized denoiser, in place, and keep them if the denoiser is better for it.
 
     A killed run goes on from its snapshot and ends with the same bits. Whatever is raised, the denoiser is then as it
     was. Learning codes takes 16 bytes for each of them.
@@ -89,7 +92,7 @@ def tune(
     Args:
         denoiser: with quantized layers, in eval mode.
         rows: recorded calls with the float model's predictions.
-        trajectories: integers `[N]`, groups of rows of which a tenth judges the result; None: those of the rows.
+        trajectories: integers `[N]`, groups of rows of which a tenth is held out; None: those of the rows.
         iterations: optimizer steps; the learning rates fall to 0 along a cosine.
         batch_rows: rows of a step, and of a forward pass that measures.
         guidance: scale that the pipeline guides with; None for the plain error, also of pairs.
@@ -97,6 +100,8 @@ def tune(
         lr: of Adam, for all but codes; scales change by this part of themselves.
         rounding_lr: for codes, in units of a code.
         seed: decides which trajectories are held out, and the order of the others.
+        judge: returns the error of the denoiser as it is; asked before and after. Without one the rows that were held
+            out are what decides.
         progress: called with a text, the count done and the total.
         snapshot: file of a resumable state, written every 20 s. That of another run is overwritten.
 
@@ -124,6 +129,7 @@ def tune(
         if state:
             optimizer.load(state)
         weights = objective.weights(before, known)
+        verdict = [judge()] if judge else None
         order = StratifiedOrder(objective.steps[seen], seed)
 
         def now(iteration: int) -> dict[str, Tensor]:
@@ -140,7 +146,11 @@ def tune(
         file.write(partial(now, iterations), at_once=True)
         learned.write()
         after = objective.measure(measured, progress)
-        kept = bool((after * weights)[judges].mean() < (before * weights)[judges].mean())
+        if judge and verdict:
+            verdict.append(judge())
+            kept = verdict[1] < verdict[0]
+        else:
+            kept = bool((after * weights)[judges].mean() < (before * weights)[judges].mean())
         if not kept:
             learned.put_back()
     held = zip(objective.timesteps, *(objective.by_step(errors, judges) for errors in (before, after)), strict=True)
@@ -151,6 +161,7 @@ def tune(
         float(before[judges].mean()),
         float(after[judges].mean()),
         kept,
+        (verdict[0], verdict[1]) if verdict else None,
         {float(t): (float(a), float(b)) for t, a, b in held if not a.isnan()},
     )
 

@@ -9,6 +9,7 @@ import psutil
 from torch import nn
 
 from dcomp.calibrate.cost import count_macs, layer_bytes
+from dcomp.calibrate.final_latents import PICTURES
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.structure import Role, Structure, probe_structure
 from dcomp.compress.coverage import Coverage, coverage
@@ -126,7 +127,10 @@ def make_plan(
         # Calls are measured with all contexts of one prompt, rows are contexts.
         seconds += call_seconds * len(prompts) * options.steps
         seconds += total.parameters / WEIGHTS_PER_SECOND + call_seconds * PASS_CALLS * stage.rows
-        seconds += call_seconds * TUNE_CALLS * TUNE_ROWS * stage.tune
+        if stage.tune:
+            rounds = 1 + stage.tune_rounding
+            seconds += call_seconds * TUNE_CALLS * TUNE_ROWS * stage.tune * rounds
+            seconds += call_seconds * PICTURES * options.steps * (1 + 2 * rounds)
     plan = Plan(
         model=str(pipeline.source),
         denoiser=type(denoiser).__name__,

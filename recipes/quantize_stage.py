@@ -13,6 +13,7 @@ from torch import nn
 
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.clock import StepBins
+from dcomp.calibrate.final_latents import FinalLatents
 from dcomp.calibrate.pipeline import OpenPipeline
 from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
@@ -26,11 +27,12 @@ from dcomp.compress.split import parts_of, quantized_layers
 from dcomp.compress.step_correction import CorrectionResult, correct_steps, float_modules
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
 from dcomp.compress.time_block import TimeBlockResult, reconstruct_time_block, time_weights
-from dcomp.compress.tuning import TuneResult, tune
+from dcomp.compress.tuning import Learnable, TuneResult, tune
 from dcomp.recipes.bit_budget import allocate_bits
 from dcomp.recipes.console import bytes_text
 from dcomp.recipes.plan import TUNE_ROWS, Plan
 from dcomp.recipes.schema import QuantizeStage
+from dcomp.recipes.settings import generation_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ def quantize_stage(
         decisions, found = allocate_bits(pipeline, recorded, plan, decisions, stage, prompts, work, report)
         notes += found
     schemes = {name: decision.scheme for name, decision in decisions.items() if decision.scheme is not None}
+    judge = None
+    if stage.tune and schemes:
+        deployed = generation_of(plan.recipe.calibration)
+        judge = FinalLatents(pipeline, prompts, deployed, work / "final-latents.safetensors", report)
     bins = _step_bins(pipeline, recorded, schemes, stage, seed)
     original = float_modules(denoiser, schemes) if stage.correct and bins else None
     learned = [name for name, scheme in schemes.items() if scheme.rounding == "adaround"]
@@ -111,8 +117,8 @@ def quantize_stage(
     # with those of the float model.
     folded = fold_smoothing(denoiser, folds)
     notes += _folding_notes(denoiser, folded)
-    if stage.tune and schemes:
-        notes += _tuning_notes(_tune(denoiser, recorded, stage, guidance, seed, work, report))
+    if judge:
+        notes += _tune(denoiser, recorded, stage, guidance, seed, judge, work, report)
     decisions |= {
         name: _carried_out(decisions[name], layer.scheme, folded.get(name))
         for name, layer in quantized_layers(denoiser).items()
@@ -211,21 +217,31 @@ def _tune(
     stage: QuantizeStage,
     guidance: float | None,
     seed: int,
+    judge: FinalLatents,
     work: Path,
     report: Progress,
-) -> TuneResult:
+) -> list[str]:
+    """Tune scales, biases and norms, then codes as well if asked for, each kept if final latents are better for it."""
     rows = gather_rows(recorded, stage.tune * TUNE_ROWS, seed, denoiser=denoiser)
-    return tune(
-        denoiser,
-        rows,
-        iterations=stage.tune,
-        batch_rows=TUNE_ROWS,
-        guidance=guidance,
-        learn=("scales", "biases", "norms", *(("rounding",) if stage.tune_rounding else ())),
-        seed=seed,
-        snapshot=work / "tuning.safetensors",
-        progress=report,
-    )
+    rounds: dict[str, tuple[Learnable, ...]] = {"scales, biases and norms": ("scales", "biases", "norms")}
+    if stage.tune_rounding:
+        rounds["codes as well"] = ("scales", "biases", "norms", "rounding")
+    notes = []
+    for number, (text, learn) in enumerate(rounds.items()):
+        tuned = tune(
+            denoiser,
+            rows,
+            iterations=stage.tune,
+            batch_rows=TUNE_ROWS,
+            guidance=guidance,
+            learn=learn,
+            seed=seed,
+            judge=judge.error,
+            snapshot=work / f"tuning{number or ''}.safetensors",
+            progress=report,
+        )
+        notes.append(_tuning_note(text, tuned))
+    return notes
 
 
 def _time_block_notes(result: TimeBlockResult) -> list[str]:
@@ -263,10 +279,12 @@ def _correction_note(denoiser: nn.Module, result: CorrectionResult) -> str:
     )
 
 
-def _tuning_notes(tuned: TuneResult) -> list[str]:
-    if not tuned.kept:
-        return ["Tuning did not lower the error on trajectories that it had not seen; its values were not taken."]
-    ratio = (tuned.held_out_final / tuned.held_out_initial) ** 0.5 if tuned.held_out_initial else 1.0
-    return [
-        f"Tuning lowered the predictions' error to {ratio:.2f} of what it was, on trajectories that it had not seen."
-    ]
+def _tuning_note(text: str, tuned: TuneResult) -> str:
+    assert tuned.judged is not None
+    before, after = tuned.judged
+    predictions = (tuned.held_out_final / tuned.held_out_initial) ** 0.5 if tuned.held_out_initial else 1.0
+    verdict = "" if tuned.kept else "; its values were not taken"
+    return (
+        f"Tuning {text} brought the error of final latents from {before:.3g} to {after:.3g}, and that of predictions "
+        f"to {predictions:.2f} of what it was, on trajectories that it had not seen{verdict}."
+    )

@@ -19,7 +19,7 @@ from dcomp import UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.mismatch import check_matches
-from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
@@ -36,6 +36,7 @@ from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
+from dcomp.recipes.settings import generation_of
 from dcomp.recipes.work_folder import work_folder
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
@@ -258,7 +259,7 @@ def _open(
     notes: tuple[str, ...] = ()
     if len(prompts) < options.samples:
         notes = (f"There are only {len(prompts)} prompts; {options.samples} samples were asked for.",)
-    pipeline.check(prompts, _generation(options))
+    pipeline.check(prompts, generation_of(options))
     adapters = fuse_lora(pipeline.pipe, recipe.lora)
     if adapters and fused and device == "cpu":
         nbytes = sum(parameter.nbytes for parameter in pipeline.denoiser.parameters())
@@ -275,24 +276,13 @@ def _open(
     return pipeline, adapters, prompts, notes
 
 
-def _generation(options: Calibration) -> Generation:
-    return Generation(
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        height=options.height,
-        width=options.width,
-        batch_size=options.batch_size,
-    )
-
-
 def _record(
     pipeline: OpenPipeline, prompts: Sequence[str], options: Calibration, folder: Path, progress: Progress | None
 ) -> CalibrationSet:
     return record_calibration_set(
         pipeline,
         prompts,
-        _generation(options),
+        generation_of(options),
         folder,
         max_calls=options.max_calls,
         max_bytes=options.max_megabytes << 20,
@@ -313,7 +303,7 @@ def _check_set(given: CalibrationSet | None, pipeline: OpenPipeline, recipe: Rec
     """Compare a set that was recorded before with what will be deployed; foreign formats and no stage need none."""
     if given is None or not recipe.stages or recipe.stages[0].format != "dcomp":
         return []
-    return check_matches(given, pipeline, _generation(recipe.calibration), allow_mismatch)
+    return check_matches(given, pipeline, generation_of(recipe.calibration), allow_mismatch)
 
 
 def _settings_of(recorded: CalibrationSet, asked: Calibration, allow_mismatch: bool) -> Calibration:

@@ -84,8 +84,9 @@ class QuantizeStage(_Frozen):
         min_speedup: the same time, as a part of the float denoiser's.
         rows: samples of recorded calls that ranges and codes are chosen with.
         block_iterations: steps in which the codes of a block are learned, with `adaround`.
-        tune: iterations of tuning scales, biases and norms against the float model's predictions.
-        tune_rounding: tune the codes as well.
+        tune: iterations of tuning scales, biases and norms against the float model's predictions; kept if final latents
+            get better.
+        tune_rounding: then tune the codes as well, for as many iterations, judged in the same way.
         correct: after all else, give outputs of layers a scale and a bias in each step bin, where that lowers errors.
         keep: layer name patterns to leave in float, in addition to what the preset leaves.
         overrides: layer name pattern -> scheme such as `W8A8`, strongest rule last.

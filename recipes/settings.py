@@ -16,6 +16,18 @@ def calibration_of(model: str | Path) -> Calibration | None:
     return parse_recipe(read_manifest(model).recipe, where=str(Path(model) / MANIFEST)).calibration
 
 
+def generation_of(options: Calibration) -> Generation:
+    """Return how the pictures of a calibration are made, which is how the model is deployed."""
+    return Generation(
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        height=options.height,
+        width=options.width,
+        batch_size=options.batch_size,
+    )
+
+
 def generation_settings(
     model: str | Path,
     *,

@@ -3,8 +3,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dcomp.calibrate.range_search import search_weight
 from dcomp.compress import moments
-from dcomp.compress.gptq import metric_error
+from dcomp.compress.gptq import metric_error, round_gptq
 from dcomp.compress.moments import MomentsError, input_moments
 from dcomp.kernels.packing import pack_weight
 
@@ -88,6 +89,25 @@ def test_few_rows_come_from_all_samples_and_from_all_columns_of_the_picture() ->
     x[:, torch.arange(16), :, torch.arange(16)] = 1
     share = input_moments(nn.Conv2d(16, 1, 1), x, max_rows=1024).blocks[0].diagonal() * 16
     assert 0.5 < share.min() < share.max() < 1.5  # equal distances would give one column all
+
+
+def test_shrinking_leaves_the_size_of_columns_and_takes_a_part_of_what_they_share() -> None:
+    found = input_moments(nn.Linear(12, 3), gaussian(40, 12))
+    (before,), (after,) = found.blocks, found.shrunk(0.25).blocks
+    assert torch.equal(before.diagonal(), after.diagonal())
+    ratio = (after / before).masked_fill(torch.eye(12, dtype=torch.bool), 0.75)
+    torch.testing.assert_close(ratio, torch.full((12, 12), 0.75))
+    assert found.shrunk().rows == found.rows
+
+
+def test_codes_from_few_rows_are_better_on_others_when_moments_are_shrunk() -> None:
+    layer, weight = nn.Linear(96, 1), gaussian(64, 96, seed=1) / 10
+    mixing = gaussian(96, 96, seed=2) * 0.7 ** torch.arange(96)
+    few, many = gaussian(160, 96, seed=3) @ mixing, gaussian(20_000, 96, seed=4) @ mixing
+    truth, known = input_moments(layer, many), input_moments(layer, few)
+    start = search_weight(weight, 4, 32)
+    plain, shrunk = (metric_error(weight, round_gptq(weight, start, m), truth).sum() for m in (known, known.shrunk()))
+    assert shrunk < plain
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])

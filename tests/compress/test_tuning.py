@@ -200,6 +200,26 @@ def test_an_error_along_the_prediction_counts_once_for_each_step(case):
     assert torch.allclose(error_of(exact + 0.1 * across), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("answers", "kept"), [((2.0, 1.9), True), ((2.0, 2.0), False), ((2.0, 2.1), False)])
+def test_a_judge_decides_in_the_place_of_held_out_rows(case, answers, kept):
+    asked = []
+
+    def judge():
+        asked.append({key: value.clone() for key, value in denoiser.state_dict().items()})
+        return answers[len(asked) - 1]
+
+    original, rows, trajectories = case
+    denoiser = copy.deepcopy(original)
+    result = tune(denoiser, rows, iterations=2, guidance=GUIDANCE, trajectories=trajectories, judge=judge)
+    assert (result.kept, result.judged) == (kept, answers)
+    assert len(asked) == 2
+    # Asked about the denoiser as it was, and about the values that would be deployed.
+    first, second, now = asked[0], asked[1], denoiser.state_dict()
+    assert all(torch.equal(first[key], value) for key, value in original.state_dict().items())
+    assert not all(torch.equal(first[key], value) for key, value in second.items())
+    assert all(torch.equal(now[key], value) for key, value in (second if kept else first).items())
+
+
 def test_losses_are_those_of_the_deployed_values(case):
     original, rows, trajectories = case
     denoiser, result = _tune(case, seed=1)
