@@ -1,0 +1,142 @@
+"""Zones of real architectures, as lists that were written by hand, and cuts that are none."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcomp.cachequant.zones import Zone, find_zones, is_cut
+
+BLOCK = "transformer_blocks.0"
+EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "UNet2DModel": {
+        "all": (("",), ()),
+        "deep1": (("up_blocks.1.resnets.0",), ("down_blocks.0", "down_blocks.1", "up_blocks.0", "mid_block")),
+        "deep2": (
+            ("up_blocks.0.upsamplers.0",),
+            (
+                "down_blocks.0.downsamplers.0",
+                "down_blocks.1",
+                *(f"up_blocks.0.attentions.{i}" for i in (0, 1)),
+                *(f"up_blocks.0.resnets.{i}" for i in (0, 1)),
+                "mid_block",
+            ),
+        ),
+        "deep3": (("up_blocks.0.attentions.0",), ("down_blocks.1", "up_blocks.0.resnets.0", "mid_block")),
+        "encoder": (("down_blocks.0", "down_blocks.1", "mid_block"), ()),
+    },
+    "UNet2DConditionModel": {
+        "all": (("",), ()),
+        "deep1": (
+            ("up_blocks.1.attentions.0",),
+            ("down_blocks.0", "down_blocks.1", "up_blocks.0", "up_blocks.1.resnets.0", "mid_block"),
+        ),
+        "deep2": (
+            ("up_blocks.0.upsamplers.0",),
+            (
+                "down_blocks.0.downsamplers.0",
+                "down_blocks.1",
+                "up_blocks.0.resnets.0",
+                "up_blocks.0.resnets.1",
+                "mid_block",
+            ),
+        ),
+        "deep3": (("up_blocks.0.resnets.0",), ("down_blocks.1", "mid_block")),
+        "encoder": (("down_blocks.0", "down_blocks.1", "mid_block"), ()),
+        **{
+            name: (
+                tuple(
+                    f"{place}.{BLOCK}.{child}"
+                    for place in (
+                        "down_blocks.0.attentions.0",
+                        "mid_block.attentions.0",
+                        "up_blocks.1.attentions.0",
+                        "up_blocks.1.attentions.1",
+                    )
+                ),
+                (),
+            )
+            for name, child in (("attention", "attn1"), ("cross_attention", "attn2"), ("feed_forward", "ff"))
+        },
+    },
+    "DiTTransformer2DModel": {
+        "all": (("",), ()),
+        "blocks[0:2]": (("transformer_blocks.0", "transformer_blocks.1"), ()),
+        "blocks[1:2]": (("transformer_blocks.1",), ()),
+        "blocks[0:1]": (("transformer_blocks.0",), ()),
+        "attention": (("transformer_blocks.0.attn1", "transformer_blocks.1.attn1"), ()),
+        "feed_forward": (("transformer_blocks.0.ff", "transformer_blocks.1.ff"), ()),
+    },
+    "SD3Transformer2DModel": {
+        "all": (("",), ()),
+        "blocks[0:2]": (("transformer_blocks.0", "transformer_blocks.1"), ()),
+        "blocks[1:2]": (("transformer_blocks.1",), ()),
+        "blocks[0:1]": (("transformer_blocks.0",), ()),
+        "attention": (("transformer_blocks.0.attn", "transformer_blocks.1.attn"), ()),
+        "feed_forward": (("transformer_blocks.0.ff", "transformer_blocks.0.ff_context", "transformer_blocks.1.ff"), ()),
+    },
+    "FluxTransformer2DModel": {
+        "all": (("",), ()),
+        "blocks[0:3]": (("transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"), ()),
+        "blocks[1:3]": (("single_transformer_blocks.0", "single_transformer_blocks.1"), ()),
+        "blocks[1:2]": (("single_transformer_blocks.0",), ()),
+        "blocks[0:1]": (("transformer_blocks.0",), ()),
+        "attention": (
+            ("transformer_blocks.0.attn", *(f"single_transformer_blocks.{i}.attn" for i in (0, 1))),
+            (),
+        ),
+        "feed_forward": (("transformer_blocks.0.ff", "transformer_blocks.0.ff_context"), ()),
+    },
+}
+EXPECTED["PixArtTransformer2DModel"] = {
+    **EXPECTED["DiTTransformer2DModel"],
+    "cross_attention": (("transformer_blocks.0.attn2", "transformer_blocks.1.attn2"), ()),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_zones_of_an_architecture(name: str, recorded_call: Any) -> None:
+    denoiser, args, kwargs = recorded_call(name)
+    found = find_zones(denoiser, args, kwargs)
+    assert {zone.name: (zone.predicted, zone.skipped) for zone in found} == EXPECTED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("SD3Transformer2DModel", (1, 0)), ("FluxTransformer2DModel", (1, 0)), ("DiTTransformer2DModel", (0,))],
+)
+def test_streams_through_blocks(name: str, order: tuple[int, ...], recorded_call: Any) -> None:
+    names = ("hidden_states", "encoder_hidden_states")[: len(order)]
+    found = find_zones(*recorded_call(name))
+    residual = [zone for zone in found if zone.kind == "residual"]
+    assert residual
+    assert {streams for zone in residual for streams in zone.streams} == {tuple(zip(names, order, strict=True))}
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [
+        Zone("leaks", "output", ("up_blocks.0",), ("down_blocks.0", "down_blocks.1", "mid_block")),
+        Zone("middle alone", "output", ("down_blocks.1",), ("mid_block",)),
+        Zone("never runs", "output", ("mid_block.attentions.0.transformer_blocks.0.ff.net.1",), ("up_blocks",)),
+    ],
+)
+def test_what_others_still_read_cannot_be_skipped(zone: Zone, recorded_call: Any) -> None:
+    assert not is_cut(*(lambda d, a, k: (d, zone, a, k))(*recorded_call("UNet2DConditionModel")))
+
+
+class Twice(nn.Module):
+    """Runs one block two times: there is no one tensor to predict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return self.transformer_blocks[0](self.transformer_blocks[0](x))
+
+
+def test_a_block_that_runs_twice_is_no_zone() -> None:
+    names = [zone.name for zone in find_zones(Twice().eval(), (torch.randn(2, 4), torch.tensor(1)), {})]
+    assert names == ["all"]
