@@ -77,7 +77,12 @@ def program(*arguments: object, cwd: Path, **options: Any) -> "subprocess.Popen[
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = Path(sys.executable).parent / "dcomp"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([script, *map(str, arguments)], cwd=cwd, env=environment, **(pipes | options))
+    # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen([script, *map(str, arguments)], cwd=cwd, env=environment, **(pipes | options))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def left_in(folder: Path) -> list[str]:
