@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcomp.cachequant.executor import CacheExecutor, CallOrder, following
+from dcomp.cachequant.executor import CacheExecutor, following
+from dcomp.cachequant.guide import CallOrder
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress, silent

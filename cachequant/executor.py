@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
-from dcomp.cachequant.plan import CachePlan, PlanError, Prediction, nearest_call
+from dcomp.cachequant.guide import CallOrder, Guide
+from dcomp.cachequant.plan import PlanError, Prediction
 from dcomp.cachequant.tensors import leaves, like, map_tensors, own_memory, parts_of, placeholder, with_leaves
 from dcomp.cachequant.zones import Zone, parameter_position
 from dcomp.calibrate.clock import StepClock
@@ -26,65 +27,11 @@ _NO_HOOKS = SimpleNamespace(hooks={})
 
 
 @contextmanager
-def following(denoiser: nn.Module, scheduler: Any, guide: "Guide") -> Iterator["CacheExecutor"]:
+def following(denoiser: nn.Module, scheduler: Any, guide: Guide) -> Iterator["CacheExecutor"]:
     """Let a denoiser follow a guide on a scheduler's trajectories until the context ends."""
     clock = StepClock()
     with clock.attach(denoiser, scheduler), CacheExecutor(denoiser, guide, clock) as executor:
         yield executor
-
-
-@dataclass(frozen=True)
-class CallOrder:
-    """What is to be done in one call of the denoiser.
-
-    Attributes:
-        predictions: zone -> what replaces it; all others run.
-        keep: zones whose tensors will be read later.
-        forget: (zone, call) that nothing reads after this call.
-    """
-
-    predictions: Mapping[str, Prediction] = field(default_factory=dict)
-    keep: frozenset[str] = frozenset()
-    forget: tuple[tuple[str, int], ...] = ()
-
-
-class Guide(Protocol):
-    """Whoever decides about calls: a plan, or a search that tries things out."""
-
-    zones: tuple[Zone, ...]
-
-    def place(self, timestep: float, before: int | None) -> int | None:
-        """Return the index of the call with this timestep that follows call `before`; None if there is none."""
-
-    def order(self, call: int) -> CallOrder:
-        """Return what is to be done in a call."""
-
-
-class PlanGuide:
-    """Lets a plan decide."""
-
-    def __init__(self, plan: CachePlan) -> None:
-        self.plan, self.zones = plan, plan.zones
-        gone: dict[int, list[tuple[str, int]]] = {}
-        for zone, reads in plan.last_reads.items():
-            for made, last in reads.items():
-                gone.setdefault(last, []).append((zone, made))
-        self._orders = [
-            CallOrder(
-                plan.predictions[call],
-                frozenset(zone for zone, reads in plan.last_reads.items() if call in reads),
-                tuple(gone.get(call, ())),
-            )
-            for call in range(plan.calls)
-        ]
-
-    def place(self, timestep: float, before: int | None) -> int | None:
-        """The next call of the plan, else a later one that has this timestep: a trajectory may start late."""
-        return nearest_call(self.plan.timesteps, timestep, 0 if before is None else before + 1)
-
-    def order(self, call: int) -> CallOrder:
-        """What the plan's table says."""
-        return self._orders[call]
 
 
 @dataclass

@@ -66,10 +66,6 @@ class CachePlan:
         """T."""
         return len(self.timesteps)
 
-    def predicts(self, call: int, zone: str) -> bool:
-        """Whether a zone is predicted in a call, by its own action; one around it may be predicted as well."""
-        return zone in self.actions[call]
-
     def computes(self, call: int, zone: str) -> bool:
         """Whether a zone runs in a call: neither it nor one around it is predicted."""
         own = self._by_name[zone]

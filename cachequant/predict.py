@@ -7,8 +7,6 @@ the last call that computed, r the one before it, q the one before that, t the c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dcomp import UsageError
-
 Weights = Callable[[Sequence[float], float], tuple[float, ...]]
 _HERMITE_SCALE = 0.5  # sigma of HiCache, section 4
 
@@ -87,14 +85,3 @@ PREDICTORS: dict[str, Predictor] = {
 }
 """Name in a plan -> rule. `linear` and `quadratic` are exact extrapolation; `taylor` is that of Liu et al. 2025,
 TaylorSeer, equation 6, and `hermite` that of Feng et al. 2025, HiCache: both are here to be compared with."""
-
-
-def predictor(name: str) -> Predictor:
-    """Return the predictor of a name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in PREDICTORS:
-        raise UsageError(f"There is no predictor {name!r}", remedy=f"Use one of {', '.join(PREDICTORS)}.")
-    return PREDICTORS[name]

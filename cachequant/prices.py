@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcomp.cachequant.executor import CacheExecutor, CallOrder
+from dcomp.cachequant.executor import CacheExecutor
+from dcomp.cachequant.guide import CallOrder
 from dcomp.cachequant.plan import CachePlan, Prediction
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock

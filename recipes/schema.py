@@ -81,7 +81,7 @@ class QuantizeStage(_Frozen):
         max_megabytes: the same with a size of the denoiser as the budget, in millions of bytes.
         max_milliseconds: the same with the time of one denoiser call for one sample on this machine, guidance included;
             layers may also stay float.
-        min_speedup: the same time, as a part of the float denoiser's.
+        min_speedup: the same time, as how many times as fast as the float denoiser a call must be.
         rows: samples of recorded calls that ranges and codes are chosen with.
         block_iterations: steps in which the codes of a block are learned, with `adaround`.
         tune: iterations of tuning scales, biases and norms against the float model's predictions; kept if final latents

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcomp.cachequant.executor import CacheExecutor, CacheStats, PlanGuide, following
+from dcomp.cachequant.executor import CacheExecutor, CacheStats, following
+from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import CachePlan, PlanError
 from dcomp.cachequant.tensors import leaves, like, map_tensors, parts_of, with_leaves
 from dcomp.cachequant.zones import Zone, find_zones

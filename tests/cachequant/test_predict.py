@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcomp import UsageError
-from dcomp.cachequant.predict import PREDICTORS, predictor
+from dcomp.cachequant.predict import PREDICTORS
 
 GAPS = st.floats(0.2, 5)
 NUMBERS = st.floats(-10, 10)
@@ -59,8 +58,3 @@ def test_hermite_of_order_two_is_the_formula_of_its_paper() -> None:
     x = 0.5 * 2
     by_hand = 64 + first * 0.5 * 2 * x + second * 0.5**2 * (4 * x * x - 2) / 2
     assert predicted("hermite2", nodes, 10.0, lambda n: n * n) == pytest.approx(by_hand)
-
-
-def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(UsageError, match=r"no predictor 'cubic'.*linear"):
-        predictor("cubic")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcomp.cachequant.executor import PlanGuide, following
+from dcomp.cachequant.executor import following
+from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import CachePlan
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.zones import Zone, find_zones
