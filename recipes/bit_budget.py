@@ -190,7 +190,7 @@ def _seconds_of_layers(times: LayerTimes, stage: QuantizeStage) -> float:
             f"A call of the denoiser is not expected to take less than {1e3 * times.least:.3g} ms, which is "
             f"{times.total / times.least:.3g} times as fast as float",
             where=f"a budget of {1e3 * limit:.3g} ms",
-            remedy="Allow more time, or take another preset; a cache plan or fewer steps save more than integers can.",
+            remedy="Allow more time, or take another preset; fewer steps save more than integers can.",
         )
     return limit - times.rest
 
