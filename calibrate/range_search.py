@@ -16,7 +16,7 @@ from dcomp.kernels.packing import MULTIPLIER_LIMIT, PackedWeight, pack_int4
 
 RangeMethod = Literal["mse", "minmax"]
 
-_CHUNK = 1 << 18  # weights searched at once: a few temporaries of this size fit into the second-level cache
+_CHUNK = 1 << 18  # weights times scales tried at once: a few temporaries of this size fit into the cache
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 # Near 1 a scale wins because many values happen to lie near its multiples, further down because outliers are clipped.
 _FACTORS_8 = (1.0, *(1.02 - 0.004 * k for k in range(21) if k != 5), *(0.9 - 0.05 * k for k in range(11)))
@@ -60,7 +60,8 @@ def search_weight(
         rows = pad(rows, (0, -in_channels % group_size))
         rows = rows.reshape(channels, -1, group_size)
     codes, scales, multipliers = [], [], []
-    for chunk in rows.split(max(1, _CHUNK // max(1, rows[0].numel()))):
+    tried = len(_BASES_4) if bits == 4 and method == "mse" else 1
+    for chunk in rows.split(max(1, _CHUNK // max(1, tried * rows[0].numel()))):
         peak = chunk.abs().amax((1, 2))
         if not torch.isfinite(peak).all():
             raise RangeError("A weight is NaN or infinite", where=name, remedy="Repair the model or download it again.")
@@ -115,37 +116,34 @@ def _search_4(groups: Tensor, method: RangeMethod) -> tuple[Tensor, Tensor]:
     if method == "minmax":
         multiplier = (peak / full[:, None]).round().clamp(1, MULTIPLIER_LIMIT)
         return full, torch.where(high > -low, -multiplier, multiplier)
-    scale = full
-    least, multiplier = _best_multipliers(groups, peak, scale)
-    least = least.sum(1)
-    for factor in _BASES_4[1:]:
-        tried = full * factor
-        e, m = _best_multipliers(groups, peak, tried)
-        e = e.sum(1)
-        better = e < least
-        least, scale = torch.where(better, e, least), torch.where(better, tried, scale)
-        multiplier = torch.where(better[:, None], m, multiplier)
+    tried = full * torch.tensor(_BASES_4)[:, None]
+    error, tried_multiplier = _best_multipliers(groups, peak, tried)
+    best = error.sum(2).argmin(0, keepdim=True)
+    scale = tried.gather(0, best)[0]
+    multiplier = tried_multiplier.take_along_dim(best[:, :, None], 0)[0]
     steps = scale[:, None, None] * multiplier[:, :, None]
     codes = (groups / steps).round_().clamp_(-8, 7).mul_(multiplier[:, :, None])
     return _least_squares(groups.flatten(1), codes.flatten(1), scale), multiplier
 
 
-def _best_multipliers(groups: Tensor, peak: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least squared error and its signed multiplier, both `[O, G]`, for given scales `[O]`.
+def _best_multipliers(groups: Tensor, peak: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least squared error and its signed multiplier, both `[B, O, G]`, for each of some scales `[B, O]`.
 
     Of the 30 only the magnitudes from about 1.2 times down to 0.6 times the one that just fits are tried: outside, all
     levels are too coarse or too much is clipped.
     """
-    start = (peak / scale[:, None] * 1.2).ceil()
-    least, best = torch.full_like(peak, torch.inf), torch.ones_like(peak)
+    start = (peak / scales[:, :, None] * 1.2).ceil()
+    least, best = torch.full_like(start, torch.inf), torch.ones_like(start)
+    # Values of a group first, so that sums run over whole tensors; buffers, because memory is what this waits for.
+    values = groups.movedim(2, 0).contiguous()[:, None]
+    y, rounded, off = (torch.empty(len(values), *start.shape) for _ in range(3))
     for j in range(_MULTIPLIERS_TRIED):
         magnitude = (start - j).clamp_(1, MULTIPLIER_LIMIT)
-        step = magnitude * scale[:, None]
-        y = groups / step[:, :, None]
-        rounded = y.round()
+        step = magnitude * scales[:, :, None]
+        torch.round(torch.div(values, step, out=y), out=rounded)
         # A negative multiplier turns the range -8..7 of the codes into -7..8 of the values.
         for sign, low, high in ((1, -8, 7), (-1, -7, 8)):
-            error = (y - rounded.clamp(low, high)).square_().sum(2).mul_(step.square())
+            error = torch.clamp(rounded, low, high, out=off).sub_(y).square_().sum(0).mul_(step.square())
             best = torch.where(error < least, magnitude * sign, best)
             least = torch.minimum(error, least)
     return least, best

@@ -87,10 +87,12 @@ def _choose_codes(weight: Tensor, steps: Tensor, low: int, high: int, h: Tensor,
     for first in range(0, len(w), _COLUMNS):
         last = min(first + _COLUMNS, len(w))
         errors = torch.empty_like(w[first:last])
-        for i in range(first, last):
-            codes[i] = (w[i] / steps[i]).round_().clamp_(low, high)
-            error = torch.addcmul(w[i], codes[i], steps[i], value=-1, out=errors[i - first])
-            w[i + 1 : last].addr_(factor[i, i + 1 : last], error, alpha=-1)
+        # Rows are taken apart once: with few channels, indexing would take longer than the arithmetic.
+        columns = zip(w[first:last], codes[first:last], steps[first:last], errors, factor[first:last], strict=True)
+        for i, (column, code, step, error, row) in enumerate(columns, start=first + 1):
+            torch.div(column, step, out=code).round_().clamp_(low, high)
+            torch.addcmul(column, code, step, value=-1, out=error)
+            w[i:last].addr_(row[i:last], error, alpha=-1)
         w[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
     for _ in range(_SWEEPS):
         _descend(codes, weight, steps, low, high, h.float())
@@ -110,16 +112,21 @@ def _descend(codes: Tensor, weight: Tensor, steps: Tensor, low: int, high: int, 
     """
     off = codes * steps - weight  # d
     pull = h @ off
+    curvature = h.diagonal().tolist()
     for first in range(0, len(codes), _COLUMNS):
         block = slice(first, first + _COLUMNS)
-        near, before = h[block, block], off[block].clone()
-        for i in (h.diagonal()[block] > 0).nonzero().flatten().tolist():
-            k = first + i
-            best = off[k] - pull[k] / h[k, k]  # of a code that need not be whole
-            codes[k] = ((best + weight[k]) / steps[k]).round_().clamp_(low, high)
-            moved = torch.addcmul(-weight[k], codes[k], steps[k]).sub_(off[k])
-            off[k] += moved
-            pull[block].addr_(near[i], moved)
+        near, pull_block, before = h[block, block], pull[block], off[block].clone()
+        columns = zip(
+            curvature[block], codes[block], weight[block], steps[block], off[block], pull_block, near, strict=True
+        )
+        for second, code, goal, step, d, p, row in columns:
+            if second == 0:
+                continue
+            best = torch.sub(d, p, alpha=1 / second)  # of a code that need not be whole
+            torch.div(best.add_(goal), step, out=code).round_().clamp_(low, high)
+            moved = torch.addcmul(-goal, code, step).sub_(d)
+            d += moved
+            pull_block.addr_(row, moved)
         others = h[:, block].clone()
         others[block] = 0
         pull.addmm_(others, off[block] - before)

@@ -156,7 +156,9 @@ BATCHED = {
 TOKENS = {"FluxTransformer2DModel": 23, "SD3Transformer2DModel": 16, "PixArtTransformer2DModel": 16}
 
 
-@pytest.mark.parametrize("name", list(BATCHED))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("Flux") else []) for name in BATCHED]
+)
 def test_what_has_rows_is_not_told_by_its_length(name: str, tmp_path: Path) -> None:
     pipeline = open_pipeline(save_tiny_pipeline(name, tmp_path / "model"))
     denoiser, settings = pipeline.denoiser, Generation(steps=4, batch_size=6, height=16, width=16)

@@ -1,8 +1,10 @@
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +20,7 @@ def tiny_checkpoint(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """Folder of the short W4A8 run of a tiny pipeline, made once; nobody may change it."""
-    return cache(lambda name: _made(tiny_model(name), name, tmp_path_factory.mktemp("checkpoints"), "dynamic"))
+    return cache(lambda name: _made(tiny_model(name), name, _shared(tmp_path_factory), "dynamic"))
 
 
 @pytest.fixture(scope="session")
@@ -26,12 +28,21 @@ def static_checkpoint(
     tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The same with tables of static ranges for the inputs of convolutions."""
-    return cache(lambda name: _made(tiny_model(name), name, tmp_path_factory.mktemp("static"), "static"))
+    return cache(lambda name: _made(tiny_model(name), name, _shared(tmp_path_factory), "static"))
 
 
-def _made(model: Path, name: str, folder: Path, inputs: str) -> Path:
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all workers of a run see: each has its own below the run's."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def _made(model: Path, name: str, shared: Path, inputs: str) -> Path:
     from dcomp.recipes.run import run_recipe
     from tests.support.checkpoints import checked_in_a_fork, short_recipe, with_stage
 
-    with checked_in_a_fork():
-        return run_recipe(model, with_stage(short_recipe(name), inputs=inputs), folder / f"{name}-w4a8").output
+    recipe = with_stage(short_recipe(name), inputs=inputs, rounding="gptq")
+    folder = shared / inputs / f"{name}-w4a8"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"), checked_in_a_fork():
+        return folder if folder.exists() else run_recipe(model, recipe, folder).output

@@ -19,14 +19,20 @@ def bits_of(result):
     return {record.scheme for record in result.manifest.layers.values() if record.scheme}
 
 
-@pytest.mark.parametrize(("preset", "labels"), [("w4a8", {"W4A8", "W8A8", "W8A16"}), ("w4a4", {"W4A4", "W8A4"})])
+@pytest.mark.parametrize(
+    ("preset", "labels"),
+    [
+        ("w4a8", {"W4A8", "W8A8", "W8A16"}),
+        pytest.param("w4a4", {"W4A4", "W8A4"}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, labels: set[str]) -> None:
     source = tiny_model(UNET)
     with checked_in_a_fork():
         sizes = {
             bits: run_recipe(
                 source,
-                with_stage(short_recipe(UNET, preset), rounding="nearest", target_bits=bits),
+                with_stage(short_recipe(UNET, preset), target_bits=bits, directions=0),
                 tmp_path / f"{bits}",
             )
             for bits in (7.0, 8.5)
@@ -40,7 +46,7 @@ def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, lab
 
 @pytest.mark.parametrize("megabytes", [0.56, 0.64])
 def test_the_file_is_no_larger_than_a_budget_of_bytes(tiny_model, tmp_path: Path, megabytes: float) -> None:
-    recipe = with_stage(short_recipe(UNET), rounding="nearest", max_megabytes=megabytes, directions=0)
+    recipe = with_stage(short_recipe(UNET), max_megabytes=megabytes, directions=0)
     with checked_in_a_fork():
         run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
     (file,) = (tmp_path / "out" / "unet").glob("*.safetensors")
@@ -69,7 +75,7 @@ def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("known_times")
 def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(tiny_model, tmp_path: Path) -> None:
-    recipe = with_stage(short_recipe(UNET), rounding="nearest", min_speedup=1.2)
+    recipe = with_stage(short_recipe(UNET), min_speedup=1.2)
     with checked_in_a_fork():
         result = run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
     chosen = {name: record for name, record in result.manifest.layers.items() if "under the budget" in record.reason}
@@ -84,7 +90,7 @@ def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(tiny
 
 @pytest.mark.usefixtures("known_times")
 def test_a_budget_of_time_that_no_form_keeps_names_the_fastest(tiny_model, tmp_path: Path) -> None:
-    recipe = with_stage(short_recipe(UNET), rounding="nearest", max_milliseconds=0.5)
+    recipe = with_stage(short_recipe(UNET), max_milliseconds=0.5)
     with checked_in_a_fork(), pytest.raises(AllocationError, match=r"1\.3\d? times as fast"):
         run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from dcomp.compress.manifest import CheckpointError, read_manifest
 from dcomp.recipes import screens
 from dcomp.recipes.inspect import Inspection, inspect
 from tests.support import hostile
-from tests.support.checkpoints import short_recipe
+from tests.support.checkpoints import short_recipe, with_stage
 
 NAME = "UNet2DModel"
 Models = Callable[[str], Path]
@@ -58,7 +58,8 @@ def test_every_layer_is_told_with_bits_bytes_and_error(report: Inspection, tiny_
 
 
 def test_facts_come_from_the_recipe_and_the_files(report: Inspection, static_checkpoint: Models) -> None:
-    assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 0, short_recipe(NAME).to_dict())
+    recipe = with_stage(short_recipe(NAME), rounding="gptq").to_dict()
+    assert (report.denoiser, report.step_bins, report.recipe) == ("UNet2DModel", 0, recipe)
     static = inspect(static_checkpoint(NAME))
     assert static.step_bins == 3
     assert dict(static.facts())["calibrated"] == "2 trajectories of 3 steps, tables of 3 steps"

@@ -21,12 +21,13 @@ SHORT: dict[str, Any] = {
     "calibration.samples": 2,
     "calibration.steps": 3,
     "calibration.batch_size": 2,
+    "stages.0.rounding": "nearest",
     "stages.0.tune": 0,
 }
 
 
 def short_recipe(name: str, preset: str = "w4a8", **values: Any) -> Recipe:
-    """A built-in recipe for two pictures of three steps, without tuning; `values` are keys of its calibration."""
+    """A built-in recipe: two pictures of three steps, nearest codes, no tuning; `values` are keys of calibration."""
     # Flux has no size of its own: its default would be 4096 tokens.
     size = {"calibration.height": 16, "calibration.width": 16} if name == "FluxTransformer2DModel" else {}
     return load_recipe(preset, (), SHORT | size | {f"calibration.{key}": value for key, value in values.items()})
