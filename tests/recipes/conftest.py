@@ -44,5 +44,5 @@ def _made(model: Path, name: str, shared: Path, inputs: str) -> Path:
     recipe = with_stage(short_recipe(name), inputs=inputs, rounding="gptq")
     folder = shared / inputs / f"{name}-w4a8"
     folder.parent.mkdir(exist_ok=True)
-    with FileLock(f"{folder}.lock"), checked_in_a_fork():
+    with FileLock(f"{folder}.made.lock"), checked_in_a_fork():
         return folder if folder.exists() else run_recipe(model, recipe, folder).output
