@@ -6,24 +6,20 @@ gradients) makes it forget what it kept, compute, and count it: it never reads a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
-from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from dcomp.cachequant.guide import CallOrder, Guide
-from dcomp.cachequant.plan import PlanError, Prediction
-from dcomp.cachequant.tensors import leaves, like, map_tensors, own_memory, parts_of, placeholder, with_leaves
-from dcomp.cachequant.zones import Zone, parameter_position
+from dcomp.cachequant.plan import Prediction
+from dcomp.cachequant.tensors import leaves
+from dcomp.cachequant.zone_hooks import Given, ZoneCall, ZoneHooks
+from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock
-
-HOOK = "dcomp_cache"  # name in diffusers' registries
-_NO_HOOKS = SimpleNamespace(hooks={})
 
 
 @contextmanager
@@ -60,14 +56,12 @@ class _Context:
         call: the last one; None before the first of a trajectory.
         kept: zone -> call -> tensors, one list for each predicted module.
         forms: module -> what it returned, as placeholders.
-        entered: residual zone -> streams that entered it in the running call.
     """
 
     shape: Any = None
     call: int | None = None
     kept: dict[str, dict[int, list[list[Tensor]]]] = field(default_factory=dict)
     forms: dict[str, Any] = field(default_factory=dict)
-    entered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop all tensors; the place in the trajectory stays."""
@@ -103,8 +97,10 @@ class CacheExecutor:
         self._call: int | None = None
         self._context = 0
         self._moment: tuple[int, int] | None = None
-        self._undo: list[Callable[[], None]] = []
-        self._attach(denoiser)
+        self._hooks = ZoneHooks(denoiser, guide.zones)
+        begin = denoiser.register_forward_pre_hook(self._begin, with_kwargs=True)
+        end = denoiser.register_forward_hook(self._end, always_call=True)
+        self._undo = [self._hooks.detach, begin.remove, end.remove]
 
     def detach(self) -> None:
         """Take every hook away and drop every tensor; harmless when called again."""
@@ -137,24 +133,14 @@ class CacheExecutor:
         }
         return sum(sizes.values())
 
-    def _attach(self, denoiser: nn.Module) -> None:
-        if getattr(denoiser, "is_cache_enabled", False):
-            raise PlanError("Another cache is enabled on this denoiser", remedy="Call its disable_cache() first.")
-        if any(HOOK in getattr(module, "_diffusers_hook", _NO_HOOKS).hooks for module in denoiser.modules()):
-            raise PlanError("This denoiser follows a plan already", remedy="Detach that plan first.")
-        zones = sorted(self._guide.zones, key=lambda zone: sum(zone.encloses(other) for other in self._guide.zones))
-        roles: dict[str, list[tuple[Zone, int]]] = {}
-        for zone in reversed(zones):  # the widest first
-            for number, name in enumerate(zone.modules):
-                roles.setdefault(name, []).append((zone, number))
-        modules = {name: _module_of(denoiser, name, own[0][0]) for name, own in roles.items()}  # all before a hook
-        for name, module in modules.items():
-            self._undo.append(_hook(module, _ZoneHook(self, name, tuple(roles[name]))))
-        begin = denoiser.register_forward_pre_hook(self._begin, with_kwargs=True)
-        end = denoiser.register_forward_hook(self._end, always_call=True)
-        self._undo += [begin.remove, end.remove]
-
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._find_out(args, kwargs)
+        context = self._running
+        if context is not None and self._call is not None:
+            given = {zone: self._given(zone, each, context) for zone, each in self._order.predictions.items()}
+            self._hooks.running = ZoneCall(given, self._order.keep, context.forms)
+
+    def _find_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out which call this is and what is to be done in it."""
         moment = (self.clock.trajectory, self.clock.call)
         first = self._contexts.get(0)
@@ -209,162 +195,29 @@ class CacheExecutor:
             self.stats.fallbacks[reason or "the first call of a trajectory"] += 1
         return replace(order, predictions={})
 
+    def _given(self, zone: str, prediction: Prediction, context: _Context) -> Given:
+        def tensors(module: int) -> list[Tensor]:
+            nodes = [context.kept[zone][call][module] for call in prediction.calls]
+            return [weighted(each, prediction.weights) for each in zip(*nodes, strict=True)]
+
+        return tensors
+
     def _end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        context = self._running
+        context, done = self._running, self._hooks.running
         if context is not None and output is None:  # it failed half-way
             context.forget()
-        elif context is not None and self._call is not None:
+        elif context is not None and done is not None and self._call is not None:
+            for zone, tensors in done.kept.items():
+                context.kept.setdefault(zone, {})[self._call] = tensors
+            self.stats.ran.update((self._call, zone, self._context) for zone in done.ran)
+            self.stats.predicted.update((self._call, zone, self._context) for zone in done.replaced)
             self.stats.peak_bytes = max(self.stats.peak_bytes, self.kept_bytes)
             for zone, call in self._order.forget:
                 context.kept.get(zone, {}).pop(call, None)
-        self._running, self._order = None, CallOrder()
-
-    def prediction(self, zone: Zone) -> Prediction | None:
-        """Return what replaces a zone in the running call; None where it runs."""
-        return self._order.predictions.get(zone.name) if self._running is not None else None
-
-    def keeps(self, zone: Zone) -> bool:
-        """Whether what a zone computes in the running call will be read."""
-        return self._running is not None and self._call is not None and zone.name in self._order.keep
-
-    def predict(self, zone: Zone, prediction: Prediction, module: int) -> list[Tensor]:
-        """Return the predicted tensors of one of a zone's modules."""
-        assert self._running is not None
-        kept = self._running.kept[zone.name]
-        nodes = [kept[call][module] for call in prediction.calls]
-        return [_weighted(tensors, prediction.weights) for tensors in zip(*nodes, strict=True)]
-
-    def keep(self, zone: Zone, module: int, tensors: list[Tensor]) -> None:
-        """Keep what one of a zone's modules computed in the running call."""
-        assert self._running is not None
-        assert self._call is not None
-        calls = self._running.kept.setdefault(zone.name, {})
-        modules = calls.setdefault(self._call, [[] for _ in zone.predicted])
-        modules[module] = [own_memory(tensor.detach()) for tensor in tensors]
-
-    def enter(self, zone: Zone, streams: dict[str, Tensor]) -> None:
-        """Remember the streams that enter a residual zone until they leave it."""
-        assert self._running is not None
-        self._running.entered[zone.name] = streams
-
-    def leave(self, zone: Zone, streams: dict[str, Tensor | None]) -> None:
-        """Keep what a residual zone added to the streams that entered it; one that ends within it has added nothing."""
-        assert self._running is not None
-        entered = self._running.entered.pop(zone.name)
-        changes = []
-        for name, before in entered.items():
-            after = streams[name]
-            changes.append(before.new_zeros(()) if after is None else after - before)
-        self.keep(zone, 0, changes)
-
-    def form(self, name: str) -> Any:
-        """Return a placeholder for what a module returns."""
-        assert self._running is not None
-        return self._running.forms[name]
-
-    def note(self, name: str, output: Any, zone: Zone, number: int) -> None:
-        """Take note of what a module returned, and that its zone ran."""
-        if self._running is None:
-            return
-        if name not in self._running.forms:
-            self._running.forms[name] = map_tensors(placeholder, output)
-        if number == 0 and self._call is not None:
-            self.stats.ran[self._call, zone.name, self._context] += 1
-
-    def count(self, zone: Zone) -> None:
-        """Count a prediction."""
-        assert self._call is not None
-        self.stats.predicted[self._call, zone.name, self._context] += 1
+        self._running, self._hooks.running, self._order = None, None, CallOrder()
 
 
-class _ZoneHook(ModelHook):
-    """Runs a module, or puts what is predicted for it, or a placeholder, in its place.
-
-    Args:
-        executor: knows what is to be done.
-        name: of the module.
-        roles: zones that the module is a part of, the widest first, and its number among each one's modules.
-    """
-
-    def __init__(self, executor: CacheExecutor, name: str, roles: tuple[tuple[Zone, int], ...]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._executor, self._name, self._roles = executor, name, roles
-        self._positions: dict[str, int] = {}
-
-    def initialize_hook(self, module: nn.Module) -> nn.Module:
-        """Find out where the module's forward takes the streams of residual zones."""
-        names = {name for zone, number in self._roles if zone.streams for name, _ in zone.streams[number]}
-        self._positions = {name: parameter_position(module, name) for name in names}
-        return module
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Take the place of the module's forward."""
-        executor = self._executor
-        for zone, number in self._roles:
-            prediction = executor.prediction(zone)
-            if prediction is not None:
-                if number == 0:
-                    executor.count(zone)
-                form = executor.form(self._name)
-                if zone.kind == "residual":
-                    return self._passed_on(form, zone, number, prediction, args, kwargs)
-                if number >= len(zone.predicted):
-                    return form
-                tensors = executor.predict(zone, prediction, number)
-                # Whoever called the denoiser may change what it returned.
-                return with_leaves(form, [t.clone() for t in tensors] if module is executor.denoiser else tensors)
-        entering = [(zone, number) for zone, number in self._roles if zone.kind == "residual" and executor.keeps(zone)]
-        for zone, number in entering:
-            if number == 0:
-                executor.enter(zone, self._streams(zone, number, args, kwargs))
-        forward: Any = self.fn_ref.original_forward
-        output = forward(*args, **kwargs)
-        for zone, number in self._roles:
-            executor.note(self._name, output, zone, number)
-            if zone.kind == "output" and number < len(zone.predicted) and executor.keeps(zone):
-                executor.keep(zone, number, leaves(output))
-        for zone, number in entering:
-            if number == len(zone.predicted) - 1:
-                executor.leave(zone, {name: parts_of(output)[place] for name, place in zone.streams[number]})
-        return output
-
-    def _streams(self, zone: Zone, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            name: kwargs[name] if name in kwargs else args[self._positions[name]] for name, _ in zone.streams[number]
-        }
-
-    def _passed_on(
-        self,
-        form: Any,
-        zone: Zone,
-        number: int,
-        prediction: Prediction,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Return a block's streams as they came; the first block of the zone adds what the zone would have added."""
-        streams = self._streams(zone, number, args, kwargs)
-        if number == 0:
-            added = self._executor.predict(zone, prediction, 0)
-            streams = {name: stream + change for (name, stream), change in zip(streams.items(), added, strict=True)}
-        parts = parts_of(form)
-        for name, place in zone.streams[number]:
-            parts[place] = None if parts[place] is None else streams[name]
-        return like(form, parts)
-
-
-def _module_of(denoiser: nn.Module, name: str, zone: Zone) -> nn.Module:
-    try:
-        return denoiser.get_submodule(name)
-    except AttributeError as error:
-        raise PlanError(
-            f"The plan is for another denoiser: this {type(denoiser).__name__} has no module {name[:80]!r}",
-            where=zone.name,
-            remedy="Make a plan for this model with `dcomp search-schedule`.",
-        ) from error
-
-
-def _weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+def weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
     """Return the weighted sum, in float32 where the tensors are shorter; one tensor of weight 1 is itself."""
     if weights == (1.0,):
         return tensors[0]
@@ -373,20 +226,3 @@ def _weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total = total.add_(tensor, alpha=weight)
     return total.to(tensors[0].dtype)
-
-
-def _hook(module: nn.Module, hook: ModelHook) -> Callable[[], None]:
-    """Register a hook; return what takes it away without a trace."""
-    own_forward = "forward" in vars(module)
-    had_registry = "_diffusers_hook" in vars(module)
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(hook, HOOK)
-
-    def remove() -> None:
-        registry.remove_hook(HOOK, recurse=False)
-        if not own_forward and not registry.hooks:
-            vars(module).pop("forward", None)
-        if not had_registry and not registry.hooks:
-            vars(module).pop("_diffusers_hook", None)
-
-    return remove
