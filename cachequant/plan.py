@@ -67,9 +67,9 @@ class CachePlan:
         return len(self.timesteps)
 
     def computes(self, call: int, zone: str) -> bool:
-        """Whether a zone runs in a call: neither it nor one around it is predicted."""
+        """Whether all that is kept of a zone is computed in a call, be it from predictions inside the zone."""
         own = self._by_name[zone]
-        return not any(name == zone or self._by_name[name].encloses(own) for name in self.actions[call])
+        return not any(self._by_name[name].silences(own) for name in self.actions[call])
 
     @cached_property
     def predictions(self) -> tuple[dict[str, Prediction], ...]:

@@ -31,7 +31,7 @@ class ZoneCall:
         given: zone -> what replaces it; all others run.
         keep: zones whose tensors are wanted.
         forms: module -> what it returned in a call before, as placeholders; filled where a module runs.
-        kept: zone -> for each predicted module its tensors; filled for those of `keep` that run.
+        kept: zone -> for each predicted module its tensors; filled for those of `keep` that run, as far as they run.
         ran: zones that ran.
         replaced: zones that did not.
     """
@@ -56,10 +56,11 @@ class ZoneCall:
     def leave(self, zone: Zone, streams: Mapping[str, Tensor | None]) -> None:
         """Keep what a residual zone added to the streams that entered it; one that ends within it has added nothing."""
         changes = []
-        for name, before in self._entered.pop(zone.name).items():
+        for name, before in self._entered.pop(zone.name, {}).items():
             after = streams[name]
             changes.append(before.new_zeros(()) if after is None else after - before)
-        self.store(zone, 0, changes)
+        if changes:  # else the zone's first block was replaced, and this is not all of it
+            self.store(zone, 0, changes)
 
 
 class ZoneHooks:

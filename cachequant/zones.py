@@ -60,6 +60,12 @@ class Zone:
         own = {*self.modules}
         return other.name != self.name and all(own & {*_paths_around(name)} for name in other.modules)
 
+    def silences(self, other: "Zone") -> bool:
+        """Whether some of what is kept of another zone is not computed when this one is predicted."""
+        own = {*self.modules}
+        ends = (other.predicted[0], other.predicted[-1]) if other.streams else other.predicted
+        return any(own & {*_paths_around(name)} for name in ends)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the zone as JSON data."""
         return {

@@ -138,3 +138,23 @@ def test_calls_are_found_by_their_timesteps() -> None:
     assert nearest_call(timesteps, 500, start=3) is None
     assert nearest_call(timesteps, 0.0) == 3
     assert nearest_call(timesteps, 750) is None
+
+
+def test_a_zone_of_which_a_part_is_replaced_has_nothing_to_keep() -> None:
+    def chain(name: str, *numbers: int) -> Zone:
+        streams = ((("hidden_states", 0),),) * len(numbers)
+        return Zone(name, "residual", tuple(f"blocks.{i}" for i in numbers), (), streams)
+
+    parts = Zone("attention", "output", ("blocks.0.attn", "blocks.1.attn", "blocks.2.attn"))
+    first, middle, whole = chain("first", 0), chain("middle", 1), chain("whole", 0, 1, 2)
+    assert first.silences(parts)
+    assert first.silences(whole)
+    assert first.silences(first)
+    assert not middle.silences(whole)
+    assert not parts.silences(whole)
+    assert not first.silences(middle)
+    assert whole.silences(parts)
+    assert whole.silences(middle)
+    actions = ({}, {"first": "reuse"}, {"attention": "reuse"})
+    plan = CachePlan((first, parts), (3.0, 2.0, 1.0), (0.0, 1.0, 2.0), actions)
+    assert plan.predictions[2]["attention"].calls == (0,)

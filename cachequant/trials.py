@@ -1,0 +1,327 @@
+"""Try out what a call may do, for many histories at once, on the real pipeline with its real scheduler.
+
+A pipeline is a function of what its denoiser returned so far. So a history of predictions can be given to it again at
+the price of the scheduler's steps alone, and no scheduler, guidance or pipeline has to be known here: every history is
+a few more pictures in one large batch, all calls but the last are answered from memory, and only the last one computes.
+Letters: N pictures of each history, C contexts that guidance puts into one call of the denoiser.
+"""
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers.hooks.hooks import ModelHook
+from torch import Tensor, nn
+
+from dcomp.cachequant.executor import weighted
+from dcomp.cachequant.predict import PREDICTORS
+from dcomp.cachequant.tensors import leaves, map_tensors, with_leaves
+from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
+from dcomp.cachequant.zones import WHOLE, Zone
+from dcomp.calibrate.clock import StepClock, log_snr_function
+from dcomp.calibrate.pipeline import Generation, OpenPipeline
+from dcomp.calibrate.quality import relative_errors
+from dcomp.calibrate.replay import map_leaves
+from dcomp.calibrate.structure import POSITIONS
+
+_ROWS = 32  # of one forward of the denoiser: more of them gain nothing on a CPU, and take memory
+_HOOK = "dcomp_trials"
+_KEPT = 3  # computing calls whose tensors are kept, the most that a predictor reads
+
+Actions = Mapping[str, str]  # of one call: zone -> name of a predictor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A history of calls.
+
+    Attributes:
+        rows: what each call did.
+        error: geometric mean of the pictures' relative errors after the last one's scheduler step.
+    """
+
+    rows: tuple[Actions, ...] = ()
+    error: float = 0.0
+    _answers: tuple[list[list[Tensor]], ...] = field(default=(), repr=False)  # of each call: for each context, leaves
+    _kept: Mapping[str, Mapping[int, list[list[list[Tensor]]]]] = field(default_factory=dict, repr=False)
+
+    def nodes(self, zone: str) -> list[int]:
+        """Return the last calls that computed a zone, ascending."""
+        return sorted(self._kept.get(zone, {}))
+
+    def allows(self, actions: Actions) -> bool:
+        """Whether enough calls before computed what these predictions read."""
+        return all(len(self.nodes(zone)) >= PREDICTORS[name].nodes for zone, name in actions.items())
+
+
+class Trials:
+    """Runs pictures of a pipeline under many histories.
+
+    Attributes:
+        timesteps: of the T calls, as the denoiser is told them.
+        places: of the T calls: their log-SNR, or their number where that does not rise from call to call.
+
+    Args:
+        pipeline: the model that will run, float or quantized.
+        zones: that calls may predict.
+        prompts: of the N pictures.
+        indices: of their noise.
+        settings: of the trajectories, as deployed.
+        reference: latents after each of the T calls of the original, `[N, ...]` each; None: of this model.
+
+    A context manager: hooks are on the denoiser from its beginning to its end.
+    """
+
+    def __init__(
+        self,
+        pipeline: OpenPipeline,
+        zones: Sequence[Zone],
+        prompts: Sequence[str],
+        indices: Sequence[int],
+        settings: Generation,
+        reference: Sequence[Tensor] | None = None,
+    ) -> None:
+        self._pipeline, self._prompts, self._indices = pipeline, list(prompts), list(indices)
+        self._settings, self.zones = settings, tuple(zones)
+        self.timesteps, own = _reference(pipeline, self._prompts, self._indices, settings)
+        self._reference = own if reference is None else list(reference)
+        self.places = _places(pipeline.scheduler, self.timesteps)
+
+    def __enter__(self) -> "Trials":
+        self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])
+        self._answer = _Answer(self._hooks, self.zones, len(self._prompts), self.places)
+        self._unhook = hook_module(self._pipeline.denoiser, self._answer, _HOOK)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unhook()
+        self._hooks.detach()
+
+    def extend(self, tries: Sequence[tuple[Branch, Actions]]) -> list[Branch]:
+        """Let the next call of each history do something, and return the histories that come of it.
+
+        Args:
+            tries: histories of the same number of calls, each with what its next call predicts.
+        """
+        call = len(tries[0][0].rows)
+        clock = StepClock()
+        self._answer.begin(clock, call, tries)
+        count = len(tries)
+        latents: list[Tensor] = []
+
+        def stop(done: int, total: int, sample: Tensor) -> None:
+            if clock.call > call:
+                latents.append(sample.detach())
+                raise _Enough
+
+        with contextlib.suppress(_Enough):
+            self._pipeline.run(
+                self._prompts * count,
+                self._indices * count,
+                replace(self._settings, batch_size=count * len(self._prompts)),
+                decode=False,
+                clock=clock,
+                on_step=stop,
+            )
+        pictures = latents[0].cpu().unflatten(0, (count, len(self._prompts)))
+        return [
+            replace(branch, error=_error(self._reference[call], made))
+            for branch, made in zip(self._answer.branches(), pictures, strict=True)
+        ]
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends a pipeline after the call that was tried
+    pass
+
+
+class _Answer(ModelHook):
+    """The denoiser's forward while trials run: memory for all calls but one."""
+
+    def __init__(self, hooks: ZoneHooks, zones: Sequence[Zone], pictures: int, places: Sequence[float]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._hooks, self._zones, self._pictures, self._places = hooks, tuple(zones), pictures, places
+        # A residual zone keeps one change, whatever the number of its blocks.
+        self._modules = {zone.name: 1 if zone.streams else len(zone.predicted) for zone in zones}
+        self._forms: dict[str, Any] = {}  # of a forward with so many rows:
+        self._form_rows = 0
+
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        """Learn the names of the denoiser's arguments."""
+        self._names = list(inspect.signature(module.forward).parameters)
+        return module
+
+    def begin(self, clock: StepClock, call: int, tries: Sequence[tuple[Branch, Actions]]) -> None:
+        """Get ready for a run in which call `call` is tried."""
+        self._clock, self._call, self._tries = clock, call, tries
+        self._moment, self._context = -1, 0
+        self._answers: list[list[list[Tensor]]] = [[] for _ in tries]
+        self._computed: list[list[dict[str, list[list[Tensor]]]]] = [[] for _ in tries]
+
+    def branches(self) -> list[Branch]:
+        """Return the histories with the tried call."""
+        return [
+            self._longer(branch, actions, answers, computed)
+            for (branch, actions), answers, computed in zip(self._tries, self._answers, self._computed, strict=True)
+        ]
+
+    def _longer(
+        self,
+        branch: Branch,
+        actions: Actions,
+        answers: list[list[Tensor]],
+        computed: list[dict[str, list[list[Tensor]]]],
+    ) -> Branch:
+        kept = {zone: dict(calls) for zone, calls in branch._kept.items()}
+        for zone in computed[0]:
+            calls = kept.setdefault(zone, {})
+            calls[self._call] = [context[zone] for context in computed]
+            for old in sorted(calls)[:-_KEPT]:
+                del calls[old]
+        return Branch((*branch.rows, dict(actions)), 0.0, (*branch._answers, answers), kept)
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Answer a call of the denoiser."""
+        now = self._clock.call
+        self._context = self._context + 1 if now == self._moment else 0
+        self._moment = now
+        if now < self._call:
+            answers = [branch._answers[now][self._context] for branch, _ in self._tries]
+        else:
+            answers = self._tried(args, kwargs)
+        contexts = len(answers[0][0]) // self._pictures
+        joined = [
+            torch.stack([tensor.unflatten(0, (contexts, self._pictures)) for tensor in tensors], 1).flatten(0, 2)
+            for tensors in zip(*answers, strict=True)
+        ]
+        return with_leaves(self._form, joined)
+
+    def _tried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[Tensor]]:
+        count = len(self._tries)
+        same: dict[str, list[int]] = {}
+        for number, (_, actions) in enumerate(self._tries):
+            same.setdefault(repr(sorted(actions.items())), []).append(number)
+        batch = next(len(leaf) for leaf in leaves((args, kwargs)) if leaf.ndim)
+        rows = batch // count
+        answers: list[list[Tensor]] = [[] for _ in self._tries]
+        for numbers in same.values():
+            if WHOLE in self._tries[numbers[0]][1]:
+                for number in numbers:
+                    answers[number] = self._predicted(number, WHOLE)(0)
+                    self._computed[number].append({})
+                continue
+            step = max(1, _ROWS // rows)
+            for first in range(0, len(numbers), step):
+                self._compute(numbers[first : first + step], args, kwargs, batch, answers)
+        for number, answer in enumerate(answers):
+            self._answers[number].append(answer)
+        return answers
+
+    def _compute(
+        self,
+        numbers: Sequence[int],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        batch: int,
+        answers: list[list[Tensor]],
+    ) -> None:
+        """Run the denoiser on the rows of some tries that do the same."""
+        rows = batch // len(self._tries)
+        places = torch.arange(batch).view(rows // self._pictures, len(self._tries), self._pictures)
+        own = torch.cat([places[:, number].flatten() for number in numbers])
+
+        def taken(path: tuple[str | int, ...], leaf: Any) -> Any:
+            name = self._names[path[0]] if isinstance(path[0], int) else path[0]
+            has_rows = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch and name not in POSITIONS
+            return leaf[own] if has_rows else leaf
+
+        own_args, own_kwargs = map_leaves(args, kwargs, taken)
+        actions = self._tries[numbers[0]][1]
+        given = {zone: _joined([self._predicted(number, zone) for number in numbers], rows) for zone in actions}
+        call = ZoneCall(given, frozenset(zone.name for zone in self._zones), self._forms_for(len(own)))
+        self._hooks.running = call
+        try:
+            forward: Any = self.fn_ref.original_forward
+            output = forward(*own_args, **own_kwargs)
+        finally:
+            self._hooks.running = None
+        if not actions:
+            self._forms, self._form_rows = call.forms, len(own)
+        self._form = output
+        # A zone of which a part was replaced is of no use later.
+        kept = {zone: modules for zone, modules in call.kept.items() if all(modules[: self._modules[zone]])}
+        kept[WHOLE] = [leaves(output)]
+        for place, number in enumerate(numbers):
+            block = slice(place * rows, (place + 1) * rows)
+
+            def part(tensor: Tensor, block: slice = block) -> Tensor:
+                return tensor[block].clone() if tensor.ndim and len(tensor) == len(own) else tensor
+
+            answers[number] = [part(tensor) for tensor in leaves(output)]
+            self._computed[number].append(
+                {zone: [[part(t) for t in module] for module in modules] for zone, modules in kept.items()}
+            )
+
+    def _predicted(self, number: int, zone: str) -> Callable[[int], list[Tensor]]:
+        """Return what a try predicts for a zone."""
+        branch, actions = self._tries[number]
+        rule = PREDICTORS[actions[zone]]
+        nodes = branch.nodes(zone)[-rule.nodes :]
+        axis: Sequence[float] = range(len(self._places)) if rule.by_call else self._places
+        weights = rule.weights([axis[node] for node in nodes], axis[self._call])
+        context = self._context
+
+        def tensors(module: int) -> list[Tensor]:
+            kept = [branch._kept[zone][node][context][module] for node in nodes]
+            return [weighted(each, weights) for each in zip(*kept, strict=True)]
+
+        return tensors
+
+    def _forms_for(self, rows: int) -> dict[str, Any]:
+        def resized(form: Tensor) -> Tensor:
+            has_rows = form.ndim and len(form) == self._form_rows
+            return form[:1].expand(rows, *form.shape[1:]) if has_rows else form
+
+        return {name: map_tensors(resized, form) for name, form in self._forms.items()}
+
+
+def _joined(given: Sequence[Callable[[int], list[Tensor]]], rows: int) -> Callable[[int], list[Tensor]]:
+    """Join what several tries are given, in their order."""
+
+    def tensors(module: int) -> list[Tensor]:
+        return [
+            torch.cat(each) if each[0].ndim and len(each[0]) == rows else each[0]
+            for each in zip(*(tensors_of(module) for tensors_of in given), strict=True)
+        ]
+
+    return tensors
+
+
+def _reference(
+    pipeline: OpenPipeline, prompts: list[str], indices: list[int], settings: Generation
+) -> tuple[tuple[float, ...], list[Tensor]]:
+    """Return the timestep of each call of a trajectory that computes everything, and the latents after it."""
+    clock = StepClock()
+    told: dict[int, float] = {}
+    hook = pipeline.denoiser.register_forward_pre_hook(lambda *_: told.__setitem__(clock.call, clock.timestep))
+    whole = replace(settings, batch_size=len(prompts))
+    try:
+        made = pipeline.run(prompts, indices, whole, decode=False, clock=clock, keep_steps=True)
+    finally:
+        hook.remove()
+    assert made.step_latents is not None
+    return tuple(told[call] for call in range(len(told))), made.step_latents
+
+
+def _places(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
+    log_snr = log_snr_function(scheduler, max(timesteps))
+    places = tuple(log_snr(timestep) for timestep in timesteps)
+    rises = all(after > before for before, after in itertools.pairwise(places))
+    return places if rises else tuple(map(float, range(len(timesteps))))
+
+
+def _error(reference: Tensor, made: Tensor) -> float:
+    return float(relative_errors(reference, made).clamp(min=1e-12).log().mean().exp())
