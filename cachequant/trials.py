@@ -30,7 +30,8 @@ from dcomp.calibrate.structure import POSITIONS
 
 _ROWS = 32  # of one forward of the denoiser: more of them gain nothing on a CPU, and take memory
 _HOOK = "dcomp_trials"
-_KEPT = 3  # computing calls whose tensors are kept, the most that a predictor reads
+_PAIR = 2  # contexts of classifier-free guidance
+_KEPT = 16  # computing calls whose tensors are kept
 
 Actions = Mapping[str, str]  # of one call: zone -> name of a predictor
 
@@ -52,6 +53,11 @@ class Branch:
     def nodes(self, zone: str) -> list[int]:
         """Return the last calls that computed a zone, ascending."""
         return sorted(self._kept.get(zone, {}))
+
+    def reading(self, calls: Sequence[int]) -> "Branch":
+        """Return the same history as if only these calls had computed: the next one can be predicted from them."""
+        kept = {zone: {call: found[call] for call in calls if call in found} for zone, found in self._kept.items()}
+        return replace(self, _kept=kept)
 
     def allows(self, actions: Actions) -> bool:
         """Whether enough calls before computed what these predictions read."""
@@ -87,6 +93,7 @@ class Trials:
     ) -> None:
         self._pipeline, self._prompts, self._indices = pipeline, list(prompts), list(indices)
         self._settings, self.zones = settings, tuple(zones)
+        self._guidance = pipeline.guidance(settings.guidance)
         self.timesteps, own = _reference(pipeline, self._prompts, self._indices, settings)
         self._reference = own if reference is None else list(reference)
         self.places = _places(pipeline.scheduler, self.timesteps)
@@ -100,6 +107,22 @@ class Trials:
     def __exit__(self, *_: object) -> None:
         self._unhook()
         self._hooks.detach()
+
+    def difference(self, skipped: Branch, computed: Branch) -> float:
+        """Return how far apart the last calls of two histories are, after guidance and relative to the second's.
+
+        The root of the mean square over pictures; both histories are the same before.
+        """
+        one, other = (self._guided(branch) for branch in (skipped, computed))
+        return float(relative_errors(other, one).square().mean().sqrt())
+
+    def _guided(self, branch: Branch) -> Tensor:
+        """Return the predictions of the last call, `[N, ...]`."""
+        contexts = torch.cat([tensors[0] for tensors in branch._answers[-1]]).unflatten(0, (-1, len(self._prompts)))
+        if len(contexts) == _PAIR and self._guidance is not None:
+            contexts = (contexts[0] + self._guidance * (contexts[1] - contexts[0]))[None]
+        guided: Tensor = contexts.mean(0)
+        return guided
 
     def extend(self, tries: Sequence[tuple[Branch, Actions]]) -> list[Branch]:
         """Let the next call of each history do something, and return the histories that come of it.
