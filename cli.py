@@ -475,6 +475,54 @@ def validate(
         raise typer.Exit(NOT_GOOD_ENOUGH)
 
 
+@app.command("search-schedule")
+def search_schedule(
+    out: Checkpoint,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="Times fewer multiply-accumulates (2x), repeatable; default: 1.5x, 2x, 3x and 4x."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSON file; default: dcomp_cache.json in OUT.")
+    ] = None,
+    steps: StepsAgain = None,
+    guidance: GuidanceAgain = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 4,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Find which denoiser calls OUT may skip, and write plans for `dcomp generate --plan`; exit code 3 if none helps.
+
+    Examples:
+      dcomp search-schedule small/ --budget 2x --budget 3x
+
+      dcomp search-schedule my-model/ -o plans.json --steps 50 --scheduler DDIMScheduler
+    """
+    from dcomp.recipes import console, screens
+    from dcomp.recipes.schedule import BUDGETS, read_speed
+    from dcomp.recipes.schedule import search_schedule as run_search
+
+    budgets = [read_speed(text) for text in budget] if budget else BUDGETS
+    with console.progress() as progress:
+        result = run_search(
+            out,
+            budgets=budgets,
+            output=output,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            seed=seed,
+            samples=samples,
+            device=device,
+            progress=progress,
+        )
+    console.print_json(result.to_dict()) if json else screens.print_schedules(result)
+    if not result.plans:
+        raise typer.Exit(NOT_GOOD_ENOUGH)
+
+
 @app.command()
 def generate(
     out: Checkpoint,
@@ -482,6 +530,10 @@ def generate(
         list[str], typer.Argument(help="Prompts (class ids for a class-conditional model).", metavar="PROMPT...")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path("pictures"),
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Follow a cache plan of OUT, such as 2x; or FILE.json:2x for plans that lie elsewhere."),
+    ] = None,
     steps: StepsAgain = None,
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
@@ -499,6 +551,7 @@ def generate(
             out,
             prompts,
             output,
+            plan=plan,
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,

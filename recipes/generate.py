@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from dcomp import UsageError
+from dcomp.cachequant.executor import following
+from dcomp.cachequant.guide import PlanGuide
+from dcomp.cachequant.plan import PlanError
+from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.calibrate.clock import StepClock
-from dcomp.calibrate.pipeline import open_pipeline
+from dcomp.calibrate.components import local_folder
+from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
 from dcomp.calibrate.progress import Progress
+from dcomp.recipes.schedule import trajectory_of
 from dcomp.recipes.settings import generation_settings
 
 
@@ -21,6 +28,7 @@ def generate(
     prompts: Sequence[str],
     output: Path,
     *,
+    plan: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -33,14 +41,32 @@ def generate(
 
     Settings that are not given are those that the checkpoint was calibrated with, or the pipeline's own.
 
+    Args:
+        model: a checkpoint, or any pipeline folder or hub id.
+        prompts: one a picture.
+        output: folder of the files; made if it is not there.
+        plan: name of a cache plan of the checkpoint, or `FILE.json:NAME`; None computes every call.
+        steps: scheduler steps.
+        guidance: guidance scale.
+        scheduler: class to sample with.
+        seed: base seed.
+        batch_size: pictures that are made together.
+        device: where to run.
+        progress: called with a text, the count done and the total.
+
     Returns:
-        The files, the seconds that making them took, and how many timesteps the calibration had not seen.
+        The files, the seconds that making them took, how many timesteps the calibration had not seen, and of a plan
+        its speedup in multiply-accumulates and the calls that computed although it says otherwise.
+
+    Raises:
+        UsageError: an empty prompt, a folder that cannot be made, or a plan of another model or trajectory.
     """
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError("A prompt is empty", remedy="Write what the picture should show.")
     pipeline = open_pipeline(model, scheduler=scheduler, device=device)
     settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
     pipeline.check(prompts, settings)
+    chosen = plan_for(plan, local_folder(model), pipeline, settings.steps) if plan else None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,16 +75,21 @@ def generate(
         ) from error
     files: list[str] = []
     started = time.perf_counter()
-    for first in range(0, len(prompts), settings.batch_size):
-        if progress:
-            progress("pictures", first, len(prompts))
-        indices = range(first, min(first + settings.batch_size, len(prompts)))
-        images = pipeline.run([prompts[i] for i in indices], indices, settings).images
-        assert images is not None  # run() decodes unless told not to
-        for i, image in zip(indices, images, strict=True):
-            file = output / f"{i:04d}-{_slug(prompts[i])}.png"
-            to_picture(image).save(file)
-            files.append(str(file))
+    with ExitStack() as stack:
+        executor = None
+        if chosen:
+            guide = PlanGuide(chosen.plan)
+            executor = stack.enter_context(following(pipeline.denoiser, pipeline.scheduler, guide))
+        for first in range(0, len(prompts), settings.batch_size):
+            if progress:
+                progress("pictures", first, len(prompts))
+            indices = range(first, min(first + settings.batch_size, len(prompts)))
+            images = pipeline.run([prompts[i] for i in indices], indices, settings).images
+            assert images is not None  # run() decodes unless told not to
+            for i, image in zip(indices, images, strict=True):
+                file = output / f"{i:04d}-{_slug(prompts[i])}.png"
+                to_picture(image).save(file)
+                files.append(str(file))
     if progress:
         progress("pictures", len(prompts), len(prompts))
     clock: StepClock | None = getattr(pipeline.denoiser, "dcomp_clock", None)
@@ -70,7 +101,35 @@ def generate(
         "guidance": settings.guidance,
         "seed": settings.seed,
         "unseen_timesteps": clock.unseen if clock else 0,
+        "plan": chosen.name if chosen else None,
+        "plan_speedup": chosen.speedup if chosen else None,
+        "plan_fallbacks": sum(executor.stats.fallbacks.values()) if executor else 0,
     }
+
+
+def plan_for(name: str, folder: Path, pipeline: OpenPipeline, steps: int) -> MeasuredPlan:
+    """Return a plan by its name, if it was made for this pipeline.
+
+    Args:
+        name: of a plan of the folder, or `FILE.json:NAME`.
+        folder: of the model.
+        pipeline: that will follow it.
+        steps: scheduler steps that will be run.
+
+    Raises:
+        PlanError: there is no such plan, or it was made for something else.
+    """
+    path, _, last = name.rpartition(":")
+    file = Path(path) if path else folder / FILE
+    plans = PlanSet.read(file)
+    difference = plans.trajectory.difference(trajectory_of(folder, pipeline, steps))
+    if difference:
+        raise PlanError(
+            f"These plans were made for {difference}",
+            where=str(file),
+            remedy="Search plans for what you run with `dcomp search-schedule`, or leave --plan out.",
+        )
+    return plans.choose(last)
 
 
 def to_picture(image: Tensor) -> Image.Image:

@@ -14,6 +14,7 @@ from dcomp.recipes.error_curves import draw_error_curves, has_curves
 from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
+from dcomp.recipes.schedule import ScheduleResult
 
 WORST = 10  # layers that are shown where not all are asked for
 
@@ -68,6 +69,30 @@ def print_result(result: RunResult) -> None:
         say(f"Note: {note}")
     print_table("Written", ("", ""), facts)
     print(f"\n{result.load_line}")
+
+
+def print_schedules(result: ScheduleResult) -> None:
+    """Print the plans beside fewer steps at the same cost; the line that follows one comes last."""
+    for note in result.notes:
+        say(f"Note: {note}")
+    rows = [
+        (
+            each.name,
+            f"{each.speedup:.2f}x",
+            f"{sum(not row for row in each.plan.actions)} of {result.calls}",
+            f"{each.expected_error:.4f}",
+            f"{each.error:.4f}",
+            f"{each.psnr:.1f} dB",
+            f"{result.fewer_steps[each.name]:.1f} dB",
+        )
+        for each in result.plans
+    ]
+    columns = ("plan", "fewer MACs", "whole calls", "expected error", "error", "PSNR", "fewer steps")
+    if not rows:
+        say(f"No plan is better than fewer steps; nothing was written ({time_text(result.seconds)}).")
+        return
+    print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 7))
+    print(f"\nWritten to {result.file} in {time_text(result.seconds)}. Follow one with --plan {result.plans[-1].name}")
 
 
 def print_inspection(report: Inspection, layers: bool | None = None, worst: int = WORST) -> None:
