@@ -5,7 +5,7 @@ is its cost and its error alone. Labels that another one of their state beats in
 in cost than can matter one is kept, so that the time is bounded. Letters: T calls, r and s as in `gap_costs`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dcomp.cachequant.gap_costs import GapCosts, Way
@@ -95,8 +95,3 @@ def _rows(label: _Label, total: int) -> tuple[Actions, ...]:
                 rows[call] = {zone: name}
         step = step.before
     return tuple(rows)
-
-
-def for_budget(front: Sequence[Schedule], cost: float, count: int, key: Callable[[Schedule], float]) -> list[Schedule]:
-    """Return the `count` best schedules that cost no more, by a key."""
-    return sorted((one for one in front if one.cost <= cost + 1e-9), key=key)[:count]

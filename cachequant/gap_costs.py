@@ -48,6 +48,8 @@ class GapCosts:
             start: s.
             end: T for a gap that ends the trajectory.
         """
+        if end == start + 1:
+            return 0.0
         nodes: tuple[int, ...] = (start,)
         if PREDICTORS[way[1]].nodes == _MOST_NODES:
             if before is None:

@@ -59,10 +59,6 @@ class Branch:
         kept = {zone: {call: found[call] for call in calls if call in found} for zone, found in self._kept.items()}
         return replace(self, _kept=kept)
 
-    def allows(self, actions: Actions) -> bool:
-        """Whether enough calls before computed what these predictions read."""
-        return all(len(self.nodes(zone)) >= PREDICTORS[name].nodes for zone, name in actions.items())
-
 
 class Trials:
     """Runs pictures of a pipeline under many histories.

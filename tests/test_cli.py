@@ -25,7 +25,10 @@ from tests.support.checkpoints import checked_in_a_fork, file_hashes
 from tests.support.tiny import save_tiny_pipeline
 
 UNET, TEXT = "UNet2DModel", "UNet2DConditionModel"
-COMMANDS = ["quantize", "compress", "calibrate", "validate", "generate", "bench", "inspect", "doctor", "demo"]
+COMMANDS = [
+    *("quantize", "compress", "calibrate", "validate", "search-schedule", "generate", "bench", "inspect", "doctor"),
+    "demo",
+]
 SHORT = ["--samples", "2", "--steps", "3", "--batch-size", "2"]
 QUICK = [*SHORT, "--set", "stages.0.tune=0", "--set", "stages.0.rounding=nearest"]
 SCREEN = 12  # lines that an error may take
@@ -473,6 +476,27 @@ def test_what_layers_cannot_have_is_listed_on_one_screen_by_every_form_of_the_co
     assert 10 < count <= len(narrow)
     assert sum(line.strip().split(":")[0] in narrow for line in lines) == 10
     assert left_in(Path.cwd()) == []
+
+
+def test_plans_are_searched_and_followed(checkpoint: Path, run: Run) -> None:
+    shutil.copytree(checkpoint, "out")
+    search = ["search-schedule", "out", "--steps", "8", "--samples", "2"]
+    found = read_json(run(*search, "--budget", "1.3x", "--json"))
+    assert set(found) == documented("search-schedule")
+    assert [plan["name"] for plan in found["plans"]] == ["1.3x"]
+    assert left_in(Path("out")).count("dcomp_cache.json") == 1
+    made = read_json(run("generate", "out", "a cat", "--steps", "8", "--plan", "1.3x", "--json"))
+    assert (made["plan"], made["plan_fallbacks"]) == ("1.3x", 0)
+    code, out, err = run(*search, "--budget", "1.3x", "--budget", "99x")
+    assert code == 0, err
+    assert "1.3x" in out
+    assert "--plan 1.3x" in out
+    assert "No plan is 99x as fast" in err
+    assert_one_screen(*run("generate", "out", "a cat", "--plan", "1.3x"), code_wanted=2, words="made for 8 steps")
+    assert_one_screen(*run(*search, "--budget", "40ms"), code_wanted=2, words="is no budget")
+    nothing = run(*search, "--budget", "99x", "--json")
+    assert nothing[0] == 3
+    assert json.loads(nothing[1])["file"] is None
 
 
 def test_a_set_of_other_settings_is_refused_or_warned_of(models: dict[str, Path], run: Run) -> None:

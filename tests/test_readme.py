@@ -33,6 +33,7 @@ from dcomp.recipes.inspect import inspect
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import METHODS, QUALITIES
 from dcomp.recipes.run import RunResult, plan_recipe, record_calibration
+from dcomp.recipes.schedule import ScheduleResult
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
 from dcomp.recipes.verdict import ValidationResult
 from tests.support.quantized import BINS, quantized_pipeline
@@ -115,7 +116,7 @@ def test_every_shell_line_parses() -> None:
 def test_every_command_and_option_that_is_mentioned_exists(page: str) -> None:
     everywhere = set().union(*map(options_of, COMMANDS.values()), {"--version", "--write"})
     for span in inline(TEXTS[page]):
-        command = re.match(r"dcomp ([a-z]+)\b", span)
+        command = re.match(r"dcomp ([a-z]+(?:-[a-z]+)*)\b", span)
         if command:
             assert command[1] in COMMANDS, span
         known = options_of(COMMANDS[command[1]]) if command else everywhere
@@ -275,13 +276,14 @@ def test_the_page_of_json_lists_all_keys(model: Path, checkpoint: tuple[Path, Ma
         "calibrate": record_calibration(model, Recipe(calibration=options), tmp_path / "calibration"),
         "validate": ValidationResult.model_fields,
         "bench": BenchResult.model_fields,
+        "search-schedule": ScheduleResult(None, (), {}, 1, (), 1.0).to_dict(),
         "generate": generate(model, ["picture"], tmp_path / "pictures", steps=1),
         "inspect": inspect(folder).to_dict(),
         "doctor": examine(),
     }
     for command, document in documents.items():
         assert names(tables(TEXTS["json.md"], f"## `dcomp {command} --json`")[0]) == set(document), command
-    assert {re.split(" -", command)[0] for command in documents} == {
+    assert {re.split(" --", command)[0] for command in documents} == {
         name for name, command in COMMANDS.items() if "--json" in options_of(command) and name != "compress"
     }
 

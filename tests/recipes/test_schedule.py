@@ -1,0 +1,151 @@
+"""Cache plans from the search to the picture, on tiny checkpoints."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from dcomp import UsageError
+from dcomp.cachequant.executor import following
+from dcomp.cachequant.guide import PlanGuide
+from dcomp.cachequant.plan import PlanError
+from dcomp.cachequant.plan_set import FILE, PlanSet
+from dcomp.calibrate.pipeline import Generation, open_pipeline
+from dcomp.compress.manifest import check_manifest
+from dcomp.recipes.generate import generate
+from dcomp.recipes.schedule import ScheduleResult, read_speed, search_schedule
+
+Models = Callable[[str], Path]
+UNET = "UNet2DModel"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def searched(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScheduleResult]:
+    file = tmp_path_factory.mktemp("plans") / "plans.json"
+    budgets = (1.25, 1.6, 50.0)
+    return file, search_schedule(tiny_model(UNET), budgets=budgets, output=file, steps=STEPS, samples=2)
+
+
+def test_plans_are_as_fast_as_asked_and_better_than_fewer_steps(searched: tuple[Path, ScheduleResult]) -> None:
+    file, result = searched
+    assert result.file == file
+    assert [plan.name for plan in result.plans] == ["1.25x", "1.6x"]
+    assert [plan.speedup >= wanted for plan, wanted in zip(result.plans, (1.25, 1.6), strict=True)] == [True, True]
+    assert all(plan.psnr > result.fewer_steps[plan.name] for plan in result.plans)
+    assert result.plans[0].error < result.plans[1].error
+    assert any(note.startswith("No plan is 50x as fast") for note in result.notes)
+    assert PlanSet.read(file).plans == result.plans
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_products_that_are_made_are_those_that_were_promised(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models
+) -> None:
+    pipeline = open_pipeline(tiny_model(UNET))
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    # torch counts the attention of other devices only.
+    added = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+
+    def products() -> int:
+        with FlopCounterMode(display=False, custom_mapping=added) as counter:
+            pipeline.run(["x"], [0], Generation(steps=STEPS), decode=False)
+        return int(counter.get_total_flops())
+
+    whole = products()
+    for each in searched[1].plans:
+        with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(each.plan)) as executor:
+            assert whole / products() == pytest.approx(each.speedup, rel=1e-3)
+        assert not executor.stats.fallbacks
+
+
+def test_a_plan_is_followed_when_pictures_are_made(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models, tmp_path: Path
+) -> None:
+    file, result = searched
+    model = tiny_model(UNET)
+    made = generate(model, ["x", "y"], tmp_path / "fast", plan=f"{file}:1.6x", steps=STEPS)
+    whole = generate(model, ["x", "y"], tmp_path / "whole", steps=STEPS)
+    assert (made["plan"], made["plan_fallbacks"]) == ("1.6x", 0)
+    assert made["plan_speedup"] == result.plans[1].speedup
+    assert (whole["plan"], whole["plan_speedup"]) == (None, None)
+    pairs = zip(made["files"], whole["files"], strict=True)
+    assert all(Image.open(one).tobytes() != Image.open(other).tobytes() for one, other in pairs)
+
+
+def test_plans_of_something_else_are_refused(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models, tiny_checkpoint: Models, tmp_path: Path
+) -> None:
+    file, _ = searched
+    for model, options, words in (
+        (tiny_model(UNET), {"steps": STEPS - 1}, "asked for"),
+        (tiny_model(UNET), {"steps": STEPS, "scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+        (tiny_checkpoint(UNET), {"steps": STEPS}, "other weights"),
+        (tiny_model("DiTTransformer2DModel"), {"steps": STEPS}, "DiTTransformer2DModel"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            generate(model, ["1"], tmp_path / "out", plan=f"{file}:1.6x", **options)
+    with pytest.raises(PlanError, match="no plan"):
+        generate(tiny_model(UNET), ["x"], tmp_path / "out", plan=f"{file}:9x", steps=STEPS)
+    with pytest.raises(PlanError, match="There are no plans"):
+        generate(tiny_model(UNET), ["x"], tmp_path / "out", plan="2x", steps=STEPS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Models, tmp_path: Path) -> Path:
+    """A copy, since plans go into it."""
+    return Path(shutil.copytree(tiny_checkpoint(UNET), tmp_path / "copy"))
+
+
+def test_plans_of_a_checkpoint_lie_in_it_and_it_stays_what_it_was(checkpoint: Path, tmp_path: Path) -> None:
+    before = check_manifest(checkpoint)
+    result = search_schedule(checkpoint, budgets=(1.3,), steps=STEPS, samples=2)
+    assert result.file == checkpoint / FILE
+    assert check_manifest(checkpoint) == before
+    first = (checkpoint / FILE).read_bytes()
+    made = generate(checkpoint, ["x"], tmp_path / "out", plan="1.3x", steps=STEPS)
+    assert made["plan_fallbacks"] == 0
+    search_schedule(checkpoint, budgets=(1.3,), steps=STEPS, samples=2)
+    assert (checkpoint / FILE).read_bytes() == first
+
+
+def test_a_model_that_dcomp_did_not_make_is_left_as_it_is(tiny_model: Models) -> None:
+    with pytest.raises(UsageError, match="left as it is"):
+        search_schedule(tiny_model(UNET))
+    assert not (tiny_model(UNET) / FILE).exists()
+
+
+@pytest.mark.parametrize("budgets", [(), (1.0,), (0.5, 2.0)])
+def test_budgets_that_save_nothing_are_refused(budgets: tuple[float, ...], tiny_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not above 1x"):
+        search_schedule(tiny_model(UNET), budgets=budgets, output=tmp_path / "plans.json")
+
+
+def test_a_search_leaves_no_trace_on_a_pipeline(
+    tiny_model: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline = open_pipeline(tiny_model("DiTTransformer2DModel"))
+    before = pipeline.run(["1"], [0], Generation(steps=4), decode=False).latents
+    monkeypatch.setattr("dcomp.recipes.schedule.open_pipeline", lambda *_, **__: pipeline)
+    search_schedule(pipeline.source, budgets=(1.3,), output=tmp_path / "plans.json", steps=4, samples=1)
+    assert torch.equal(before, pipeline.run(["1"], [0], Generation(steps=4), decode=False).latents)
+    modules: list[Any] = [*pipeline.denoiser.modules()]
+    assert not any("_diffusers_hook" in vars(module) for module in modules)
+
+
+def test_speeds_are_read() -> None:
+    assert read_speed("2x") == 2
+    assert read_speed(" 2.5 X") == 2.5
+    for text in ("2", "fast", "-2x", "2xx", "x"):
+        with pytest.raises(UsageError, match="no budget"):
+            read_speed(text)
