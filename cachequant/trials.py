@@ -92,7 +92,7 @@ class Trials:
         self._guidance = pipeline.guidance(settings.guidance)
         self.timesteps, own = _reference(pipeline, self._prompts, self._indices, settings)
         self._reference = own if reference is None else list(reference)
-        self.places = _places(pipeline.scheduler, self.timesteps)
+        self.places = places_of(pipeline.scheduler, self.timesteps)
 
     def __enter__(self) -> "Trials":
         self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])
@@ -335,7 +335,8 @@ def _reference(
     return tuple(told[call] for call in range(len(told))), made.step_latents
 
 
-def _places(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
+def places_of(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
+    """Return where calls lie on the axis of extrapolation: their log-SNR, or their number where that does not rise."""
     log_snr = log_snr_function(scheduler, max(timesteps))
     places = tuple(log_snr(timestep) for timestep in timesteps)
     rises = all(after > before for before, after in itertools.pairwise(places))
