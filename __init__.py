@@ -48,6 +48,7 @@ class UsageError(DcompError):
 
 
 _LAZY = {
+    "follow_plan": "dcomp.recipes.follow",
     "load": "dcomp.compress.loader",
     "quantize": "dcomp.recipes.run",
     "validate": "dcomp.recipes.validate",

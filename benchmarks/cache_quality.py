@@ -4,8 +4,8 @@
 
 All plans run through the same executor on the same model, prompts and noise, which no search saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
-of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch. `speedup` is the measured time of
-the plan's calls against calls that compute everything, in turns in this process.
+of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
+`speedup` is the measured time of the plan's calls against calls that compute everything, in turns in this process.
 
 The table is printed and written to `--out` as JSON.
 """

@@ -31,7 +31,6 @@ from dcomp.calibrate.structure import POSITIONS
 _ROWS = 32  # of one forward of the denoiser: more of them gain nothing on a CPU, and take memory
 _HOOK = "dcomp_trials"
 _PAIR = 2  # contexts of classifier-free guidance
-_KEPT = 16  # computing calls whose tensors are kept
 
 Actions = Mapping[str, str]  # of one call: zone -> name of a predictor
 
@@ -74,6 +73,8 @@ class Trials:
         indices: of their noise.
         settings: of the trajectories, as deployed.
         reference: latents after each of the T calls of the original, `[N, ...]` each; None: of this model.
+        window: computing calls whose zones are kept for predictions; of the denoiser itself, whose tensors are small,
+            twice as many and one.
 
     A context manager: hooks are on the denoiser from its beginning to its end.
     """
@@ -86,7 +87,10 @@ class Trials:
         indices: Sequence[int],
         settings: Generation,
         reference: Sequence[Tensor] | None = None,
+        *,
+        window: int = 8,
     ) -> None:
+        self._window = window
         self._pipeline, self._prompts, self._indices = pipeline, list(prompts), list(indices)
         self._settings, self.zones = settings, tuple(zones)
         self._guidance = pipeline.guidance(settings.guidance)
@@ -96,7 +100,7 @@ class Trials:
 
     def __enter__(self) -> "Trials":
         self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])
-        self._answer = _Answer(self._hooks, self.zones, len(self._prompts), self.places)
+        self._answer = _Answer(self._hooks, self.zones, len(self._prompts), self.places, self._window)
         self._unhook = hook_module(self._pipeline.denoiser, self._answer, _HOOK)
         return self
 
@@ -160,8 +164,11 @@ class _Enough(Exception):  # noqa: N818 - no error: it ends a pipeline after the
 class _Answer(ModelHook):
     """The denoiser's forward while trials run: memory for all calls but one."""
 
-    def __init__(self, hooks: ZoneHooks, zones: Sequence[Zone], pictures: int, places: Sequence[float]) -> None:
+    def __init__(
+        self, hooks: ZoneHooks, zones: Sequence[Zone], pictures: int, places: Sequence[float], window: int
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._window = window
         self._hooks, self._zones, self._pictures, self._places = hooks, tuple(zones), pictures, places
         # A residual zone keeps one change, whatever the number of its blocks.
         self._modules = {zone.name: 1 if zone.streams else len(zone.predicted) for zone in zones}
@@ -198,7 +205,7 @@ class _Answer(ModelHook):
         for zone in computed[0]:
             calls = kept.setdefault(zone, {})
             calls[self._call] = [context[zone] for context in computed]
-            for old in sorted(calls)[:-_KEPT]:
+            for old in sorted(calls)[: -(2 * self._window + 1 if zone == WHOLE else self._window)]:
                 del calls[old]
         return Branch((*branch.rows, dict(actions)), 0.0, (*branch._answers, answers), kept)
 

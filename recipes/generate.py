@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from dcomp import UsageError
-from dcomp.cachequant.executor import following
-from dcomp.cachequant.guide import PlanGuide
-from dcomp.cachequant.plan import PlanError
-from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
-from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
+from dcomp.calibrate.pipeline import open_pipeline
 from dcomp.calibrate.progress import Progress
-from dcomp.recipes.schedule import trajectory_of
+from dcomp.recipes.follow import FollowedPlan, plan_for
 from dcomp.recipes.settings import generation_settings
 
 
@@ -75,11 +71,8 @@ def generate(
         ) from error
     files: list[str] = []
     started = time.perf_counter()
-    with ExitStack() as stack:
-        executor = None
-        if chosen:
-            guide = PlanGuide(chosen.plan)
-            executor = stack.enter_context(following(pipeline.denoiser, pipeline.scheduler, guide))
+    followed = FollowedPlan(chosen, pipeline) if chosen else None
+    with followed or nullcontext():
         for first in range(0, len(prompts), settings.batch_size):
             if progress:
                 progress("pictures", first, len(prompts))
@@ -103,33 +96,8 @@ def generate(
         "unseen_timesteps": clock.unseen if clock else 0,
         "plan": chosen.name if chosen else None,
         "plan_speedup": chosen.speedup if chosen else None,
-        "plan_fallbacks": sum(executor.stats.fallbacks.values()) if executor else 0,
+        "plan_fallbacks": sum(followed.stats.fallbacks.values()) if followed else 0,
     }
-
-
-def plan_for(name: str, folder: Path, pipeline: OpenPipeline, steps: int) -> MeasuredPlan:
-    """Return a plan by its name, if it was made for this pipeline.
-
-    Args:
-        name: of a plan of the folder, or `FILE.json:NAME`.
-        folder: of the model.
-        pipeline: that will follow it.
-        steps: scheduler steps that will be run.
-
-    Raises:
-        PlanError: there is no such plan, or it was made for something else.
-    """
-    path, _, last = name.rpartition(":")
-    file = Path(path) if path else folder / FILE
-    plans = PlanSet.read(file)
-    difference = plans.trajectory.difference(trajectory_of(folder, pipeline, steps))
-    if difference:
-        raise PlanError(
-            f"These plans were made for {difference}",
-            where=str(file),
-            remedy="Search plans for what you run with `dcomp search-schedule`, or leave --plan out.",
-        )
-    return plans.choose(last)
 
 
 def to_picture(image: Tensor) -> Image.Image:

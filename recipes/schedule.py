@@ -142,7 +142,7 @@ def search_schedule(
     ways = _ways(zones, prices)
     used = tuple(zone for zone in zones if zone.name in {name for name, _ in ways})
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    with Trials(pipeline, used, prompts[:samples], indices, settings) as trials:
+    with Trials(pipeline, used, prompts[:samples], indices, settings, window=LONGEST_GAP) as trials:
         costs = measure_gap_costs(trials, [*ways], LONGEST_GAP, progress=progress)
     front = best_schedules(costs, ways)
     judge = _Judge(pipeline, used, trials, prompts[samples:], settings)

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import dcomp
 from dcomp import UsageError
 from dcomp.cachequant.executor import following
 from dcomp.cachequant.guide import PlanGuide
@@ -149,3 +152,36 @@ def test_speeds_are_read() -> None:
     for text in ("2", "fast", "-2x", "2xx", "x"):
         with pytest.raises(UsageError, match="no budget"):
             read_speed(text)
+
+
+def test_an_open_pipeline_follows_a_plan_until_it_is_stopped(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models
+) -> None:
+    file, _ = searched
+    pipe = DiffusionPipeline.from_pretrained(tiny_model(UNET))
+    pipe.set_progress_bar_config(disable=True)
+
+    def picture(steps: int = STEPS) -> Any:
+        return pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+
+    whole, shorter = picture(), picture(STEPS - 3)
+    plan = dcomp.follow_plan(pipe, f"{file}:1.6x")
+    fast = picture()
+    assert not plan.stats.fallbacks
+    assert plan.stats.peak_bytes > 0
+    assert not np.array_equal(fast, whole)
+    assert np.array_equal(fast, picture())
+    with pytest.raises(PlanError, match="follows a plan already"):
+        dcomp.follow_plan(pipe, f"{file}:1.25x")
+    assert np.array_equal(picture(STEPS - 3), shorter)  # steps that the plan does not know compute
+    assert plan.stats.fallbacks
+    plan.stop()
+    plan.stop()
+    assert np.array_equal(picture(), whole)
+    with dcomp.follow_plan(pipe, f"{file}:1.6x"):
+        assert np.array_equal(picture(), fast)
+    assert np.array_equal(picture(), whole)
+    assert not any("_diffusers_hook" in vars(module) for module in pipe.unet.modules())
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(PlanError, match="DDIMScheduler"):
+        dcomp.follow_plan(pipe, f"{file}:1.6x")
