@@ -230,7 +230,7 @@ class _Answer(ModelHook):
         same: dict[str, list[int]] = {}
         for number, (_, actions) in enumerate(self._tries):
             same.setdefault(repr(sorted(actions.items())), []).append(number)
-        batch = next(len(leaf) for leaf in leaves((args, kwargs)) if leaf.ndim)
+        batch = len(max(leaves((args, kwargs)), key=lambda leaf: leaf.ndim))
         rows = batch // count
         answers: list[list[Tensor]] = [[] for _ in self._tries]
         for numbers in same.values():

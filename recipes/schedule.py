@@ -48,6 +48,7 @@ class ScheduleResult:
         file: the plans; None if none was better than fewer steps.
         plans: those that were written, slowest first.
         fewer_steps: name of a budget -> PSNR in dB of as many fewer scheduler steps, on the same pictures.
+        measured_speedups: name of a plan -> time of calls that compute everything by that of its calls, here.
         calls: of a trajectory.
         notes: what a person should know.
         seconds: that the search took.
@@ -56,6 +57,7 @@ class ScheduleResult:
     file: Path | None
     plans: tuple[MeasuredPlan, ...]
     fewer_steps: Mapping[str, float]
+    measured_speedups: Mapping[str, float]
     calls: int
     notes: tuple[str, ...]
     seconds: float
@@ -70,6 +72,7 @@ class ScheduleResult:
                 {
                     "name": each.name,
                     "speedup": each.speedup,
+                    "measured_speedup": round(self.measured_speedups[each.name], 3),
                     "computed_calls": sum(not row for row in each.plan.actions),
                     "expected_error": each.expected_error,
                     "error": each.error,
@@ -151,8 +154,9 @@ def search_schedule(
     if plans:
         file = output or folder / FILE
         PlanSet(trajectory_of(folder, pipeline, settings.steps), tuple(plans)).write(file)
-    calls = len(trials.timesteps)
-    return ScheduleResult(file, tuple(plans), fewer, calls, tuple(notes), time.perf_counter() - started)
+    faster = {each.name: 1 / prices.seconds_of(each.plan) for each in plans}
+    calls, seconds = len(trials.timesteps), time.perf_counter() - started
+    return ScheduleResult(file, tuple(plans), fewer, faster, calls, tuple(notes), seconds)
 
 
 def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajectory:

@@ -79,6 +79,7 @@ def print_schedules(result: ScheduleResult) -> None:
         (
             each.name,
             f"{each.speedup:.2f}x",
+            f"{result.measured_speedups[each.name]:.2f}x",
             f"{sum(not row for row in each.plan.actions)} of {result.calls}",
             f"{each.expected_error:.4f}",
             f"{each.error:.4f}",
@@ -87,11 +88,11 @@ def print_schedules(result: ScheduleResult) -> None:
         )
         for each in result.plans
     ]
-    columns = ("plan", "fewer MACs", "whole calls", "expected error", "error", "PSNR", "fewer steps")
+    columns = ("plan", "fewer MACs", "faster here", "whole calls", "expected error", "error", "PSNR", "fewer steps")
     if not rows:
         say(f"No plan is better than fewer steps; nothing was written ({time_text(result.seconds)}).")
         return
-    print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 7))
+    print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 8))
     print(f"\nWritten to {result.file} in {time_text(result.seconds)}. Follow one with --plan {result.plans[-1].name}")
 
 

@@ -41,6 +41,7 @@ def test_plans_are_as_fast_as_asked_and_better_than_fewer_steps(searched: tuple[
     assert result.file == file
     assert [plan.name for plan in result.plans] == ["1.25x", "1.6x"]
     assert [plan.speedup >= wanted for plan, wanted in zip(result.plans, (1.25, 1.6), strict=True)] == [True, True]
+    assert result.measured_speedups.keys() == {"1.25x", "1.6x"}
     assert all(plan.psnr > result.fewer_steps[plan.name] for plan in result.plans)
     assert result.plans[0].error < result.plans[1].error
     assert any(note.startswith("No plan is 50x as fast") for note in result.notes)
