@@ -6,12 +6,13 @@ rectified sigmoid between the two codes around a float weight. Letters as in `ke
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
 from dcomp.compress.layers import QuantLayer
+from dcomp.compress.quantized import Execution
 from dcomp.kernels.packing import PackedWeight
 
 # The sigmoid is stretched beyond 0 and 1 and cut off there, so that it reaches both and stays.
@@ -47,16 +48,21 @@ def undecided(h: Tensor, beta: float) -> Tensor:
     return 1 - (2 * h - 1).abs().pow(beta)
 
 
-@contextmanager
-def fake_execution(layers: Iterable[QuantLayer]) -> Iterator[None]:
+def fake_execution(layers: Iterable[QuantLayer]) -> AbstractContextManager[None]:
     """Within a `with` block, let layers run in fake execution."""
-    executions = {layer: layer.execution for layer in layers}
+    return executed(dict.fromkeys(layers, "fake"))
+
+
+@contextmanager
+def executed(executions: Mapping[QuantLayer, Execution]) -> Iterator[None]:
+    """Within a `with` block, let each layer run in an execution of its own."""
+    before = {layer: layer.execution for layer in executions}
     try:
-        for layer in executions:
-            layer.execution = "fake"
+        for layer, execution in executions.items():
+            layer.execution = execution
         yield
     finally:
-        for layer, execution in executions.items():
+        for layer, execution in before.items():
             layer.execution = execution
 
 

@@ -8,7 +8,7 @@ input scales. N is the number of rows.
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from dcomp.compress.layers import QuantConv2d, QuantLayer
 from dcomp.compress.learned_range import ranges_replaced
 from dcomp.compress.learning_run import CosineAdam, Snapshot, StratifiedOrder
 from dcomp.compress.objective import Objective
-from dcomp.compress.soft_rounding import fake_execution, round_through, store, weights_replaced
+from dcomp.compress.soft_rounding import executed, fake_execution, round_through, store, weights_replaced
 from dcomp.kernels.packing import PackedWeight
 
 Learnable = Literal["scales", "biases", "norms", "rounding", "input_scales"]
@@ -129,7 +129,8 @@ def tune(
         if state:
             optimizer.load(state)
         weights = objective.weights(before, known)
-        verdict = [judge()] if judge else None
+        with learned.deployed():
+            verdict = [judge()] if judge else None
         order = StratifiedOrder(objective.steps[seen], seed)
 
         def now(iteration: int) -> dict[str, Tensor]:
@@ -147,7 +148,8 @@ def tune(
         learned.write()
         after = objective.measure(measured, progress)
         if judge and verdict:
-            verdict.append(judge())
+            with learned.deployed():
+                verdict.append(judge())
             kept = verdict[1] < verdict[0]
         else:
             kept = bool((after * weights)[judges].mean() < (before * weights)[judges].mean())
@@ -183,6 +185,7 @@ class _Learned:
                 remedy=f"Choose from {', '.join(get_args(Learnable))}.",
             )
         layers = [layer for layer in denoiser.modules() if isinstance(layer, QuantLayer)]
+        self._deployed = {layer: layer.execution for layer in layers}
         self._fake = fake_execution(layers)
         self._parameters = _parameters(denoiser, learn)
         self._norms = [module for module in denoiser.modules() if isinstance(module, nn.GroupNorm)]
@@ -212,6 +215,10 @@ class _Learned:
         if kind is not None:
             self.put_back()
         self._fake.__exit__(kind, *rest)
+
+    def deployed(self) -> AbstractContextManager[None]:
+        """Within a `with` block, let the layers run as they did before they were learned: faster than fake."""
+        return executed(self._deployed)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
