@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcomp.cachequant.guide import CallOrder, Guide
 from dcomp.cachequant.plan import Prediction
-from dcomp.cachequant.tensors import leaves
+from dcomp.cachequant.tensors import leaves, weighted
 from dcomp.cachequant.zone_hooks import Given, ZoneCall, ZoneHooks
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock
@@ -215,14 +215,3 @@ class CacheExecutor:
             for zone, call in self._order.forget:
                 context.kept.get(zone, {}).pop(call, None)
         self._running, self._hooks.running, self._order = None, None, CallOrder()
-
-
-def weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
-    """Return the weighted sum, in float32 where the tensors are shorter; one tensor of weight 1 is itself."""
-    if weights == (1.0,):
-        return tensors[0]
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    total = tensors[0].to(wide) * weights[0]
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total = total.add_(tensor, alpha=weight)
-    return total.to(tensors[0].dtype)

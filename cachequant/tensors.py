@@ -42,3 +42,14 @@ def placeholder(like: Tensor, value: float = 0.0) -> Tensor:
 def own_memory(tensor: Tensor) -> Tensor:
     """Return the tensor, or a copy where it is a part of a larger piece of memory, which it would keep alive."""
     return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
+
+
+def weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+    """Return the weighted sum, in float32 where the tensors are shorter; one tensor of weight 1 is itself."""
+    if weights == (1.0,):
+        return tensors[0]
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = tensors[0].to(wide) * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total = total.add_(tensor, alpha=weight)
+    return total.to(tensors[0].dtype)

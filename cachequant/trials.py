@@ -17,9 +17,8 @@ import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
-from dcomp.cachequant.executor import weighted
 from dcomp.cachequant.predict import PREDICTORS
-from dcomp.cachequant.tensors import leaves, map_tensors, with_leaves
+from dcomp.cachequant.tensors import leaves, map_tensors, weighted, with_leaves
 from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
 from dcomp.cachequant.zones import WHOLE, Zone
 from dcomp.calibrate.clock import StepClock, log_snr_function
