@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -129,6 +130,13 @@ def search_schedule(
             where=str(folder),
             remedy="Say where the plans shall go: --output plans.json.",
         )
+    file = output or folder / FILE
+    if file.is_dir() or not os.access(file.parent, os.W_OK):  # now, not after minutes of work
+        raise UsageError(
+            "The plans cannot be written there",
+            where=str(file),
+            remedy="Name a file in a folder that can be written to.",
+        )
     known = calibration_of(model)
     scheduler = scheduler or (known.scheduler if known else None)
     pipeline = open_pipeline(model, scheduler=scheduler, device=device)
@@ -150,13 +158,11 @@ def search_schedule(
     front = best_schedules(costs, ways)
     judge = _Judge(pipeline, used, trials, prompts[samples:], settings)
     plans, fewer, notes = _chosen(front, budgets, judge, progress)
-    file = None
     if plans:
-        file = output or folder / FILE
         PlanSet(trajectory_of(folder, pipeline, settings.steps), tuple(plans)).write(file)
     faster = {each.name: 1 / prices.seconds_of(each.plan) for each in plans}
     calls, seconds = len(trials.timesteps), time.perf_counter() - started
-    return ScheduleResult(file, tuple(plans), fewer, faster, calls, tuple(notes), seconds)
+    return ScheduleResult(file if plans else None, tuple(plans), fewer, faster, calls, tuple(notes), seconds)
 
 
 def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajectory:

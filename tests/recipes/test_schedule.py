@@ -186,3 +186,10 @@ def test_an_open_pipeline_follows_a_plan_until_it_is_stopped(
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(PlanError, match="DDIMScheduler"):
         dcomp.follow_plan(pipe, f"{file}:1.6x")
+
+
+def test_where_plans_cannot_go_is_said_before_the_search(tiny_model: Models, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "missing" / "plans.json"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            search_schedule(tiny_model(UNET), output=output)
+    assert list(tmp_path.iterdir()) == []
