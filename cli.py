@@ -480,8 +480,13 @@ def search_schedule(
     out: Checkpoint,
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="Times fewer multiply-accumulates (2x), repeatable; default: 1.5x, 2x, 3x and 4x."),
+        typer.Option(
+            help="Fewer multiply-accumulates (2x), time (800ms), multiply-accumulates (150GMACs) or calls that compute "
+            "everything (20calls); of one picture, repeatable. Default: 1.5x, 2x, 3x and 4x."
+        ),
     ] = None,
+    front: Annotated[bool, typer.Option("--front", help="Plans for twelve speeds from 1.2x to 7x.")] = False,
+    planner: Annotated[str, typer.Option(help="joint, or a rule of the literature to compare with.")] = "joint",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file; default: dcomp_cache.json in OUT.")
     ] = None,
@@ -501,14 +506,15 @@ def search_schedule(
       dcomp search-schedule my-model/ -o plans.json --steps 50 --scheduler DDIMScheduler
     """
     from dcomp.recipes import console, screens
-    from dcomp.recipes.schedule import BUDGETS, read_speed
+    from dcomp.recipes.schedule import BUDGETS, FRONT
     from dcomp.recipes.schedule import search_schedule as run_search
 
-    budgets = [read_speed(text) for text in budget] if budget else BUDGETS
+    budgets = (*(budget or ()), *(FRONT if front else ())) or BUDGETS
     with console.progress() as progress:
         result = run_search(
             out,
             budgets=budgets,
+            planner=planner,
             output=output,
             steps=steps,
             guidance=guidance,
@@ -532,7 +538,9 @@ def generate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path("pictures"),
     plan: Annotated[
         str | None,
-        typer.Option(help="Follow a cache plan of OUT, such as 2x; or FILE.json:2x for plans that lie elsewhere."),
+        typer.Option(
+            help="Follow a cache plan of OUT: 2x, or careful, balanced or fast; or FILE.json:2x for plans elsewhere."
+        ),
     ] = None,
     steps: StepsAgain = None,
     guidance: GuidanceAgain = None,

@@ -2,17 +2,18 @@
 
     python benchmarks/cache_quality.py [--model MODEL] [--steps 50] [--scheduler DDIMScheduler] [--samples 32]
 
-All plans run through the same executor on the same model, prompts and noise, which no search saw. A schedule of the
+All plans run through the same executor on the same model, prompts and noise, which no planner saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
 of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
+`joint` is ours, and has three proposals a budget.
 `speedup` is the measured time of the plan's calls against calls that compute everything, in turns in this process.
 
 The table is printed and written to `--out` as JSON.
 """
 
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,10 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = (1.5, 2.0, 2.5, 4.0, 6.0)
 FIRST_INDEX = 3_000_000  # of noise that nothing else starts from
 BATCH = 8
-SCOUTED = 4  # pictures that a schedule's zone is chosen on
-WINDOW = 24  # calls that the drift of schedules looks back
-FORECASTS = {"TaylorSeer interval": "taylor1", "HiCache interval": "hermite1"}
-NAMES = {"uniform": "DeepCache uniform", "power": "DeepCache power", "partition": "CacheQuant", "cosine": "DDT"}
+SCOUTED = 4  # pictures that the best of a planner's proposals is chosen on
+SEARCHED = 4  # pictures that planners measure on
 
 Rows = tuple[dict[str, str], ...]
 
@@ -45,13 +44,15 @@ def main(
 ) -> None:
     """Measure, write the JSON, print the table."""
     from dcomp.cachequant.drift import record_reference
-    from dcomp.cachequant.plan_set import PlanSet
+    from dcomp.cachequant.gap_costs import measure_gap_costs
+    from dcomp.cachequant.planners import PLANNERS, PlanningTask
     from dcomp.cachequant.prices import CallPrices
+    from dcomp.cachequant.trials import Trials
     from dcomp.cachequant.zones import find_zones
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.recipes.bench import fill_prompts, record_calls
-    from dcomp.recipes.schedule import search_schedule
+    from dcomp.recipes.schedule import LONGEST_GAP, WINDOW, ways_of
 
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None
@@ -61,35 +62,36 @@ def main(
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    share = {zone.name: prices.macs([zone.name]) / prices.macs() for zone in zones}
-    useful = [zone for zone in zones if share[zone.name] < 1 / min(BUDGETS)]
-    indices = range(FIRST_INDEX, FIRST_INDEX + 4)
-    reference = record_reference(pipeline, useful, prompts[:4], indices, settings, window=WINDOW)
-    calls = len(reference.timesteps)
-    judge = Judge(pipeline, zones, reference.timesteps, prompts, settings)
-    scout = Judge(pipeline, zones, reference.timesteps, prompts[-SCOUTED:], settings)
+    ways = ways_of(zones, prices)
+    used = [zone for zone in zones if zone.name in {name for name, _ in ways}]
+    of_search = found[:SEARCHED], range(FIRST_INDEX - SEARCHED, FIRST_INDEX), settings
+    trials = Trials(pipeline, used, *of_search, window=LONGEST_GAP)
+    seconds: dict[str, float] = {}
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plans.json"
-        options = {"steps": steps, "guidance": guidance, "scheduler": scheduler}
-        result = search_schedule(model, budgets=BUDGETS, output=file, **options)  # type: ignore[arg-type]
-        ours = {each.name: each.plan for each in PlanSet.read(file).plans} if result.file else {}
+    def measure_costs() -> Any:
+        with trials:
+            return measure_gap_costs(trials, ways, LONGEST_GAP)
 
+    def measure_drifts() -> Any:
+        return record_reference(pipeline, used, *of_search, window=WINDOW).drifts
+
+    task = PlanningTask(len(trials.timesteps), tuple(zone.name for zone in used), measure_costs, measure_drifts)
+    shares = {way: prices.macs([way[0]]) / prices.macs() for way in ways}
+    judge = Judge(pipeline, zones, trials.timesteps, prompts, settings)
+    scout = Judge(pipeline, zones, trials.timesteps, prompts[-SCOUTED:], settings)
     table: list[dict[str, Any]] = []
     for budget in BUDGETS:
-        best: dict[str, tuple[float, str, Rows]] = {}
-        for planner, zone, rows in literature(calls, budget, share, reference):
-            seen = scout.rows(rows)["psnr"]
-            if planner not in best or seen > best[planner][0]:
-                best[planner] = seen, zone, rows
-        for planner, (_, zone, rows) in best.items():
+        for planner in PLANNERS:
+            started = time.perf_counter()
+            proposed = [one.rows for one in PLANNERS[planner](task, shares, task.calls / budget)]
+            if not proposed:
+                continue
+            rows = max(proposed, key=lambda rows: scout.rows(rows)["psnr"]) if len(proposed) > 1 else proposed[0]
+            seconds[planner] = seconds.get(planner, 0.0) + time.perf_counter() - started
+            zone = " ".join(sorted({name for row in rows for name in row}))
             row = {"budget": budget, "planner": planner, "zone": zone, **judge.rows(rows)}
-            table.append(row | {"macs": calls / cost(rows, share), "speedup": speedup(prices, rows)})
-        plan = ours.get(f"{budget:g}x")
-        if plan:
-            rows = tuple(dict(row) for row in plan.actions)
-            row = {"budget": budget, "planner": "dcomp", "zone": "chosen", **judge.rows(rows)}
-            table.append(row | {"macs": calls / cost(rows, share), "speedup": speedup(prices, rows)})
+            cost = sum(prices.macs(list(row)) for row in rows) / prices.macs()
+            table.append(row | {"macs": task.calls / cost, "speedup": speedup(prices, rows)})
         fewer = max(1, round(steps / budget))
         row = {"budget": budget, "planner": "fewer steps", "zone": f"{fewer} steps", **judge.steps(fewer)}
         table.append(row | {"macs": steps / fewer, "speedup": steps / fewer})
@@ -100,11 +102,11 @@ def main(
         "steps": steps,
         "guidance": guidance,
         "samples": samples,
-        "search_seconds": round(result.seconds, 1),
+        "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "torch": torch.__version__,
     }
     out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
-    print(f"Search: {result.seconds:.0f} s. Written to {out}")
+    print(f"Written to {out}")
 
 
 class Judge:
@@ -146,41 +148,6 @@ class Judge:
             "median_error": float(errors.median()),
             "psnr": float(psnr.mean()),
         }
-
-
-def literature(calls: int, budget: float, share: dict[str, float], reference: Any) -> Iterator[tuple[str, str, Rows]]:
-    """Yield planner, zone and rows of all schedules that keep a budget."""
-    from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
-
-    for zone, drift in reference.drifts.items():
-        count = int((calls / budget - calls * share[zone]) / (1 - share[zone]) + 1e-9)
-        if count < 1:
-            continue
-        for name, rule in SCHEDULES.items():
-            try:
-                computing = rule(ScheduleTask(calls, count, drift))
-            except ScheduleError:
-                continue
-            yield NAMES[name], zone, placed(calls, computing, zone, "reuse")
-        if zone == "all":
-            computing = SCHEDULES["uniform"](ScheduleTask(calls, count, drift))
-            for name, predictor in FORECASTS.items():
-                yield name, zone, placed(calls, computing, zone, predictor)
-
-
-def placed(calls: int, computing: Sequence[int], zone: str, predictor: str) -> Rows:
-    """Return rows in which all calls but some predict a zone; the first gap of a forecast reuses."""
-    rows = []
-    for call in range(calls):
-        before = sum(other < call for other in computing)
-        name = predictor if before > 1 else "reuse"
-        rows.append({} if call in computing else {zone: name})
-    return tuple(rows)
-
-
-def cost(rows: Rows, share: dict[str, float]) -> float:
-    """Return the products of a plan, in calls that compute everything."""
-    return sum(1.0 if not row else min(share[zone] for zone in row) for row in rows)
 
 
 def speedup(prices: Any, rows: Rows) -> float:

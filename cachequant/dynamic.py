@@ -21,12 +21,12 @@ class Schedule:
     Attributes:
         rows: of the T calls.
         cost: sum of their prices, 1 for a call that computes everything.
-        error: relative error of the final latents.
+        error: relative error of the final latents; None where a planner does not know it.
     """
 
     rows: tuple[Actions, ...]
     cost: float
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from dcomp.calibrate.tree_file import replacing
 FILE = "dcomp_cache.json"
 VERSION = 1
 MAX_FILE_BYTES, MAX_PLANS, _MAX_TEXT = 16 << 20, 64, 200
+QUALITY = {"careful": 45.0, "balanced": 35.0, "fast": 28.0}  # PSNR in dB that a plan of a class has at least
 _AGAIN = "Make plans again with `dcomp search-schedule`."
 
 
@@ -61,7 +62,7 @@ class MeasuredPlan:
         name: such as "2x".
         plan: the plan.
         speedup: multiply-accumulates of all calls by those that are left.
-        expected_error: relative error of the final latents that the search expected.
+        expected_error: relative error of the final latents that the planner expected; None if it does not say.
         error: the same, measured with prompts and noise that the search had not seen.
         psnr: of these pictures in dB.
     """
@@ -69,7 +70,7 @@ class MeasuredPlan:
     name: str
     plan: CachePlan
     speedup: float
-    expected_error: float
+    expected_error: float | None
     error: float
     psnr: float
 
@@ -82,7 +83,7 @@ class PlanSet:
     plans: tuple[MeasuredPlan, ...]
 
     def choose(self, name: str) -> MeasuredPlan:
-        """Return the plan of a name, or for a speed such as `2.5x` the best of those that are at least as fast.
+        """Return the plan of a name, the best that is at least so fast (`2.5x`), or the fastest of a quality (`fast`).
 
         Raises:
             PlanError: there is none.
@@ -92,10 +93,13 @@ class PlanSet:
                 return plan
         match = re.fullmatch(r"(\d+(?:\.\d+)?)x", name)
         fast = [plan for plan in self.plans if match and plan.speedup >= float(match[1]) * (1 - 1e-6)]
-        if not fast:
-            names = ", ".join(plan.name for plan in self.plans)
-            raise PlanError(f"There is no plan {name[:40]!r}", where=names, remedy="Choose one of these names.")
-        return min(fast, key=lambda plan: plan.error)
+        good = [plan for plan in self.plans if plan.psnr >= QUALITY.get(name, math.inf)]
+        if fast:
+            return min(fast, key=lambda plan: plan.error)
+        if good:
+            return max(good, key=lambda plan: plan.speedup)
+        names = ", ".join(f"{plan.name} ({plan.psnr:.1f} dB)" for plan in self.plans)
+        raise PlanError(f"There is no plan {name[:40]!r}", where=names, remedy="Choose one of these names.")
 
     def write(self, file: Path) -> None:
         """Write the file in one step."""
@@ -147,14 +151,19 @@ class PlanSet:
 
 
 def _is_measured(plan: Any) -> bool:
-    numbers = ("speedup", "expected_error", "error", "psnr")
+    numbers = ("speedup", "error", "psnr")
     return (
         isinstance(plan, dict)
-        and set(plan) == {"name", "plan", *numbers}
+        and set(plan) == {"name", "plan", "expected_error", *numbers}
         and isinstance(plan["name"], str)
         and len(plan["name"]) <= _MAX_TEXT
-        and all(type(plan[n]) in (int, float) and math.isfinite(plan[n]) for n in numbers)
+        and all(_is_number(plan[name]) for name in numbers)
+        and (plan["expected_error"] is None or _is_number(plan["expected_error"]))
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _hash(data: Any) -> str:

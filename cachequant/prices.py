@@ -20,7 +20,7 @@ from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.cost import count_macs
 from dcomp.calibrate.timing import time_in_turns
 
-PAIRS = 5  # of runs, in turns
+PAIRS, MIN_SECONDS = 5, 0.05  # of runs, in turns
 
 
 class CallPrices:
@@ -38,6 +38,7 @@ class CallPrices:
     ) -> None:
         self._denoiser, self._args, self._kwargs = denoiser, args, kwargs
         self._zones = tuple(zones)
+        self._whole: float | None = None
         self._macs: dict[frozenset[str], int] = {}
         self._seconds: dict[frozenset[str], float] = {frozenset(): 1.0}
 
@@ -55,13 +56,26 @@ class CallPrices:
         if key not in self._seconds:
             with self._repeating(key) as guide:
 
-                def run(predicting: bool) -> None:
+                def run(predicting: bool, times: int = 1) -> None:
                     guide.predicting = predicting
-                    self._denoiser(*self._args, **self._kwargs)
+                    for _ in range(times):
+                        self._denoiser(*self._args, **self._kwargs)
 
-                pairs = time_in_turns(lambda: run(False), lambda: run(True), PAIRS)
-            self._seconds[key] = statistics.median(cached / whole for whole, cached in pairs)
+                # A call that predicts all of it is a thousand times as fast: as long a run of such calls is timed.
+                first = time_in_turns(lambda: run(False), lambda: run(True), 1, warm_ups=1, min_seconds=0)[0]
+                times = max(1, round(first[0] / first[1]))
+                pairs = time_in_turns(lambda: run(False), lambda: run(True, times), PAIRS, min_seconds=MIN_SECONDS)
+            self._seconds[key] = statistics.median(cached / whole for whole, cached in pairs) / times
+            self._whole = self._whole or statistics.median(whole for whole, _ in pairs)
         return self._seconds[key]
+
+    @property
+    def whole_seconds(self) -> float:
+        """Time of a call that computes everything."""
+        if self._whole is None:
+            self.seconds([self._zones[0].name])
+        assert self._whole is not None
+        return self._whole
 
     def macs_of(self, plan: CachePlan) -> float:
         """Return the products of a plan's calls as a part of those of calls that compute everything."""

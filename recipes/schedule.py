@@ -2,23 +2,27 @@
 
 import hashlib
 import json
+import math
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dcomp import UsageError
-from dcomp.cachequant.dynamic import Schedule, best_schedules
+from dcomp.cachequant.budget import Budget, Measure
+from dcomp.cachequant.drift import Drift, record_reference
+from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.executor import following
-from dcomp.cachequant.gap_costs import Way, measure_gap_costs
+from dcomp.cachequant.gap_costs import GapCosts, Way, measure_gap_costs
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import CachePlan
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
+from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.trials import Trials
 from dcomp.cachequant.zones import WHOLE, Zone, find_zones
@@ -33,12 +37,13 @@ from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.recipes.bench import fill_prompts, record_calls
 from dcomp.recipes.settings import calibration_of, generation_settings
 
-BUDGETS = (1.5, 2.0, 3.0, 4.0)  # times fewer multiply-accumulates
+BUDGETS = ("1.5x", "2x", "3x", "4x")
+FRONT = ("1.2x", "1.35x", "1.5x", "1.75x", "2x", "2.5x", "3x", "3.5x", "4x", "5x", "6x", "7x")
 SAMPLES = 4
 LONGEST_GAP = 6
+WINDOW = 24  # calls over which rules of the literature know the drift of a zone
 _FIRST_INDEX, _HELD_OUT_INDEX = 600_000, 700_000  # of noise, where neither calibration nor validation goes
 _CHEAP = 0.6  # of a call: a zone that leaves more to compute is not worth a search
-_CANDIDATES = 3  # plans of a budget that are followed to the end before one is chosen
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class ScheduleResult:
     Attributes:
         file: the plans; None if none was better than fewer steps.
         plans: those that were written, slowest first.
-        fewer_steps: name of a budget -> PSNR in dB of as many fewer scheduler steps, on the same pictures.
+        fewer_steps: name of a plan -> scheduler steps that take as long as its calls do here, and their PSNR in dB on
+            the same pictures.
         measured_speedups: name of a plan -> time of calls that compute everything by that of its calls, here.
         calls: of a trajectory.
         notes: what a person should know.
@@ -57,7 +63,7 @@ class ScheduleResult:
 
     file: Path | None
     plans: tuple[MeasuredPlan, ...]
-    fewer_steps: Mapping[str, float]
+    fewer_steps: Mapping[str, tuple[int, float]]
     measured_speedups: Mapping[str, float]
     calls: int
     notes: tuple[str, ...]
@@ -78,7 +84,8 @@ class ScheduleResult:
                     "expected_error": each.expected_error,
                     "error": each.error,
                     "psnr": each.psnr,
-                    "psnr_of_fewer_steps": self.fewer_steps[each.name],
+                    "fewer_steps": self.fewer_steps[each.name][0],
+                    "psnr_of_fewer_steps": self.fewer_steps[each.name][1],
                 }
                 for each in self.plans
             ],
@@ -90,7 +97,8 @@ class ScheduleResult:
 def search_schedule(
     model: str | Path,
     *,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[str] = BUDGETS,
+    planner: str = "joint",
     output: Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -103,11 +111,13 @@ def search_schedule(
     """Find for each budget the cache plan with the least error in the final picture, and write them to a file.
 
     Costs are measured on the model that will run, quantized if it is. Plans are compared on pictures that the search
-    did not see; one that is no better than as many fewer scheduler steps is not written.
+    did not see; one that is no better than fewer scheduler steps in the same time is not written.
 
     Args:
         model: a checkpoint of dcomp, or any pipeline folder or hub id.
-        budgets: times fewer multiply-accumulates of the denoiser, each above 1.
+        budgets: such as `2x` for half of the denoiser's multiply-accumulates, `800ms`, `150GMACs` or `20calls`: what a
+            picture's calls may take together.
+        planner: key of `PLANNERS`.
         output: JSON file; default: `dcomp_cache.json` in a checkpoint of dcomp.
         steps: scheduler steps, as deployed; default, like `guidance` and `seed`: as the checkpoint was calibrated.
         guidance: guidance scale.
@@ -118,11 +128,12 @@ def search_schedule(
         progress: called with a text, the count done and the total.
 
     Raises:
-        UsageError: a budget that is none, or no place to write to.
+        UsageError: a budget that is none, no such planner, or no place to write to.
     """
     started = time.perf_counter()
-    if any(budget <= 1 for budget in budgets) or not budgets or samples < 1:
-        raise UsageError("A budget is not above 1x", where="--budget", remedy="Write for example --budget 2x.")
+    asked = sorted({Budget.parse(text) for text in budgets}, key=lambda budget: (budget.unit, budget.amount))
+    if planner not in PLANNERS:
+        raise UsageError(f"There is no planner {planner!r}", where="--planner", remedy=f"Choose {', '.join(PLANNERS)}.")
     folder = local_folder(model)
     if output is None and not (folder / MANIFEST).is_file():
         raise UsageError(
@@ -150,19 +161,32 @@ def search_schedule(
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    ways = _ways(zones, prices)
+    ways = ways_of(zones, prices)
     used = tuple(zone for zone in zones if zone.name in {name for name, _ in ways})
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    with Trials(pipeline, used, prompts[:samples], indices, settings, window=LONGEST_GAP) as trials:
-        costs = measure_gap_costs(trials, [*ways], LONGEST_GAP, progress=progress)
-    front = best_schedules(costs, ways)
-    judge = _Judge(pipeline, used, trials, prompts[samples:], settings)
-    plans, fewer, notes = _chosen(front, budgets, judge, progress)
+    trials = Trials(pipeline, used, prompts[:samples], indices, settings, window=LONGEST_GAP)
+
+    def measure_costs() -> GapCosts:
+        with trials:
+            return measure_gap_costs(trials, [*ways], LONGEST_GAP, progress=progress)
+
+    def measure_drifts() -> Mapping[str, Drift]:
+        return record_reference(
+            pipeline, used, prompts[:samples], indices, settings, window=WINDOW, progress=progress
+        ).drifts
+
+    task = PlanningTask(len(trials.timesteps), tuple(zone.name for zone in used), measure_costs, measure_drifts)
+    choice = _Choice(task, ways, prices, _Judge(pipeline, used, trials, prompts[samples:], settings))
+    for number, budget in enumerate(asked):
+        choice.add(budget, planner)
+        progress("plans followed to the end", number + 1, len(asked))
+    plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
     if plans:
-        PlanSet(trajectory_of(folder, pipeline, settings.steps), tuple(plans)).write(file)
-    faster = {each.name: 1 / prices.seconds_of(each.plan) for each in plans}
-    calls, seconds = len(trials.timesteps), time.perf_counter() - started
-    return ScheduleResult(file if plans else None, tuple(plans), fewer, faster, calls, tuple(notes), seconds)
+        PlanSet(trajectory_of(folder, pipeline, settings.steps), plans).write(file)
+    seconds = time.perf_counter() - started
+    return ScheduleResult(
+        file if plans else None, plans, choice.fewer_steps, choice.faster, task.calls, tuple(choice.notes), seconds
+    )
 
 
 def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajectory:
@@ -178,16 +202,15 @@ def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajector
     )
 
 
-def read_speed(text: str) -> float:
-    """Return the number of a budget such as `3x`.
-
-    Raises:
-        UsageError: the text is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?x", text.strip(), re.IGNORECASE)
-    if not match:
-        raise UsageError(f"{text!r} is no budget", where="--budget", remedy="Write for example --budget 2x.")
-    return float(match[1])
+def ways_of(zones: Sequence[Zone], prices: CallPrices) -> tuple[Way, ...]:
+    """Return what a call may do instead of computing everything, where that is worth a search."""
+    found: list[Way] = []
+    for zone in zones:
+        if zone.name == WHOLE:
+            found.append((zone.name, "linear"))
+        if prices.macs([zone.name]) <= _CHEAP * prices.macs():
+            found.append((zone.name, "reuse"))
+    return tuple(found)
 
 
 def _weights_hash(folder: Path, denoiser: str) -> str:
@@ -198,24 +221,8 @@ def _weights_hash(folder: Path, denoiser: str) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _ways(zones: Sequence[Zone], prices: CallPrices) -> dict[Way, float]:
-    """Return what a call may do instead of computing everything, each with the part of its products that is left."""
-    found: dict[Way, float] = {}
-    for zone in zones:
-        price = prices.macs([zone.name]) / prices.macs()
-        if zone.name == WHOLE:
-            found[zone.name, "linear"] = price
-        if price <= _CHEAP:
-            found[zone.name, "reuse"] = price
-    return found
-
-
 class _Judge:
-    """Follows plans on pictures that no search saw.
-
-    Attributes:
-        calls: T.
-    """
+    """Follows plans on pictures that no search saw."""
 
     def __init__(
         self,
@@ -229,7 +236,12 @@ class _Judge:
         self._prompts, self._settings = prompts, settings
         self._indices = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + len(prompts))
         self._latents, self._images = self._run(settings)
-        self.calls = len(trials.timesteps)
+        self.of_steps = cache(self._of_steps)
+
+    @property
+    def steps(self) -> int:
+        """Scheduler steps of the trajectory."""
+        return self._settings.steps
 
     def plan(self, schedule: Schedule) -> CachePlan:
         """Return the plan of a schedule."""
@@ -242,14 +254,9 @@ class _Judge:
         with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan)):
             return self._compare(*self._run(self._settings))
 
-    def of_steps(self, steps: int) -> tuple[float, float]:
+    def _of_steps(self, steps: int) -> tuple[float, float]:
         """Return the same of as many scheduler steps without a plan."""
         return self._compare(*self._run(replace(self._settings, steps=steps)))
-
-    @property
-    def steps(self) -> int:
-        """Scheduler steps of the trajectory."""
-        return self._settings.steps
 
     def _run(self, settings: Generation) -> tuple[Tensor, Tensor]:
         made = self._pipeline.run(self._prompts, self._indices, settings)
@@ -261,32 +268,60 @@ class _Judge:
         return float(error), float(decibels(mean_squared_errors(self._images, images)).mean())
 
 
-def _chosen(
-    front: Sequence[Schedule], budgets: Sequence[float], judge: _Judge, progress: Progress
-) -> tuple[list[MeasuredPlan], dict[str, float], list[str]]:
-    """Follow the best few plans of each budget to the end; return those that beat fewer steps."""
-    plans: list[MeasuredPlan] = []
-    fewer: dict[str, float] = {}
-    notes: list[str] = []
-    for number, budget in enumerate(sorted(set(budgets))):
-        progress("plans followed to the end", number, len(set(budgets)))
-        name = f"{budget:g}x"
-        able = [one for one in front if one.cost <= judge.calls / budget + 1e-9 and any(one.rows)]
-        if not able:
-            fastest = judge.calls / front[0].cost
-            notes.append(f"No plan is {name} as fast: gaps of {LONGEST_GAP} calls give {fastest:.2f}x at most.")
-            continue
-        tried = []
-        for schedule in sorted(able, key=lambda one: one.error)[:_CANDIDATES]:
-            plan = judge.plan(schedule)
-            error, psnr = judge.of_plan(plan)
-            tried.append(MeasuredPlan(name, plan, judge.calls / schedule.cost, schedule.error, error, psnr))
+class _Choice:
+    """Follows what a planner proposes for each budget to the end, and keeps the best that beats fewer steps.
+
+    Attributes:
+        plans: that were kept.
+        fewer_steps, faster: as in `ScheduleResult`.
+        notes: why a budget has no plan.
+    """
+
+    def __init__(self, task: PlanningTask, ways: Sequence[Way], prices: CallPrices, judge: _Judge) -> None:
+        self._task, self._ways, self._prices, self._judge = task, ways, prices, judge
+        self.plans: list[MeasuredPlan] = []
+        self.fewer_steps: dict[str, tuple[int, float]] = {}
+        self.faster: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def add(self, budget: Budget, planner: str) -> None:
+        """Choose a plan for a budget."""
+        task, prices = self._task, {way: self._price(way, budget.measure) for way in self._ways}
+        about = task.calls, self._prices.macs(), self._prices.whole_seconds if budget.measure == "seconds" else 1.0
+        proposed = PLANNERS[planner](task, prices, budget.limit(*about))
+        if not proposed:
+            why = ""
+            if planner == "joint":
+                front = task.front(prices)
+                nearest = budget.at(front[0].cost, *about)
+                why = f": with gaps of {task.costs.longest} calls {nearest.amount:.3g}{nearest.unit} is the nearest"
+            self.notes.append(f"No plan keeps {budget.name}{why}.")
+            return
+        tried = [self._measured(budget.name, schedule) for schedule in proposed]
         best = min(tried, key=lambda one: one.error)
-        error, psnr = judge.of_steps(max(1, round(judge.steps / budget)))
-        fewer[name] = psnr
-        if best.error < error:
-            plans.append(best)
-        else:
-            notes.append(f"At {name} fewer steps are better ({psnr:.1f} dB, the best plan {best.psnr:.1f} dB).")
-    progress("plans followed to the end", len(set(budgets)), len(set(budgets)))
-    return plans, fewer, notes
+        part = self._prices.seconds_of(best.plan)
+        steps = max(1, math.ceil(self._judge.steps * part))
+        if steps >= self._judge.steps:
+            self.notes.append(f"At {budget.name} nothing is saved: its calls take {part:.2f} of the time, here.")
+            return
+        error, psnr = self._judge.of_steps(steps)
+        if best.error >= error:
+            beaten = f"the best plan {best.psnr:.1f} dB"
+            self.notes.append(f"At {budget.name} {steps} steps are better ({psnr:.1f} dB, {beaten}).")
+            return
+        self.plans.append(best)
+        self.fewer_steps[best.name], self.faster[best.name] = (steps, psnr), 1 / part
+
+    def _price(self, way: Way, measure: Measure) -> float:
+        if measure == "calls":
+            return 0.0
+        return (
+            self._prices.seconds([way[0]])
+            if measure == "seconds"
+            else self._prices.macs([way[0]]) / self._prices.macs()
+        )
+
+    def _measured(self, name: str, schedule: Schedule) -> MeasuredPlan:
+        plan = self._judge.plan(schedule)
+        error, psnr = self._judge.of_plan(plan)
+        return MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, error, psnr)

@@ -81,14 +81,14 @@ def print_schedules(result: ScheduleResult) -> None:
             f"{each.speedup:.2f}x",
             f"{result.measured_speedups[each.name]:.2f}x",
             f"{sum(not row for row in each.plan.actions)} of {result.calls}",
-            f"{each.expected_error:.4f}",
+            "" if each.expected_error is None else f"{each.expected_error:.4f}",
             f"{each.error:.4f}",
             f"{each.psnr:.1f} dB",
-            f"{result.fewer_steps[each.name]:.1f} dB",
+            "{1:.1f} dB ({0} steps)".format(*result.fewer_steps[each.name]),
         )
         for each in result.plans
     ]
-    columns = ("plan", "fewer MACs", "faster here", "whole calls", "expected error", "error", "PSNR", "fewer steps")
+    columns = ("plan", "fewer MACs", "faster here", "whole calls", "expected error", "error", "PSNR", "same time")
     if not rows:
         say(f"No plan is better than fewer steps; nothing was written ({time_text(result.seconds)}).")
         return

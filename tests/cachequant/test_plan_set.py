@@ -36,7 +36,8 @@ def test_a_plan_is_chosen_by_name_or_by_speed() -> None:
     assert PLANS.choose("3x") is FAST
     assert PLANS.choose("1.2x") is SLOW
     assert PLANS.choose("1.51x") is FAST
-    for name in ("4x", "fast", ""):
+    assert PLANS.choose("balanced") is SLOW
+    for name in ("4x", "careful", ""):
         with pytest.raises(PlanError, match="no plan"):
             PLANS.choose(name)
 

@@ -17,6 +17,7 @@ from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
 from dcomp.calibrate.quality import relative_errors
 from dcomp.recipes.bench import record_calls
 from tests.cachequant.conftest import prompts_of, settings_of
+from tests.support.sweep import slow
 
 SD, UNET, FLUX = "UNet2DConditionModel", "UNet2DModel", "FluxTransformer2DModel"
 STEPS = 4
@@ -49,13 +50,13 @@ def alone(pipeline: OpenPipeline, trials: Trials, branch: Branch) -> float:
     ("name", "menu", "scheduler"),
     [
         (SD, [{"all": "reuse"}, {"deep1": "reuse"}, {"deep3": "linear"}, {"all": "linear"}], None),
-        (SD, [{"all": "linear"}, {"deep2": "reuse"}], "DPMSolverMultistepScheduler"),
-        (SD, [{"all": "reuse"}, {"deep1": "reuse"}], "EulerAncestralDiscreteScheduler"),
+        slow(SD, [{"all": "linear"}, {"deep2": "reuse"}], "DPMSolverMultistepScheduler"),
+        slow(SD, [{"all": "reuse"}, {"deep1": "reuse"}], "EulerAncestralDiscreteScheduler"),
         (SD, [{"all": "reuse"}], "HeunDiscreteScheduler"),
-        (UNET, [{"deep1": "reuse"}, {"encoder": "reuse"}], None),
+        slow(UNET, [{"deep1": "reuse"}, {"encoder": "reuse"}], None),
         ("DiTTransformer2DModel", [{"blocks[0:1]": "reuse"}, {"all": "quadratic"}, {"attention": "reuse"}], None),
         ("PixArtTransformer2DModel", [{"blocks[0:2]": "linear"}, {"cross_attention": "reuse"}], None),
-        (FLUX, [{"all": "reuse"}, {"blocks[1:3]": "reuse"}, {"attention": "reuse"}], None),
+        slow(FLUX, [{"all": "reuse"}, {"blocks[1:3]": "reuse"}, {"attention": "reuse"}], None),
     ],
 )
 def test_side_by_side_is_as_alone(

@@ -280,6 +280,7 @@ def test_missing_folders_are_refused_without_asking_the_hub(tmp_path: Path) -> N
         open_pipeline("./nowhere")
 
 
+@pytest.mark.slow
 def test_opening_prints_nothing(opened: Opener) -> None:
     code = (
         "import sys; from dcomp.calibrate.pipeline import open_pipeline, Generation; "

@@ -19,6 +19,7 @@ from dcomp.compress.quantize import quantize_denoiser, rows_of_pass
 from dcomp.compress.quantize_layer import to_canonical, transformed_weight
 from dcomp.compress.soft_rounding import fake_execution
 from dcomp.compress.split import quantized_layers
+from tests.support.sweep import sweep
 from tests.support.tiny import save_tiny_pipeline
 
 ROWS, ITERATIONS = 40, 30
@@ -156,9 +157,7 @@ BATCHED = {
 TOKENS = {"FluxTransformer2DModel": 23, "SD3Transformer2DModel": 16, "PixArtTransformer2DModel": 16}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("Flux") else []) for name in BATCHED]
-)
+@pytest.mark.parametrize("name", sweep(BATCHED, [name for name in BATCHED if not name.startswith("Flux")]))
 def test_what_has_rows_is_not_told_by_its_length(name: str, tmp_path: Path) -> None:
     pipeline = open_pipeline(save_tiny_pipeline(name, tmp_path / "model"))
     denoiser, settings = pipeline.denoiser, Generation(steps=4, batch_size=6, height=16, width=16)

@@ -24,7 +24,8 @@ from dcomp.compress.quantize import INT_TOLERANCE, LayerErrors, compare_executio
 from dcomp.compress.row_watch import Rows
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import parts_of, quantized_layers
-from tests.support.tiny import NAMES, save_tiny_pipeline
+from tests.support.sweep import sweep
+from tests.support.tiny import FEW_NAMES, NAMES, save_tiny_pipeline
 
 SMOOTH = QScheme(4, 16, input_bits=8, input_granularity="token", smooth=True)
 PLAIN = replace(SMOOTH, smooth=False)
@@ -215,7 +216,7 @@ def in_float(denoiser: nn.Module) -> nn.Module:
     return plain
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sweep(NAMES, FEW_NAMES))
 def test_folding_keeps_what_the_denoiser_computes(name: str, cases: Callable[[str], Case]) -> None:
     case = cases(name)
     denoiser = case.nearest
@@ -239,7 +240,10 @@ def test_folding_keeps_what_the_denoiser_computes(name: str, cases: Callable[[st
     assert max(compare_executions(folded, case.calibration).values()) <= INT_TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "rank"), [*((name, 0) for name in NAMES), ("UNet2DModel", 3)])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    sweep([*((name, 0) for name in NAMES), ("UNet2DModel", 3)], [("DiTTransformer2DModel", 0), ("UNet2DModel", 3)]),
+)
 def test_powers_of_two_fold_without_rounding(
     name: str, rank: int, cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from dcomp.compress.quantize_layer import quantize_layer
 from dcomp.compress.scheme import QScheme, SchemeError
 from dcomp.compress.scheme_check import WeightError
 from dcomp.compress.split import is_quantized, parts_of, quantized_layers
+from tests.support.sweep import sweep
 from tests.support.tiny import NAMES, save_tiny_pipeline
 
 INTEGERS = ["w8a8", "w4a8", "w4a16", "w8a16", "w4a4"]
@@ -127,7 +128,10 @@ def untouched(denoiser: nn.Module, original: nn.Module) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "preset"),
-    [(name, preset) for name in NAMES for preset in INTEGERS if name in KINDS or preset in ("w4a8", "w4a4")],
+    sweep(
+        [(name, preset) for name in NAMES for preset in INTEGERS if name in KINDS or preset in ("w4a8", "w4a4")],
+        [*((name, "w4a8") for name in KINDS), (KINDS[0], "w8a16"), (KINDS[2], "w4a4")],
+    ),
 )
 def test_every_layer_computes_in_integers_what_its_fake_form_stands_for(
     name: str, preset: str, cases: Callable[[str], Case]
@@ -218,8 +222,8 @@ def step_by_step(case: Case, schemes: dict[str, QScheme], order: list[str]) -> n
     return denoiser
 
 
-@pytest.mark.parametrize("preset", ["w4a8", "w4a4"])
-@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel"])
+@pytest.mark.parametrize("preset", sweep(["w4a8", "w4a4"], ["w4a8"]))
+@pytest.mark.parametrize("name", sweep(["UNet2DModel", "DiTTransformer2DModel"], ["UNet2DModel"]))
 def test_each_layer_is_quantized_on_what_the_quantized_layers_before_it_say(
     name: str, preset: str, cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
@@ -366,7 +370,7 @@ def stop_at(text: str, done: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("name", [pytest.param("UNet2DModel", marks=pytest.mark.slow), "DiTTransformer2DModel"])
+@pytest.mark.parametrize("name", sweep(["UNet2DModel", "DiTTransformer2DModel"], ["DiTTransformer2DModel"]))
 def test_a_run_that_is_killed_at_every_layer_gives_the_same_bits(
     name: str, cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,7 +41,8 @@ from dcomp.compress.time_table import (
     from_config,
     to_config,
 )
-from tests.support.tiny import NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
+from tests.support.sweep import sweep
+from tests.support.tiny import FEW_NAMES, NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
 
 STEPS = 3
 UNET, DIT, FLUX, PIXART = (
@@ -129,7 +130,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return functools.cache(lambda name: make_case(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=sweep(NAMES, FEW_NAMES))
 def case(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
     return cases(request.param)
 

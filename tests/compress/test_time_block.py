@@ -27,7 +27,8 @@ from dcomp.compress.time_block import (
     reconstruct_time_block,
     time_weights,
 )
-from tests.support.tiny import NAMES, save_tiny_pipeline
+from tests.support.sweep import sweep
+from tests.support.tiny import FEW_NAMES, NAMES, save_tiny_pipeline
 
 STEPS = 6
 UNET = "UNet2DConditionModel"
@@ -62,7 +63,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SimpleNam
     return functools.cache(lambda name: make_case(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=sweep(NAMES, FEW_NAMES))
 def case(request: pytest.FixtureRequest, cases: Callable[[str], SimpleNamespace]) -> SimpleNamespace:
     return cases(request.param)
 

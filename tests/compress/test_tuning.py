@@ -16,6 +16,7 @@ from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import SplitLinear, float_parts
 from dcomp.compress.tuning import TuningError, tune
 from tests.support.errors import accumulating_error
+from tests.support.sweep import sweep
 from tests.support.tiny import denoiser_inputs, tiny_denoiser
 
 TIMESTEPS = (901.0, 501.0, 101.0)
@@ -121,7 +122,7 @@ def _harm(denoiser, what):
 KEPT_PART = {"scales": 0.6, "biases": 0.5, "norms": 0.65, "input_scales": 0.9}
 
 
-@pytest.mark.parametrize("what", KEPT_PART)
+@pytest.mark.parametrize("what", sweep(KEPT_PART, ["scales", "input_scales"]))
 def test_what_was_harmed_gets_better_on_trajectories_that_were_not_seen(case, what):
     denoiser = copy.deepcopy(case[0])
     _harm(denoiser, what)
@@ -287,7 +288,7 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", sweep([1, 4], [4]))
 def test_an_interrupted_run_is_undone_and_its_rest_gives_the_same_bits(case, tmp_path, monkeypatch, stop):
     learn = ("scales", "biases", "norms", "rounding", "input_scales")
     whole, expected = _tune(case, learn=learn, iterations=4)

@@ -61,6 +61,7 @@ def test_a_file_that_differs_from_its_manifest_is_named(written: Path, probe: Pa
     assert compare(folder, probe) == {"differences": [f"unet/{WEIGHTS}: its content has changed"]}
 
 
+@pytest.mark.slow
 def test_nothing_is_published_when_the_fresh_process_disagrees(pipeline: OpenPipeline, tmp_path: Path) -> None:
     def add_one(_: object, __: object, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (output[0] + 1,)

@@ -11,6 +11,7 @@ from dcomp.recipes import bit_budget
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.run import run_recipe
 from tests.support.checkpoints import checked_in_a_fork, short_recipe, with_stage
+from tests.support.sweep import slow, sweep
 
 UNET = "UNet2DModel"
 
@@ -21,10 +22,7 @@ def bits_of(result):
 
 @pytest.mark.parametrize(
     ("preset", "labels"),
-    [
-        ("w4a8", {"W4A8", "W8A8", "W8A16"}),
-        pytest.param("w4a4", {"W4A4", "W8A4"}, marks=pytest.mark.slow),
-    ],
+    [("w4a8", {"W4A8", "W8A8", "W8A16"}), slow("w4a4", {"W4A4", "W8A4"})],
 )
 def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, labels: set[str]) -> None:
     source = tiny_model(UNET)
@@ -44,7 +42,7 @@ def test_the_budget_is_met_and_used(tiny_model, tmp_path: Path, preset: str, lab
     assert any("correlation" in note for note in sizes[7.0].notes)
 
 
-@pytest.mark.parametrize("megabytes", [0.56, 0.64])
+@pytest.mark.parametrize("megabytes", sweep([0.56, 0.64], [0.56]))
 def test_the_file_is_no_larger_than_a_budget_of_bytes(tiny_model, tmp_path: Path, megabytes: float) -> None:
     recipe = with_stage(short_recipe(UNET), max_megabytes=megabytes, directions=0)
     with checked_in_a_fork():

@@ -34,6 +34,7 @@ from dcomp.recipes.plan import Plan, make_plan
 from dcomp.recipes.run import RunResult, default_output, plan_recipe, quantize, record_calibration, run_recipe
 from dcomp.recipes.schema import Recipe
 from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe, with_stage
+from tests.support.sweep import sweep
 from tests.support.tiny import load_pipeline, tiny_pipeline
 
 UNET, TEXT, DIT = "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"
@@ -67,7 +68,13 @@ def left_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize(("name", "inputs"), [*((name, "dynamic") for name in SIX), (UNET, "static"), (TEXT, "static")])
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    sweep(
+        [*((name, "dynamic") for name in SIX), (UNET, "static"), (TEXT, "static")],
+        [(TEXT, "dynamic"), (DIT, "dynamic"), (UNET, "static")],
+    ),
+)
 def test_every_architecture_becomes_a_checkpoint_that_stays_close(
     name: str, inputs: str, tiny_model: Models, tiny_checkpoint: Models, static_checkpoint: Models
 ) -> None:
@@ -121,6 +128,7 @@ for folder, out in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.slow
 def test_pictures_of_a_fresh_process_are_those_from_before_saving(tiny_model: Models, tmp_path: Path) -> None:
     before, arguments = {}, []
     for name in (TEXT, DIT):
@@ -229,6 +237,7 @@ def test_tuning_goes_on_where_it_stopped_and_is_told_of(whole: RunResult, tiny_m
     }
 
 
+@pytest.mark.slow
 def test_corrections_by_step_are_told_of_and_resumed(tiny_model: Models, tmp_path: Path) -> None:
     recipe = with_stage(short_recipe(TEXT, samples=6), correct=True, directions=0)
     corrected = run_recipe(tiny_model(TEXT), recipe, tmp_path / "corrected")
@@ -249,6 +258,7 @@ def test_corrections_by_step_are_told_of_and_resumed(tiny_model: Models, tmp_pat
         assert record.bytes_after == sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
+@pytest.mark.slow
 def test_folded_factors_are_told_of_and_resumed(tiny_model: Models, tmp_path: Path) -> None:
     recipe = with_stage(short_recipe(UNET, "w4a4"), tune=2)
     folded = run_recipe(tiny_model(UNET), recipe, tmp_path / "folded")
@@ -271,7 +281,7 @@ def test_folded_factors_are_told_of_and_resumed(tiny_model: Models, tmp_path: Pa
     assert any(layer.scheme.smooth for name, layer in others.items() if name in lost)
 
 
-@pytest.mark.parametrize("name", [UNET, DIT])
+@pytest.mark.parametrize("name", sweep([UNET, DIT], [UNET]))
 def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
     name: str, tiny_model: Models, tmp_path: Path
 ) -> None:
@@ -293,6 +303,7 @@ def test_four_bit_inputs_run_in_integers_after_a_round_over_the_disk(
     assert 0 < (found - expected).norm() < 0.25 * expected.norm()
 
 
+@pytest.mark.slow
 def test_methods_rank_as_the_literature_says(tiny_model: Models, tmp_path: Path) -> None:
     set_ = tmp_path / "set"
     record_calibration(tiny_model(TEXT), short_recipe(TEXT), set_)

@@ -133,6 +133,7 @@ _UNET_CONDITION: dict[str, Any] = {
 
 NAMES: tuple[str, ...] = tuple(_DENOISERS)
 """Names that `tiny_denoiser`, `denoiser_inputs` and `save_tiny_pipeline` take; all of them have a pipeline."""
+FEW_NAMES: tuple[str, ...] = ("UNet2DConditionModel", "DiTTransformer2DModel")  # as unlike as two can be
 TRANSFORMER_NAMES: tuple[str, ...] = tuple(name for name in NAMES if "Transformer" in name)
 TEXT_NAMES: tuple[str, ...] = tuple(name for name in NAMES if name not in ("UNet2DModel", "DiTTransformer2DModel"))
 

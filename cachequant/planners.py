@@ -1,0 +1,128 @@
+"""Planners: each proposes plans under a budget, in the one form that all plans have.
+
+What a planner may look at is measured when the first one asks for it. The plans that it proposes are followed to the
+end before one of them is chosen, so that a rule of the literature is judged by its best zone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dcomp.cachequant.drift import Drift
+from dcomp.cachequant.dynamic import Schedule, best_schedules
+from dcomp.cachequant.gap_costs import GapCosts, Way
+from dcomp.cachequant.predict import PREDICTORS
+from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
+from dcomp.cachequant.trials import Actions
+from dcomp.cachequant.zones import WHOLE
+
+BEST = 3  # plans of the joint planner that are followed to the end
+
+
+@dataclass
+class PlanningTask:
+    """What planners may look at.
+
+    Attributes:
+        calls: T.
+        zones: that are cheap enough to be worth a plan.
+    """
+
+    calls: int
+    zones: tuple[str, ...]
+    measure_costs: Callable[[], GapCosts]
+    measure_drifts: Callable[[], Mapping[str, Drift]]
+    _fronts: dict[tuple[tuple[Way, float], ...], list[Schedule]] = field(default_factory=dict)
+
+    @cached_property
+    def costs(self) -> GapCosts:
+        """What skipping does to the final latents."""
+        return self.measure_costs()
+
+    @cached_property
+    def drifts(self) -> Mapping[str, Drift]:
+        """How far the tensors of each zone move from call to call."""
+        return self.measure_drifts()
+
+    def front(self, prices: Mapping[Way, float]) -> list[Schedule]:
+        """Return all plans that no other one beats, cheapest first."""
+        key = tuple(sorted(prices.items()))
+        if key not in self._fronts:
+            self._fronts[key] = best_schedules(self.costs, prices)
+        return self._fronts[key]
+
+
+Planner = Callable[[PlanningTask, Mapping[Way, float], float], Sequence[Schedule]]
+"""Task, prices of ways as parts of a call that computes everything, and the most that all calls may cost -> plans."""
+
+
+def joint(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
+    """Zone, predictor and place of every gap together, by what they do to the final latents."""
+    able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
+    return able[: -BEST - 1 : -1]  # the dearer of a front, the better
+
+
+def _by_rule(name: str) -> Planner:
+    rule = SCHEDULES[name]
+
+    def plan(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
+        found = []
+        for zone, drift, price in _reusable(task, prices):
+            count = _affordable(task.calls, price, limit)
+            try:
+                computing = rule(ScheduleTask(task.calls, count, drift)) if count else []
+            except ScheduleError:
+                continue
+            if computing:
+                found.append(_placed(task.calls, computing, zone, "reuse", price))
+        return found
+
+    plan.__doc__ = rule.__doc__
+    return plan
+
+
+def _by_interval(predictor: str) -> Planner:
+    def plan(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
+        price = prices[WHOLE, "reuse"]
+        count = _affordable(task.calls, price, limit)
+        if not count:
+            return []
+        computing = [i * task.calls // count for i in range(count)]
+        return [_placed(task.calls, computing, WHOLE, predictor, price)]
+
+    plan.__doc__ = f"Equal distances, the prediction of the denoiser forecast by `{predictor}`."
+    return plan
+
+
+PLANNERS: dict[str, Planner] = {
+    "joint": joint,
+    **{name: _by_rule(name) for name in SCHEDULES},
+    "taylor": _by_interval("taylor1"),
+    "hermite": _by_interval("hermite1"),
+}
+"""Name -> planner. `uniform` and `power` are DeepCache's, `partition` CacheQuant's, `cosine` DDT's, `taylor` that of
+TaylorSeer and `hermite` that of HiCache."""
+
+
+def _reusable(task: PlanningTask, prices: Mapping[Way, float]) -> Iterator[tuple[str, Drift, float]]:
+    for zone in task.zones:
+        if (zone, "reuse") in prices:
+            yield zone, task.drifts[zone], prices[zone, "reuse"]
+
+
+def _affordable(calls: int, price: float, limit: float) -> int:
+    """Return how many of T calls can compute everything where the others cost a price each."""
+    count = int((limit - calls * price) / (1 - price) + 1e-9)
+    return max(0, min(calls, count))
+
+
+def _placed(calls: int, computing: Sequence[int], zone: str, predictor: str, price: float) -> Schedule:
+    """Return the plan in which all calls but some predict a zone; the first gap of a forecast reuses."""
+    needed = PREDICTORS[predictor].nodes
+    rows: list[Actions] = []
+    for call in range(calls):
+        before = sum(other < call for other in computing)
+        name = predictor if before >= needed else "reuse"
+        rows.append({} if call in computing else {zone: name})
+    cost = sum(price if row else 1.0 for row in rows)
+    return Schedule(tuple(rows), cost, None)
