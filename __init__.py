@@ -51,6 +51,7 @@ _LAZY = {
     "follow_plan": "dcomp.recipes.follow",
     "load": "dcomp.compress.loader",
     "quantize": "dcomp.recipes.run",
+    "search_schedule": "dcomp.recipes.schedule",
     "validate": "dcomp.recipes.validate",
 }
 __all__ = ["DcompError", "UsageError", "__version__", *_LAZY]

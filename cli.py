@@ -407,6 +407,9 @@ def validate(
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Cache plan that OUT follows: 2x, or careful, balanced or fast.")
+    ] = None,
     min_psnr: Annotated[float | None, typer.Option(help="Mean PSNR in dB.", rich_help_panel="Thresholds")] = None,
     min_ssim: Annotated[float | None, typer.Option(help="Mean SSIM.", rich_help_panel="Thresholds")] = None,
     max_latent_error: Annotated[
@@ -457,6 +460,7 @@ def validate(
             scheduler=scheduler,
             seed=seed,
             batch_size=batch_size,
+            plan=plan,
             thresholds={key: value for key, value in thresholds.items() if value is not None},
             features=features,
             bench=bench,
@@ -494,7 +498,7 @@ def search_schedule(
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
-    samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 4,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 8,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:

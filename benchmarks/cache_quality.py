@@ -26,10 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 BUDGETS = (1.5, 2.0, 2.5, 4.0, 6.0)
 FIRST_INDEX = 3_000_000  # of noise that nothing else starts from
 BATCH = 8
+EXTRACTOR = "random-conv"
 SCOUTED = 4  # pictures that the best of a planner's proposals is chosen on
-SEARCHED = 4  # pictures that planners measure on
+SEARCHED = 8  # pictures that planners measure on
 
-Rows = tuple[dict[str, str], ...]
+Rows = tuple[Any, ...]
 
 
 def main(
@@ -44,7 +45,7 @@ def main(
 ) -> None:
     """Measure, write the JSON, print the table."""
     from dcomp.cachequant.drift import record_reference
-    from dcomp.cachequant.gap_costs import measure_gap_costs
+    from dcomp.cachequant.gap_costs import measure_gap_costs, measure_sensitivities, reach
     from dcomp.cachequant.planners import PLANNERS, PlanningTask
     from dcomp.cachequant.prices import CallPrices
     from dcomp.cachequant.trials import Trials
@@ -52,7 +53,7 @@ def main(
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.recipes.bench import fill_prompts, record_calls
-    from dcomp.recipes.schedule import LONGEST_GAP, WINDOW, ways_of
+    from dcomp.recipes.schedule import LONGEST_GAP, WINDOW, gaps_of, useful_zones
 
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None
@@ -62,21 +63,25 @@ def main(
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    ways = ways_of(zones, prices)
-    used = [zone for zone in zones if zone.name in {name for name, _ in ways}]
+    used = useful_zones(zones, prices)
+    names = tuple(zone.name for zone in used)
     of_search = found[:SEARCHED], range(FIRST_INDEX - SEARCHED, FIRST_INDEX), settings
-    trials = Trials(pipeline, used, *of_search, window=LONGEST_GAP)
+    trials = Trials(pipeline, (), *of_search)
     seconds: dict[str, float] = {}
 
     def measure_costs() -> Any:
         with trials:
-            return measure_gap_costs(trials, ways, LONGEST_GAP)
+            sensitivities = measure_sensitivities(trials)
+        few = SEARCHED // 2
+        of_zones = found[:few], range(FIRST_INDEX - SEARCHED, FIRST_INDEX - SEARCHED + few), settings
+        with Trials(pipeline, used, *of_zones, window=reach(LONGEST_GAP)) as trials_of_zones:
+            return measure_gap_costs(trials_of_zones, gaps_of(used, prices), sensitivities)
 
     def measure_drifts() -> Any:
         return record_reference(pipeline, used, *of_search, window=WINDOW).drifts
 
-    task = PlanningTask(len(trials.timesteps), tuple(zone.name for zone in used), measure_costs, measure_drifts)
-    shares = {way: prices.macs([way[0]]) / prices.macs() for way in ways}
+    task = PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts)
+    shares = {zone: prices.macs([zone]) / prices.macs() for zone in names}
     judge = Judge(pipeline, zones, trials.timesteps, prompts, settings)
     scout = Judge(pipeline, zones, trials.timesteps, prompts[-SCOUTED:], settings)
     table: list[dict[str, Any]] = []
@@ -102,6 +107,7 @@ def main(
         "steps": steps,
         "guidance": guidance,
         "samples": samples,
+        "extractor": EXTRACTOR,
         "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "torch": torch.__version__,
     }
@@ -139,15 +145,26 @@ class Judge:
         return self.pipeline.run(self.prompts, range(FIRST_INDEX, FIRST_INDEX + len(self.prompts)), settings)
 
     def _compare(self, made: Any) -> dict[str, float]:
-        from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
+        from dcomp.calibrate.quality import (
+            decibels,
+            feature_distance,
+            mean_squared_errors,
+            open_extractor,
+            relative_errors,
+        )
 
         errors = relative_errors(self.original.latents, made.latents)
         psnr = decibels(mean_squared_errors(self.original.images, made.images))
-        return {
+        figures = {
             "error": float(errors.mean()),
             "median_error": float(errors.median()),
             "psnr": float(psnr.mean()),
         }
+        if len(errors) > SCOUTED:
+            extract = open_extractor(EXTRACTOR)
+            features = [extract(images) for images in (self.original.images, made.images)]
+            figures["fid"] = feature_distance(*features, EXTRACTOR).fid
+        return figures
 
 
 def speedup(prices: Any, rows: Rows) -> float:
@@ -157,11 +174,11 @@ def speedup(prices: Any, rows: Rows) -> float:
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, best first."""
-    lines = ["| budget | planner | zone | fewer products | speedup | latent error | median | PSNR dB |"]
-    lines.append("|---:|---|---|---:|---:|---:|---:|---:|")
+    lines = ["| budget | planner | zone | fewer products | speedup | latent error | median | PSNR dB | FID |"]
+    lines.append("|---:|---|---|---:|---:|---:|---:|---:|---:|")
     lines += [
         f"| {row['budget']:g}x | {row['planner']} | {row['zone']} | {row['macs']:.2f} | {row['speedup']:.2f} | "
-        f"{row['error']:.4f} | {row['median_error']:.4f} | {row['psnr']:.1f} |"
+        f"{row['error']:.4f} | {row['median_error']:.4f} | {row['psnr']:.1f} | {row['fid']:.2e} |"
         for row in sorted(rows, key=lambda row: -row["psnr"])
     ]
     return "\n".join(lines) + "\n"

@@ -1,17 +1,25 @@
 """Plans by dynamic programming: for every cost the least error that gaps and computing calls can add up to.
 
 A state is a pair of calls that compute one after the other, because a prediction may read both; what came before them
-is its cost and its error alone. Labels that another one of their state beats in both are dropped, and of those nearer
-in cost than can matter one is kept, so that the time is bounded. Letters: T calls, r and s as in `gap_costs`.
+is its cost and its error alone. Within a gap each call may predict another zone. Labels that another one of their state
+beats in both are dropped, and of those that are nearer in cost than can matter the better one is kept, so that the time
+is bounded. Letters: T calls, r, s and t as in `gap_costs`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from dcomp.cachequant.gap_costs import GapCosts, Way
-from dcomp.cachequant.trials import Actions
+import numpy as np
+from numpy.typing import NDArray
 
-_GRID = 0.02  # of a call that computes everything: labels nearer in cost than this are one
+from dcomp.cachequant.gap_costs import GapCosts
+from dcomp.cachequant.plan import Actions
+
+GRID = 0.02  # of a call that computes everything: labels nearer in cost than this are one
+_GRID_OF_GAP = 0.05  # likewise, of the choices within one gap
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,69 +37,147 @@ class Schedule:
     error: float | None
 
 
-@dataclass(frozen=True)
-class _Label:
-    cost: float
-    loss: float  # square of the error
-    before: "_Label | None"
-    way: Way | None  # of the gap before this label's call
-    call: int
-
-
-def best_schedules(costs: GapCosts, prices: Mapping[Way, float], *, grid: float = _GRID) -> list[Schedule]:
+def best_schedules(costs: GapCosts, prices: Mapping[str, float], *, grid: float | None = None) -> list[Schedule]:
     """Return the schedules that no other one beats in cost and expected error, cheapest first.
 
     Args:
         costs: of all gaps.
-        prices: of a call that is predicted in each way.
+        prices: zone -> part of a call that is left where it is predicted.
         grid: labels of one state nearer in cost than this are one; 0 for an exact front.
     """
+    grid, of_gap = (GRID, _GRID_OF_GAP) if grid is None else (grid, grid)
     total = costs.calls
-    labels: dict[tuple[int | None, int], list[_Label]] = {(None, 0): [_Label(1.0, 0.0, None, None, 0)]}
-    ends: list[_Label] = []
+    history = _History()
+    waiting: dict[tuple[int | None, int], list[_Labels]] = {(None, 0): [history.first()]}
+    ends: list[_Labels] = []
     for start in range(total):
         for before in (None, *range(start)):
-            state = (before, start)
-            if state not in labels:
+            if (before, start) not in waiting:
                 continue
-            own = _unbeaten(labels.pop(state), grid)
-            for end in range(start + 1, min(total, start + costs.longest + 1) + 1):
-                for way, gap in _ways(costs, prices, before, start, end):
-                    price = (prices[way] if way else 0.0) * (end - start - 1) + (end < total)
-                    grown = [_Label(x.cost + price, x.loss + gap * gap, x, way, end) for x in own]
-                    (labels.setdefault((start, end), []) if end < total else ends).extend(grown)
-    return [Schedule(_rows(label, total), label.cost, label.loss**0.5) for label in _unbeaten(ends, grid)]
+            own = _joined(waiting.pop((before, start)))
+            ids = history.add(own := own.take(_unbeaten(own.cost, own.loss, grid)))
+            for end, gaps in _gaps(costs, prices, before, start, of_gap):
+                grown = [
+                    _Labels(
+                        own.cost + gap.cost + (end < total),
+                        own.loss + gap.error**2,
+                        ids,
+                        np.full(len(ids), history.gap(gap)),
+                    )
+                    for gap in gaps
+                ]
+                (waiting.setdefault((start, end), []) if end < total else ends).extend(grown)
+    last = _joined(ends)
+    return [
+        Schedule(history.rows(last.before[i], last.gap[i], total), float(last.cost[i]), float(last.loss[i]) ** 0.5)
+        for i in _unbeaten(last.cost, last.loss, grid)
+    ]
 
 
-def _ways(
-    costs: GapCosts, prices: Mapping[Way, float], before: int | None, start: int, end: int
-) -> list[tuple[Way | None, float]]:
-    if end == start + 1:
-        return [(None, 0.0)]
-    found = ((way, costs.of_gap(way, before, start, end)) for way in prices)
-    return [(way, gap) for way, gap in found if gap is not None]
+@dataclass(frozen=True)
+class _Gap:
+    """Calls between two that compute.
+
+    Attributes:
+        actions: call -> what it does.
+        cost: of these calls.
+        error: of these calls together.
+    """
+
+    actions: Mapping[int, Actions]
+    cost: float
+    error: float
 
 
-def _unbeaten(labels: Sequence[_Label], grid: float) -> list[_Label]:
-    """Return labels in the order of their cost, each with less loss than all that cost less."""
-    kept: list[_Label] = []
-    for label in sorted(labels, key=lambda x: (x.cost, x.loss)):
-        if kept and label.loss >= kept[-1].loss:
-            continue
-        if len(kept) > 1 and label.cost - kept[-2].cost < grid:
-            kept[-1] = label
-        else:
-            kept.append(label)
-    return kept
+@dataclass(frozen=True)
+class _Labels:
+    """Ways to get to a state.
+
+    Attributes:
+        cost: sum of prices.
+        loss: square of the error.
+        before: number of the label that each came from.
+        gap: number of the gap that it came through.
+    """
+
+    cost: Floats
+    loss: Floats
+    before: Ints
+    gap: Ints
+
+    def take(self, places: Ints) -> "_Labels":
+        """Return some of them."""
+        return _Labels(self.cost[places], self.loss[places], self.before[places], self.gap[places])
 
 
-def _rows(label: _Label, total: int) -> tuple[Actions, ...]:
-    rows: list[Actions] = [{} for _ in range(total)]
-    step: _Label | None = label
-    while step is not None and step.before is not None:
-        if step.way is not None:
-            zone, name = step.way
-            for call in range(step.before.call + 1, step.call):
-                rows[call] = {zone: name}
-        step = step.before
-    return tuple(rows)
+@dataclass
+class _History:
+    """All labels that were kept, by number, and all gaps."""
+
+    _before: list[int] = field(default_factory=list)
+    _gap: list[int] = field(default_factory=list)
+    _gaps: list[_Gap] = field(default_factory=list)
+
+    def first(self) -> _Labels:
+        """The label of the first call, which computes."""
+        self._gaps.append(_Gap({}, 0.0, 0.0))
+        return _Labels(np.ones(1), np.zeros(1), np.array([-1]), np.array([0]))
+
+    def add(self, labels: _Labels) -> Ints:
+        """Keep labels; return their numbers."""
+        first = len(self._before)
+        self._before += labels.before.tolist()
+        self._gap += labels.gap.tolist()
+        return np.arange(first, len(self._before))
+
+    def gap(self, gap: _Gap) -> int:
+        """Keep a gap; return its number."""
+        self._gaps.append(gap)
+        return len(self._gaps) - 1
+
+    def rows(self, before: int, gap: int, total: int) -> tuple[Actions, ...]:
+        """Return what all calls do on the way that ends with a gap after a label."""
+        actions = dict(self._gaps[gap].actions)
+        while before >= 0:
+            actions.update(self._gaps[self._gap[before]].actions)
+            before = self._before[before]
+        return tuple(actions.get(call, {}) for call in range(total))
+
+
+def _gaps(
+    costs: GapCosts, prices: Mapping[str, float], before: int | None, start: int, grid: float
+) -> Iterator[tuple[int, list[_Gap]]]:
+    """Yield each call that may compute next, or T for none, with the unbeaten choices for the calls between."""
+    found = [_Gap({}, 0.0, 0.0)]
+    for end in range(start + 1, min(costs.calls, start + costs.longest + 1) + 1):
+        yield end, found
+        if end == costs.calls:
+            return
+        skips = [(zone, costs.of_call(zone, before, start, end)) for zone in prices]
+        longer = [
+            _Gap({**gap.actions, end: {zone: skip.reads}}, gap.cost + prices[zone], gap.error + skip.error)
+            for gap in found
+            for zone, skip in skips
+            if skip is not None
+        ]
+        if not longer:
+            return
+        cost, error = (np.array([getattr(gap, name) for gap in longer]) for name in ("cost", "error"))
+        found = [longer[i] for i in _unbeaten(cost, error, grid)]
+
+
+def _joined(labels: list[_Labels]) -> _Labels:
+    return _Labels(*(np.concatenate([getattr(x, name) for x in labels]) for name in ("cost", "loss", "before", "gap")))
+
+
+def _unbeaten(cost: Floats, loss: Floats, grid: float) -> Ints:
+    """Return the places of what has less loss than all that cost less, in the order of cost."""
+    order = np.lexsort((loss, cost))
+    ranked = loss[order]
+    order = order[np.r_[True, ranked[1:] < np.minimum.accumulate(ranked)[:-1]]]
+    if grid:
+        cell = np.floor(cost[order] / grid)
+        kept = np.r_[cell[1:] != cell[:-1], True]  # the last of a cell costs a little more, and is the best of it
+        kept[0] = True
+        order = order[kept]
+    return order

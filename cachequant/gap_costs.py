@@ -4,97 +4,111 @@ A *gap* is a run of calls between two that compute. Its error is measured call b
 that computes everything: what is predicted from the calls before the gap, against the same call computed. What such an
 error does to the final picture is measured apart, by whole trajectories with one call replaced: an early one becomes
 another picture, a late one stays as small as it is. Errors within a gap point the same way and add up; those of
-different gaps do not, and their squares add up. Letters: T calls, r and s the last two that compute before a gap.
+different gaps do not, and their squares add up. Letters: T calls, r and s the last two that compute before a gap, t a
+call in it, N pictures.
+
+Each earlier call is put in the place of t once. What the denoiser then returns is off by a vector, and a mixture of
+two calls is off by the same mixture of their vectors: exactly where the denoiser itself is predicted, nearly for a zone
+whose rest of the denoiser is run. So the best slope of a line through r and s, and its error, follow in closed form.
 """
 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from dcomp.cachequant.predict import PREDICTORS
-from dcomp.cachequant.trials import Actions, Branch, Trials
+import torch
+from torch import Tensor
+
+from dcomp.cachequant.plan import Actions, Reads
+from dcomp.cachequant.trials import Branch, Trials
 from dcomp.cachequant.zones import WHOLE
 from dcomp.calibrate.progress import Progress, silent
 
 _PROBES = 12  # calls whose sensitivity is measured; that of the others lies between
-_MOST_NODES = 2  # a prediction from three calls is too seldom the best to be measured for all triples
 
-Way = tuple[str, str]  # zone and predictor
+
+@dataclass(frozen=True)
+class Skip:
+    """A call in which a zone is predicted.
+
+    Attributes:
+        error: relative error of the final latents.
+        reads: what the zone is replaced by: calls before, with weights that add up to 1.
+    """
+
+    error: float
+    reads: Reads
 
 
 @dataclass(frozen=True)
 class GapCosts:
-    """Errors of predictions, as relative errors of the final latents.
+    """Errors of predictions.
 
     Attributes:
         calls: T.
         longest: calls of a gap, at most.
-        errors: way, then the calls that are read (`(s,)` or `(r, s)`), then the skipped call -> its error.
+        skips: zone, then t, then the calls that are read (`(s,)` or `(r, s)`).
         sensitivities: of the T calls: relative error of the final latents by that of the prediction.
     """
 
     calls: int
     longest: int
-    errors: Mapping[Way, Mapping[tuple[int, ...], Mapping[int, float]]]
-    sensitivities: tuple[float, ...]
+    skips: Mapping[str, Sequence[Mapping[tuple[int, ...], Skip]]]
+    sensitivities: tuple[float, ...] = field(repr=False)
 
-    def of_gap(self, way: Way, before: int | None, start: int, end: int) -> float | None:
-        """Return the error of a gap after call `start`, up to `end`, which computes again; None if it cannot be.
+    def of_call(self, zone: str, before: int | None, start: int, call: int) -> Skip | None:
+        """Return the best prediction of a zone in a call; None if the gap would be too long for it.
 
         Args:
-            way: how its calls are predicted.
-            before: the call before `start` that computes; None if there is none.
+            zone: its name.
+            before: r; None if there is none.
             start: s.
-            end: T for a gap that ends the trajectory.
+            call: t.
         """
-        if end == start + 1:
-            return 0.0
-        nodes: tuple[int, ...] = (start,)
-        if PREDICTORS[way[1]].nodes == _MOST_NODES:
-            if before is None:
-                return None
-            nodes = (before, start)
-        found = self.errors[way].get(nodes)
-        if found is None or any(call not in found for call in range(start + 1, end)):
-            return None
-        return sum(found[call] for call in range(start + 1, end))
+        found = self.skips[zone][call]
+        both = found.get((before, start)) if before is not None else None
+        return both or found.get((start,))
 
 
-def measure_gap_costs(trials: Trials, ways: Sequence[Way], longest: int, *, progress: Progress = silent) -> GapCosts:
-    """Measure all gaps of up to `longest` calls.
+def measure_gap_costs(
+    trials: Trials, longest: Mapping[str, int], sensitivities: Sequence[float], *, progress: Progress = silent
+) -> GapCosts:
+    """Measure all gaps.
 
     Args:
-        trials: of the model that will run.
-        ways: zone and predictor, of at most two nodes.
-        longest: calls of a gap.
+        trials: of the model that will run, with a window of `reach` of the longest gap.
+        longest: zone -> calls of a gap up to whose end it may be predicted.
+        sensitivities: of the T calls.
         progress: called with a text, the calls done and their total.
     """
     total = len(trials.timesteps)
-    weights = measure_sensitivities(trials, progress)
-    errors: dict[Way, dict[tuple[int, ...], dict[int, float]]] = {way: {} for way in ways}
+    skips: dict[str, list[dict[tuple[int, ...], Skip]]] = {zone: [] for zone in longest}
     whole = Branch()
     for call in range(total):
         progress("costs of gaps", call, total)
-        tries: list[tuple[Branch, Actions]] = [(whole, {})]
-        about: list[tuple[Way, tuple[int, ...]]] = []
-        for way in ways:
-            zone, name = way
-            for nodes in _node_choices(call, PREDICTORS[name].nodes, longest):
-                tries.append((whole.reading(nodes), {zone: name}))
-                about.append((way, nodes))
-        computed, *skipped = trials.extend(tries)
-        for (way, nodes), branch in zip(about, skipped, strict=True):
-            errors[way].setdefault(nodes, {})[call] = weights[call] * trials.difference(branch, computed)
-        whole = computed
+        pairs = [(zone, node) for zone, gap in longest.items() for node in range(max(0, call - reach(gap)), call)]
+        tries: list[tuple[Branch, Actions]] = [(whole, {}), *((whole, {zone: ((node, 1.0),)}) for zone, node in pairs)]
+        whole, *replaced = trials.extend(tries)
+        off: dict[str, dict[int, Tensor]] = {zone: {} for zone in longest}
+        for (zone, node), branch in zip(pairs, replaced, strict=True):
+            off[zone][node] = trials.difference(branch, whole)
+        for zone, gap in longest.items():
+            skips[zone].append(_skips(off[zone], call, gap, sensitivities[call]))
     progress("costs of gaps", total, total)
-    return GapCosts(total, longest, errors, tuple(weights))
+    return GapCosts(total, max(longest.values()), skips, tuple(sensitivities))
 
 
-def measure_sensitivities(trials: Trials, progress: Progress = silent) -> list[float]:
+def reach(longest: int) -> int:
+    """Return how many calls before a skipped one the earlier of two that are read may lie."""
+    return 2 * longest + 1
+
+
+def measure_sensitivities(trials: Trials, *, progress: Progress = silent) -> list[float]:
     """Return for each call how much larger its error is in the final picture: relative error there by that here.
 
-    The error is the one that caches make: the prediction of the call before, once, with all later calls computed.
+    The error is the one that caches make: the prediction of the call before, once, with all later calls computed. The
+    mean over pictures is geometric: one that is about to become another picture would decide about all calls.
     """
     total = len(trials.timesteps)
     probes = sorted({round(1 + i * (total - 2) / (_PROBES - 1)) for i in range(_PROBES)} & {*range(1, total)})
@@ -102,25 +116,52 @@ def measure_sensitivities(trials: Trials, progress: Progress = silent) -> list[f
         return [1.0] * total
     (whole,) = trials.extend([(Branch(), {})])
     running: dict[int, Branch] = {}
-    local: dict[int, float] = {}
+    local: dict[int, Tensor] = {}
     for call in range(1, total):
         progress("sensitivities", call, total)
         tries: list[tuple[Branch, Actions]] = [(branch, {}) for branch in (whole, *running.values())]
         tries += [(whole, {WHOLE: "reuse"})] if call in probes else []
         whole, *others = trials.extend(tries)
         if call in probes:
-            local[call] = trials.difference(others[-1], whole)
+            local[call] = trials.difference(others[-1], whole).norm(dim=1).clamp(min=1e-9)
         running = dict(zip([*running, *([call] if call in probes else [])], others, strict=True))
-    known = {call: math.log(max(1e-9, branch.error) / max(1e-9, local[call])) for call, branch in running.items()}
-    return [math.exp(_between(probes, known, call)) for call in range(total)]
+    progress("sensitivities", total, total)
+    final = {call: torch.tensor(branch.errors).double().clamp(min=1e-9) for call, branch in running.items()}
+    logs = {call: float((error / local[call]).log().mean()) for call, error in final.items()}
+    return [math.exp(_between(probes, logs, call)) for call in range(total)]
 
 
-def _node_choices(call: int, count: int, longest: int) -> list[tuple[int, ...]]:
-    """Return which calls a prediction of `call` may read, if no gap is longer than that."""
-    last = range(max(0, call - longest), call)
-    if count == 1:
-        return [(s,) for s in last]
-    return [(r, s) for s in last for r in range(max(0, s - longest - 1), s)]
+def _skips(off: Mapping[int, Tensor], call: int, longest: int, weight: float) -> dict[tuple[int, ...], Skip]:
+    """Return what predicting a call from each s, and from each r and s, costs.
+
+    Args:
+        off: for each call before: how far its tensors move the prediction.
+        call: t.
+        longest: calls of a gap.
+        weight: sensitivity of the call.
+    """
+    found: dict[tuple[int, ...], Skip] = {}
+    if not off:
+        return found
+    nodes = list(off)
+    vectors = torch.stack([off[node].flatten() for node in nodes])
+    products = (vectors @ vectors.T / len(off[nodes[0]])).tolist()  # means over pictures
+    for j, s in enumerate(nodes):
+        if s < call - longest:
+            continue
+        found[s,] = Skip(weight * math.sqrt(products[j][j]), ((s, 1.0),))
+        for i, r in enumerate(nodes[:j]):
+            if r >= s - longest - 1:
+                slope, error = _line(products[i][i], products[i][j], products[j][j])
+                found[r, s] = Skip(weight * error, ((r, -slope), (s, 1 + slope)))
+    return found
+
+
+def _line(rr: float, rs: float, ss: float) -> tuple[float, float]:
+    """Return the a for which `s + a (s - r)` is least off, and how far, from inner products of how far r and s are."""
+    spread = rr - 2 * rs + ss
+    slope = (rs - ss) / spread if spread > 1e-9 * (rr + ss) else 0.0
+    return slope, math.sqrt(max(0.0, ss + slope * (2 * (ss - rs) + slope * spread)))
 
 
 def _between(probes: Sequence[int], known: Mapping[int, float], call: int) -> float:

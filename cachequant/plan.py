@@ -1,8 +1,8 @@
 """The cache plan: for every denoiser call of a trajectory, which zones are predicted instead of computed, and how.
 
-A plan is a table (call, zone) -> name of a predictor; what is not in it is computed. Everything else follows from the
-table: the calls that a prediction reads, their weights, and how long a tensor must be kept. So it can be checked before
-a tensor exists, and every schedule of the literature is one. Letters: T calls of the trajectory.
+A plan is a table (call, zone) -> name of a predictor, or calls with their weights; what is not in it is computed.
+Everything else follows from the table: the calls that a name stands for, and how long a tensor must be kept. So it can
+be checked before a tensor exists, and every schedule of the literature is one. Letters: T calls of the trajectory.
 """
 
 import json
@@ -16,8 +16,15 @@ from dcomp import UsageError
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.zones import Zone
 
+Reads = tuple[tuple[int, float], ...]
+"""Calls before, ascending, each with the weight of what it computed."""
+Action = str | Reads
+"""What replaces a zone: the name of a predictor, which reads the last calls that computed the zone, or what is read."""
+Actions = Mapping[str, Action]
+"""Of one call: zone -> what replaces it."""
+
 VERSION = 1
-MAX_CALLS, MAX_ZONES = 10_000, 256
+MAX_CALLS, MAX_ZONES, MAX_READS, MAX_WEIGHT = 10_000, 256, 8, 1e3
 _RESTART = "Make the plan again with `dcomp search-schedule`."
 
 
@@ -46,14 +53,14 @@ class CachePlan:
         zones: that actions may name. One may lie within another, and is then not run where the other is predicted.
         timesteps: of the T calls in order, as the denoiser is told them; several calls may have the same one.
         places: of the T calls on the axis of extrapolation, strictly monotonic, such as their log-SNR.
-        actions: of the T calls: zone -> name of a predictor. The first has none.
+        actions: of the T calls. The first has none.
         contexts: denoiser calls that guidance makes at each of the T, one after another.
     """
 
     zones: tuple[Zone, ...]
     timesteps: tuple[float, ...]
     places: tuple[float, ...]
-    actions: tuple[Mapping[str, str], ...]
+    actions: tuple[Actions, ...]
     contexts: int = 1
     _by_name: dict[str, Zone] = field(init=False, repr=False, compare=False)
 
@@ -78,16 +85,21 @@ class CachePlan:
         computed: dict[str, list[int]] = {zone.name: [] for zone in self.zones}
         for call, actions in enumerate(self.actions):
             row = {}
-            for zone, name in actions.items():
-                rule = PREDICTORS[name]
-                nodes = computed[zone][-rule.nodes :]
-                axis: Sequence[float] = range(self.calls) if rule.by_call else self.places
-                row[zone] = Prediction(tuple(nodes), rule.weights([axis[node] for node in nodes], axis[call]))
+            for zone, action in actions.items():
+                row[zone] = self._prediction(action, computed[zone], call)
             found.append(row)
             for zone in computed:
                 if self.computes(call, zone):
                     computed[zone].append(call)
         return tuple(found)
+
+    def _prediction(self, action: Action, computed: Sequence[int], call: int) -> Prediction:
+        if not isinstance(action, str):
+            return Prediction(tuple(read for read, _ in action), tuple(weight for _, weight in action))
+        rule = PREDICTORS[action]
+        nodes = computed[-rule.nodes :]
+        axis: Sequence[float] = range(self.calls) if rule.by_call else self.places
+        return Prediction(tuple(nodes), rule.weights([axis[node] for node in nodes], axis[call]))
 
     @cached_property
     def last_reads(self) -> dict[str, dict[int, int]]:
@@ -149,7 +161,7 @@ class CachePlan:
             tuple(Zone.from_dict(zone) for zone in zones),
             tuple(call["timestep"] for call in calls),
             tuple(call["place"] for call in calls),
-            tuple(call.get("predict", {}) for call in calls),
+            tuple({zone: _action(action) for zone, action in call.get("predict", {}).items()} for call in calls),
             data["contexts"],
         )
 
@@ -170,15 +182,14 @@ class CachePlan:
         _require(len(self._by_name) == len(self.zones) <= MAX_ZONES, "zones of different names")
         steps = [after - before for before, after in zip(self.places, self.places[1:], strict=False)]
         _require(all(s > 0 for s in steps) or all(s < 0 for s in steps), "places in a strict order")
-        computed = dict.fromkeys(self._by_name, 0)
+        computed: dict[str, list[int]] = {name: [] for name in self._by_name}
         for call, actions in enumerate(self.actions):
-            for zone, name in actions.items():
+            for zone, action in actions.items():
                 _require(zone in computed, f"the zone {str(zone)[:40]!r} that call {call} names")
-                _require(isinstance(name, str) and name in PREDICTORS, f"a known predictor in call {call}")
-                needed = PREDICTORS[name].nodes
-                _require(computed[zone] >= needed, f"enough calls that compute {zone!r} before call {call}")
+                _check_action(action, computed[zone], f"{zone!r} before call {call}")
             for zone in computed:
-                computed[zone] += self.computes(call, zone)
+                if self.computes(call, zone):
+                    computed[zone].append(call)
 
 
 def nearest_call(timesteps: Sequence[float], timestep: float, start: int = 0, tolerance: float = 1e-3) -> int | None:
@@ -187,6 +198,30 @@ def nearest_call(timesteps: Sequence[float], timestep: float, start: int = 0, to
         if abs(timesteps[call] - timestep) <= tolerance * max(1e-6, abs(timestep)):
             return call
     return None
+
+
+def _check_action(action: Any, computed: Sequence[int], what: str) -> None:
+    if isinstance(action, str):
+        _require(action in PREDICTORS, f"a known predictor for {what}")
+        _require(len(computed) >= PREDICTORS[action].nodes, f"enough calls that compute {what}")
+        return
+    _require(isinstance(action, tuple) and 0 < len(action) <= MAX_READS, f"a predictor for {what}")
+    good = all(
+        isinstance(read, tuple)
+        and len(read) == 2
+        and type(read[0]) is int
+        and type(read[1]) in (int, float)
+        and abs(read[1]) <= MAX_WEIGHT
+        for read in action
+    )
+    _require(good, f"calls and weights for {what}")
+    reads = [read for read, _ in action]
+    _require(reads == sorted(set(reads)) and {*reads} <= {*computed}, f"calls that compute {what} and are read there")
+
+
+def _action(data: Any) -> Any:
+    """Return what stands in a file as an action; what is none is found by the plan's check."""
+    return tuple(tuple(read) if isinstance(read, list) else read for read in data) if isinstance(data, list) else data
 
 
 def _require(good: bool, what: str) -> None:

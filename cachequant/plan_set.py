@@ -95,7 +95,7 @@ class PlanSet:
         fast = [plan for plan in self.plans if match and plan.speedup >= float(match[1]) * (1 - 1e-6)]
         good = [plan for plan in self.plans if plan.psnr >= QUALITY.get(name, math.inf)]
         if fast:
-            return min(fast, key=lambda plan: plan.error)
+            return max(fast, key=lambda plan: plan.psnr)
         if good:
             return max(good, key=lambda plan: plan.speedup)
         names = ", ".join(f"{plan.name} ({plan.psnr:.1f} dB)" for plan in self.plans)

@@ -10,10 +10,10 @@ from functools import cached_property
 
 from dcomp.cachequant.drift import Drift
 from dcomp.cachequant.dynamic import Schedule, best_schedules
-from dcomp.cachequant.gap_costs import GapCosts, Way
+from dcomp.cachequant.gap_costs import GapCosts
+from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
-from dcomp.cachequant.trials import Actions
 from dcomp.cachequant.zones import WHOLE
 
 BEST = 3  # plans of the joint planner that are followed to the end
@@ -32,7 +32,7 @@ class PlanningTask:
     zones: tuple[str, ...]
     measure_costs: Callable[[], GapCosts]
     measure_drifts: Callable[[], Mapping[str, Drift]]
-    _fronts: dict[tuple[tuple[Way, float], ...], list[Schedule]] = field(default_factory=dict)
+    _fronts: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
 
     @cached_property
     def costs(self) -> GapCosts:
@@ -44,7 +44,7 @@ class PlanningTask:
         """How far the tensors of each zone move from call to call."""
         return self.measure_drifts()
 
-    def front(self, prices: Mapping[Way, float]) -> list[Schedule]:
+    def front(self, prices: Mapping[str, float]) -> list[Schedule]:
         """Return all plans that no other one beats, cheapest first."""
         key = tuple(sorted(prices.items()))
         if key not in self._fronts:
@@ -52,12 +52,12 @@ class PlanningTask:
         return self._fronts[key]
 
 
-Planner = Callable[[PlanningTask, Mapping[Way, float], float], Sequence[Schedule]]
-"""Task, prices of ways as parts of a call that computes everything, and the most that all calls may cost -> plans."""
+Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule]]
+"""Task, zone -> part of a call that is left where it is predicted, the most that all calls may cost -> plans."""
 
 
-def joint(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
-    """Zone, predictor and place of every gap together, by what they do to the final latents."""
+def joint(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
+    """Place of every gap and zone of every call in it together, by what they do to the final latents."""
     able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
     return able[: -BEST - 1 : -1]  # the dearer of a front, the better
 
@@ -65,7 +65,7 @@ def joint(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list
 def _by_rule(name: str) -> Planner:
     rule = SCHEDULES[name]
 
-    def plan(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
+    def plan(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
         found = []
         for zone, drift, price in _reusable(task, prices):
             count = _affordable(task.calls, price, limit)
@@ -82,8 +82,8 @@ def _by_rule(name: str) -> Planner:
 
 
 def _by_interval(predictor: str) -> Planner:
-    def plan(task: PlanningTask, prices: Mapping[Way, float], limit: float) -> list[Schedule]:
-        price = prices[WHOLE, "reuse"]
+    def plan(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
+        price = prices[WHOLE]
         count = _affordable(task.calls, price, limit)
         if not count:
             return []
@@ -104,10 +104,9 @@ PLANNERS: dict[str, Planner] = {
 TaylorSeer and `hermite` that of HiCache."""
 
 
-def _reusable(task: PlanningTask, prices: Mapping[Way, float]) -> Iterator[tuple[str, Drift, float]]:
+def _reusable(task: PlanningTask, prices: Mapping[str, float]) -> Iterator[tuple[str, Drift, float]]:
     for zone in task.zones:
-        if (zone, "reuse") in prices:
-            yield zone, task.drifts[zone], prices[zone, "reuse"]
+        yield zone, task.drifts[zone], prices[zone]
 
 
 def _affordable(calls: int, price: float, limit: float) -> int:

@@ -17,6 +17,7 @@ import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
+from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.tensors import leaves, map_tensors, weighted, with_leaves
 from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
@@ -31,8 +32,6 @@ _ROWS = 32  # of one forward of the denoiser: more of them gain nothing on a CPU
 _HOOK = "dcomp_trials"
 _PAIR = 2  # contexts of classifier-free guidance
 
-Actions = Mapping[str, str]  # of one call: zone -> name of a predictor
-
 
 @dataclass(frozen=True)
 class Branch:
@@ -40,22 +39,17 @@ class Branch:
 
     Attributes:
         rows: what each call did.
-        error: geometric mean of the pictures' relative errors after the last one's scheduler step.
+        errors: relative error of each picture's latents after the last one's scheduler step.
     """
 
     rows: tuple[Actions, ...] = ()
-    error: float = 0.0
+    errors: tuple[float, ...] = ()
     _answers: tuple[list[list[Tensor]], ...] = field(default=(), repr=False)  # of each call: for each context, leaves
     _kept: Mapping[str, Mapping[int, list[list[list[Tensor]]]]] = field(default_factory=dict, repr=False)
 
     def nodes(self, zone: str) -> list[int]:
         """Return the last calls that computed a zone, ascending."""
         return sorted(self._kept.get(zone, {}))
-
-    def reading(self, calls: Sequence[int]) -> "Branch":
-        """Return the same history as if only these calls had computed: the next one can be predicted from them."""
-        kept = {zone: {call: found[call] for call in calls if call in found} for zone, found in self._kept.items()}
-        return replace(self, _kept=kept)
 
 
 class Trials:
@@ -72,8 +66,7 @@ class Trials:
         indices: of their noise.
         settings: of the trajectories, as deployed.
         reference: latents after each of the T calls of the original, `[N, ...]` each; None: of this model.
-        window: computing calls whose zones are kept for predictions; of the denoiser itself, whose tensors are small,
-            twice as many and one.
+        window: computing calls whose zones are kept for predictions.
 
     A context manager: hooks are on the denoiser from its beginning to its end.
     """
@@ -107,13 +100,14 @@ class Trials:
         self._unhook()
         self._hooks.detach()
 
-    def difference(self, skipped: Branch, computed: Branch) -> float:
-        """Return how far apart the last calls of two histories are, after guidance and relative to the second's.
+    def difference(self, skipped: Branch, computed: Branch) -> Tensor:
+        """Return how far the last call of a history is from that of another one, after guidance: fp64 `[N, D]`.
 
-        The root of the mean square over pictures; both histories are the same before.
+        The norm of a row is a picture's relative error. Before that call both histories are the same.
         """
-        one, other = (self._guided(branch) for branch in (skipped, computed))
-        return float(relative_errors(other, one).square().mean().sqrt())
+        one, other = (self._guided(branch).flatten(1).double() for branch in (skipped, computed))
+        difference: Tensor = (one - other) / other.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        return difference
 
     def _guided(self, branch: Branch) -> Tensor:
         """Return the predictions of the last call, `[N, ...]`."""
@@ -151,7 +145,7 @@ class Trials:
             )
         pictures = latents[0].cpu().unflatten(0, (count, len(self._prompts)))
         return [
-            replace(branch, error=_error(self._reference[call], made))
+            replace(branch, errors=tuple(relative_errors(self._reference[call], made).tolist()))
             for branch, made in zip(self._answer.branches(), pictures, strict=True)
         ]
 
@@ -204,9 +198,9 @@ class _Answer(ModelHook):
         for zone in computed[0]:
             calls = kept.setdefault(zone, {})
             calls[self._call] = [context[zone] for context in computed]
-            for old in sorted(calls)[: -(2 * self._window + 1 if zone == WHOLE else self._window)]:
+            for old in sorted(calls)[: -self._window]:
                 del calls[old]
-        return Branch((*branch.rows, dict(actions)), 0.0, (*branch._answers, answers), kept)
+        return Branch((*branch.rows, dict(actions)), (), (*branch._answers, answers), kept)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Answer a call of the denoiser."""
@@ -226,9 +220,9 @@ class _Answer(ModelHook):
 
     def _tried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[list[Tensor]]:
         count = len(self._tries)
-        same: dict[str, list[int]] = {}
+        same: dict[tuple[str, ...], list[int]] = {}
         for number, (_, actions) in enumerate(self._tries):
-            same.setdefault(repr(sorted(actions.items())), []).append(number)
+            same.setdefault(tuple(sorted(actions)), []).append(number)
         batch = len(max(leaves((args, kwargs)), key=lambda leaf: leaf.ndim))
         rows = batch // count
         answers: list[list[Tensor]] = [[] for _ in self._tries]
@@ -293,11 +287,14 @@ class _Answer(ModelHook):
     def _predicted(self, number: int, zone: str) -> Callable[[int], list[Tensor]]:
         """Return what a try predicts for a zone."""
         branch, actions = self._tries[number]
-        rule = PREDICTORS[actions[zone]]
-        nodes = branch.nodes(zone)[-rule.nodes :]
-        axis: Sequence[float] = range(len(self._places)) if rule.by_call else self._places
-        weights = rule.weights([axis[node] for node in nodes], axis[self._call])
-        context = self._context
+        action, context = actions[zone], self._context
+        if isinstance(action, str):
+            rule = PREDICTORS[action]
+            nodes = branch.nodes(zone)[-rule.nodes :]
+            axis: Sequence[float] = range(len(self._places)) if rule.by_call else self._places
+            weights = rule.weights([axis[node] for node in nodes], axis[self._call])
+        else:
+            nodes, weights = [node for node, _ in action], tuple(weight for _, weight in action)
 
         def tensors(module: int) -> list[Tensor]:
             kept = [branch._kept[zone][node][context][module] for node in nodes]
@@ -347,7 +344,3 @@ def places_of(scheduler: Any, timesteps: Sequence[float]) -> tuple[float, ...]:
     places = tuple(log_snr(timestep) for timestep in timesteps)
     rises = all(after > before for before, after in itertools.pairwise(places))
     return places if rises else tuple(map(float, range(len(timesteps))))
-
-
-def _error(reference: Tensor, made: Tensor) -> float:
-    return float(relative_errors(reference, made).clamp(min=1e-12).log().mean().exp())

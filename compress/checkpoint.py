@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -115,6 +115,7 @@ def write_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     replaced: Mapping[str, Path] | None = None,
     probe: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write a pipeline with its denoiser as it is in memory.
 
@@ -128,6 +129,7 @@ def write_checkpoint(
             package's format, a text encoder with fused adapters, another scheduler.
         probe: arguments of one denoiser call. When given, a fresh process opens the written folder before it gets
             its name, repeats the call and must agree bit for bit.
+        finish: called with the written folder before it gets its name; adds files that are not of the manifest.
 
     Returns:
         The manifest that was written.
@@ -170,6 +172,9 @@ def write_checkpoint(
         if probe is not None:
             written = denoiser if part.name not in replaced else _open_like(denoiser, folder / part.name)
             verify_checkpoint(folder, written, part.name, *probe)
+        if finish is not None:
+            finish(folder)
+            sync_folders(folder)
     return manifest
 
 

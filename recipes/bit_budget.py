@@ -114,11 +114,11 @@ def check_budget(denoiser: nn.Module, plan: Plan) -> None:
     Raises:
         AllocationError: the smallest budget that can be met is named.
     """
-    for stage in plan.recipe.stages:
-        if (stage.target_bits or stage.max_megabytes) and stage.temporal == "layers":
-            candidates = _candidates(denoiser, plan, plan.decisions, stage)
-            alike = Sensitivity((), {name: dict.fromkeys(schemes, ()) for name, schemes in candidates.items()})
-            _within_budget(denoiser, plan, stage, plan.decisions, candidates, alike)
+    stage = plan.recipe.quantize
+    if stage and (stage.target_bits or stage.max_megabytes) and stage.temporal == "layers":
+        candidates = _candidates(denoiser, plan, plan.decisions, stage)
+        alike = Sensitivity((), {name: dict.fromkeys(schemes, ()) for name, schemes in candidates.items()})
+        _within_budget(denoiser, plan, stage, plan.decisions, candidates, alike)
 
 
 def _candidates(denoiser: nn.Module, plan: Plan, decisions: Mapping[str, Decision], stage: QuantizeStage) -> Candidates:

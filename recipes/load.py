@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dcomp import UsageError
-from dcomp.recipes.schema import Recipe
+from dcomp.recipes.schema import KINDS, Recipe
 
 MAX_BYTES = 1 << 20
 
@@ -147,12 +147,17 @@ def _set(data: Any, key: str, value: Any, place: str) -> None:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    place = ".".join(str(p) for p in error["loc"])
+    place = ".".join(str(p) for n, p in enumerate(error["loc"]) if not _is_kind(error["loc"], n))
     if error["type"] != "extra_forbidden":
         return f"{place or 'the whole'}: {error['msg'][:200]}"
     known = _keys_at(Recipe, error["loc"][:-1])
     near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
     return f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else f", known are {', '.join(known)}")
+
+
+def _is_kind(location: Sequence[Any], number: int) -> bool:
+    """Whether a part of an error's location is pydantic's name of a stage's kind."""
+    return number > 0 and isinstance(location[number - 1], int) and location[number] in KINDS
 
 
 def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
@@ -165,6 +170,8 @@ def _keys_at(model: Any, location: Sequence[Any]) -> list[str]:
         return next((keys for keys in found if keys), [])
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return []
+    if location and location[0] in KINDS and "kind" in model.model_fields:
+        return _keys_at(model, location[1:]) if model.model_fields["kind"].default == location[0] else []
     if not location:
         return list(model.model_fields)
     field = model.model_fields.get(str(location[0]))

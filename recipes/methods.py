@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 QUALITIES: dict[str, dict[str, Any]] = {
     "fast": {"rows": 128, "tune": 0},
     "default": {},
-    "best": {"rows": 1_024, "tune": 600, "tune_rounding": True},
+    "best": {"rows": 512, "directions": 8},  # longer tuning, and of codes too, made final latents no better
 }
 
 

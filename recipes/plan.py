@@ -22,6 +22,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 WEIGHTS_PER_SECOND = 1_000_000
 # Calls' worth of time for each row: of the pass (fake, float, moments, once more for chunks), of a step of tuning.
 PASS_CALLS, TUNE_CALLS = 3.0, 4.0
+SEARCH_CALLS = 20.0  # of each sample and step of a search for cache plans
 TUNE_ROWS = 16  # of one iteration of tuning
 FIXED_SECONDS = 15.0  # opening, writing, and the fresh process that checks what was written
 
@@ -107,7 +108,7 @@ def make_plan(
     macs = count_macs(denoiser, args, kwargs).total
     call_seconds = time.perf_counter() - started
     structure = probe_structure(denoiser, args, kwargs)
-    stage = recipe.stages[0] if recipe.stages else None
+    stage = recipe.quantize
     foreign = stage is not None and stage.format != "dcomp"
     decisions = _decide_foreign(structure, stage) if stage and foreign else _decide(denoiser, structure, stage)
     bins = min(stage.step_bins, options.steps) if stage else 1
@@ -131,6 +132,8 @@ def make_plan(
             rounds = 1 + stage.tune_rounding
             seconds += call_seconds * TUNE_CALLS * TUNE_ROWS * stage.tune * rounds
             seconds += call_seconds * PICTURES * options.steps * (1 + 2 * rounds)
+    if recipe.schedule:
+        seconds += call_seconds * SEARCH_CALLS * recipe.schedule.samples * options.steps
     plan = Plan(
         model=str(pipeline.source),
         denoiser=type(denoiser).__name__,

@@ -1,14 +1,14 @@
 """Execute a recipe: a model in, a checked checkpoint out, every step resumable.
 
 The only place that knows the order of things: open the model, fuse adapters, probe, show the plan, record the
-calibration set, quantize, write. Work that took time lies in a hidden folder beside the output, under a name made of
-everything that it depends on; the next run goes on with it, and a successful one removes it.
+calibration set, quantize, write, search cache plans. Work that took time lies in a hidden folder beside the output,
+under a name made of everything that it depends on; the next run goes on with it, and a successful one removes it.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from dcomp.recipes.console import value_text
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
-from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe
+from dcomp.recipes.schedule import ScheduleResult, search_schedule
+from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
 from dcomp.recipes.settings import generation_of
 from dcomp.recipes.work_folder import work_folder
 
@@ -52,6 +53,7 @@ class RunResult:
         errors: of each quantized layer; empty for foreign formats and float recipes.
         seconds: wall time.
         notes: what a person should know, the plan's included.
+        schedules: cache plans that were searched; None if the recipe asks for none.
     """
 
     output: Path
@@ -59,6 +61,7 @@ class RunResult:
     errors: dict[str, LayerErrors]
     seconds: float
     notes: tuple[str, ...] = ()
+    schedules: ScheduleResult | None = None
 
     @property
     def load_line(self) -> str:
@@ -75,6 +78,7 @@ class RunResult:
             "files": dict(self.manifest.files),
             "seconds": round(self.seconds, 1),
             "load": self.load_line,
+            "schedules": None if self.schedules is None else self.schedules.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -176,7 +180,7 @@ def run_recipe(
     """
     started = time.perf_counter()
     report = progress or silent
-    stage = recipe.stages[0] if recipe.stages else None
+    stage = recipe.quantize
     check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":
         _check_foreign(stage, device)
@@ -202,6 +206,12 @@ def run_recipe(
         elif stage and schemes:
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
             result = quantize_stage(pipeline, recorded, plan, stage, prompts, work, report)
+        found: list[ScheduleResult] = []
+
+        def search(folder: Path) -> None:
+            if recipe.schedule:
+                found.append(_search(recipe.schedule, folder, output, device, report))
+
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
             pipeline,
@@ -218,11 +228,21 @@ def run_recipe(
             overwrite=overwrite,
             replaced=changed,
             probe=probe,
+            finish=search,
         )
         report("writing and checking", 1, 1)
         shutil.rmtree(root, ignore_errors=True)
     all_notes = (*plan.notes, *(recorded.notes if recorded else ()), *result.notes)
-    return RunResult(output, manifest, result.errors, time.perf_counter() - started, all_notes)
+    seconds = time.perf_counter() - started
+    return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None)
+
+
+def _search(stage: ScheduleStage, folder: Path, output: Path, device: str, report: Progress) -> ScheduleResult:
+    """Search plans for a checkpoint that is written but for its name."""
+    found = search_schedule(
+        folder, budgets=stage.budgets, planner=stage.planner, samples=stage.samples, device=device, progress=report
+    )
+    return replace(found, file=found.file and output / found.file.name)
 
 
 def _check_foreign(stage: QuantizeStage, device: str) -> None:
@@ -240,7 +260,7 @@ def _open(
 ) -> tuple[OpenPipeline, tuple[FusedAdapter, ...], list[str], tuple[str, ...]]:
     """Open a model as a recipe wants it; `fused` is a folder for the weights that adapters changed."""
     options = recipe.calibration
-    if recipe.stages and recipe.stages[0].format != "dcomp":
+    if recipe.quantize and recipe.quantize.format != "dcomp":
         low_memory = False  # other packages read tensors by their address
     in_files = False if recipe.lora else low_memory  # adapters are added to weights in memory
     pipeline = open_pipeline(model, scheduler=options.scheduler, device=device, low_memory=in_files)
@@ -301,7 +321,7 @@ def _with_set(recipe: Recipe, calibration: Path | None, allow_mismatch: bool) ->
 
 def _check_set(given: CalibrationSet | None, pipeline: OpenPipeline, recipe: Recipe, allow_mismatch: bool) -> list[str]:
     """Compare a set that was recorded before with what will be deployed; foreign formats and no stage need none."""
-    if given is None or not recipe.stages or recipe.stages[0].format != "dcomp":
+    if given is None or not recipe.quantize or recipe.quantize.format != "dcomp":
         return []
     return check_matches(given, pipeline, generation_of(recipe.calibration), allow_mismatch)
 

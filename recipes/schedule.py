@@ -18,14 +18,14 @@ from dcomp.cachequant.budget import Budget, Measure
 from dcomp.cachequant.drift import Drift, record_reference
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.executor import following
-from dcomp.cachequant.gap_costs import GapCosts, Way, measure_gap_costs
+from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_sensitivities, reach
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import CachePlan
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.trials import Trials
-from dcomp.cachequant.zones import WHOLE, Zone, find_zones
+from dcomp.cachequant.zones import Zone, find_zones
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
@@ -39,11 +39,11 @@ from dcomp.recipes.settings import calibration_of, generation_settings
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
 FRONT = ("1.2x", "1.35x", "1.5x", "1.75x", "2x", "2.5x", "3x", "3.5x", "4x", "5x", "6x", "7x")
-SAMPLES = 4
+SAMPLES = 8
 LONGEST_GAP = 6
 WINDOW = 24  # calls over which rules of the literature know the drift of a zone
 _FIRST_INDEX, _HELD_OUT_INDEX = 600_000, 700_000  # of noise, where neither calibration nor validation goes
-_CHEAP = 0.6  # of a call: a zone that leaves more to compute is not worth a search
+_CHEAP, _VERY_CHEAP = 0.6, 0.3  # of a call: a zone that leaves more to compute is not worth a search
 
 
 @dataclass(frozen=True)
@@ -161,22 +161,26 @@ def search_schedule(
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    ways = ways_of(zones, prices)
-    used = tuple(zone for zone in zones if zone.name in {name for name, _ in ways})
+    used = useful_zones(zones, prices)
+    names = tuple(zone.name for zone in used)
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    trials = Trials(pipeline, used, prompts[:samples], indices, settings, window=LONGEST_GAP)
+    trials = Trials(pipeline, (), prompts[:samples], indices, settings)
 
     def measure_costs() -> GapCosts:
         with trials:
-            return measure_gap_costs(trials, [*ways], LONGEST_GAP, progress=progress)
+            sensitivities = measure_sensitivities(trials, progress=progress)
+        few = max(1, samples // 2)  # errors differ less from picture to picture than what becomes of them
+        window = reach(LONGEST_GAP)
+        with Trials(pipeline, used, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
+            return measure_gap_costs(trials_of_zones, gaps_of(used, prices), sensitivities, progress=progress)
 
     def measure_drifts() -> Mapping[str, Drift]:
         return record_reference(
             pipeline, used, prompts[:samples], indices, settings, window=WINDOW, progress=progress
         ).drifts
 
-    task = PlanningTask(len(trials.timesteps), tuple(zone.name for zone in used), measure_costs, measure_drifts)
-    choice = _Choice(task, ways, prices, _Judge(pipeline, used, trials, prompts[samples:], settings))
+    task = PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts)
+    choice = _Choice(task, prices, _Judge(pipeline, used, trials, prompts[samples:], settings))
     for number, budget in enumerate(asked):
         choice.add(budget, planner)
         progress("plans followed to the end", number + 1, len(asked))
@@ -202,15 +206,15 @@ def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajector
     )
 
 
-def ways_of(zones: Sequence[Zone], prices: CallPrices) -> tuple[Way, ...]:
-    """Return what a call may do instead of computing everything, where that is worth a search."""
-    found: list[Way] = []
-    for zone in zones:
-        if zone.name == WHOLE:
-            found.append((zone.name, "linear"))
-        if prices.macs([zone.name]) <= _CHEAP * prices.macs():
-            found.append((zone.name, "reuse"))
-    return tuple(found)
+def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
+    """Return the zones that are worth a search, because little of a call is left where they are predicted."""
+    return tuple(zone for zone in zones if prices.macs([zone.name]) <= _CHEAP * prices.macs())
+
+
+def gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:
+    """Return how long gaps of each zone are tried: where much of a call is left, long ones never pay."""
+    cheap = _VERY_CHEAP * prices.macs()
+    return {zone.name: LONGEST_GAP if prices.macs([zone.name]) <= cheap else LONGEST_GAP // 2 for zone in zones}
 
 
 def _weights_hash(folder: Path, denoiser: str) -> str:
@@ -277,8 +281,8 @@ class _Choice:
         notes: why a budget has no plan.
     """
 
-    def __init__(self, task: PlanningTask, ways: Sequence[Way], prices: CallPrices, judge: _Judge) -> None:
-        self._task, self._ways, self._prices, self._judge = task, ways, prices, judge
+    def __init__(self, task: PlanningTask, prices: CallPrices, judge: _Judge) -> None:
+        self._task, self._prices, self._judge = task, prices, judge
         self.plans: list[MeasuredPlan] = []
         self.fewer_steps: dict[str, tuple[int, float]] = {}
         self.faster: dict[str, float] = {}
@@ -286,7 +290,7 @@ class _Choice:
 
     def add(self, budget: Budget, planner: str) -> None:
         """Choose a plan for a budget."""
-        task, prices = self._task, {way: self._price(way, budget.measure) for way in self._ways}
+        task, prices = self._task, {zone: self._price(zone, budget.measure) for zone in self._task.zones}
         about = task.calls, self._prices.macs(), self._prices.whole_seconds if budget.measure == "seconds" else 1.0
         proposed = PLANNERS[planner](task, prices, budget.limit(*about))
         if not proposed:
@@ -298,28 +302,24 @@ class _Choice:
             self.notes.append(f"No plan keeps {budget.name}{why}.")
             return
         tried = [self._measured(budget.name, schedule) for schedule in proposed]
-        best = min(tried, key=lambda one: one.error)
+        best = max(tried, key=lambda one: one.psnr)  # errors of latents would be those of the one worst picture
         part = self._prices.seconds_of(best.plan)
         steps = max(1, math.ceil(self._judge.steps * part))
         if steps >= self._judge.steps:
             self.notes.append(f"At {budget.name} nothing is saved: its calls take {part:.2f} of the time, here.")
             return
-        error, psnr = self._judge.of_steps(steps)
-        if best.error >= error:
+        _, psnr = self._judge.of_steps(steps)
+        if best.psnr <= psnr:
             beaten = f"the best plan {best.psnr:.1f} dB"
             self.notes.append(f"At {budget.name} {steps} steps are better ({psnr:.1f} dB, {beaten}).")
             return
         self.plans.append(best)
         self.fewer_steps[best.name], self.faster[best.name] = (steps, psnr), 1 / part
 
-    def _price(self, way: Way, measure: Measure) -> float:
+    def _price(self, zone: str, measure: Measure) -> float:
         if measure == "calls":
             return 0.0
-        return (
-            self._prices.seconds([way[0]])
-            if measure == "seconds"
-            else self._prices.macs([way[0]]) / self._prices.macs()
-        )
+        return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
 
     def _measured(self, name: str, schedule: Schedule) -> MeasuredPlan:
         plan = self._judge.plan(schedule)

@@ -8,7 +8,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from dcomp import UsageError
+from dcomp.cachequant.budget import Budget
 
 Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
@@ -142,7 +145,43 @@ class QuantizeStage(_Frozen):
         return overrides
 
 
-Stage = QuantizeStage  # a union discriminated by `kind` as soon as there is a second stage
+class ScheduleStage(_Frozen):
+    """Search cache plans for the model that the stages before have made, as it runs.
+
+    Attributes:
+        budgets: what the denoiser's calls for one picture may take together, such as `2x` or `800ms`.
+        planner: `joint`, or a rule of the literature.
+        samples: pictures of the search, and as many others to compare plans on.
+    """
+
+    kind: Literal["schedule"] = "schedule"
+    budgets: Annotated[tuple[Annotated[str, Field(max_length=50)], ...], Field(min_length=1, max_length=64)] = (
+        "1.5x",
+        "2x",
+        "3x",
+        "4x",
+    )
+    planner: Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite"] = "joint"
+    samples: Annotated[int, Field(ge=1, le=1_000)] = 8
+
+    @field_validator("budgets")
+    @classmethod
+    def _are_budgets(cls, budgets: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(Budget.parse(text).name for text in budgets)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+
+def _kind(data: Any) -> str:
+    kind = data.get("kind", "quantize") if isinstance(data, dict) else getattr(data, "kind", "quantize")
+    return kind if isinstance(kind, str) else ""
+
+
+Stage = Annotated[
+    Annotated[QuantizeStage, Tag("quantize")] | Annotated[ScheduleStage, Tag("schedule")], Discriminator(_kind)
+]
+KINDS = ("quantize", "schedule")  # of stages, in the order in which they run
 
 
 class Recipe(_Frozen):
@@ -156,7 +195,24 @@ class Recipe(_Frozen):
     name: Annotated[str, Field(max_length=100)] = "custom"
     lora: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     calibration: Calibration = Calibration()
-    stages: Annotated[tuple[Stage, ...], Field(max_length=1)] = ()
+    stages: Annotated[tuple[Stage, ...], Field(max_length=len(KINDS))] = ()
+
+    @property
+    def quantize(self) -> QuantizeStage | None:
+        """The stage that quantizes, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, QuantizeStage)), None)
+
+    @property
+    def schedule(self) -> ScheduleStage | None:
+        """The stage that searches cache plans, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, ScheduleStage)), None)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        order = [KINDS.index(stage.kind) for stage in self.stages]
+        if order != sorted(set(order)):
+            raise ValueError(f"stages must be at most one of each kind, in the order {', '.join(KINDS)}")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as JSON data, every default explicit."""

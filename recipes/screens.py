@@ -68,6 +68,8 @@ def print_result(result: RunResult) -> None:
     for note in result.notes:
         say(f"Note: {note}")
     print_table("Written", ("", ""), facts)
+    if result.schedules:
+        print_schedules(result.schedules)
     print(f"\n{result.load_line}")
 
 

@@ -10,9 +10,10 @@ for), and for the first samples `step_latents` fp32 [n', S, ...], the latents af
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,7 @@ class SampleFolder:
         prompts: one for each sample, `N` in all.
         settings: `batch_size` samples make a chunk.
         first_index: number of the first sample; noise depends on the seed and this number.
+        plan: cache plan that the pipeline follows, as JSON data.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SampleFolder:
         prompts: Sequence[str],
         settings: Generation,
         first_index: int = 0,
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         self.prompts = list(prompts)
         self.settings = settings
@@ -68,6 +71,7 @@ class SampleFolder:
             "prompts": self.prompts,
             "settings": asdict(settings),
             "first_index": first_index,
+            "plan": plan,
             "device": str(next(pipeline.denoiser.parameters()).device),
             "versions": [__version__, torch.__version__],
         }

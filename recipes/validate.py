@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,7 @@ from dcomp.recipes import console
 from dcomp.recipes.bench import bench as run_bench
 from dcomp.recipes.bench import fill_prompts, macs_of, tensor_bytes
 from dcomp.recipes.compare import Comparison, choose_pictures, compare
+from dcomp.recipes.follow import FollowedPlan, plan_for
 from dcomp.recipes.settings import calibration_of, generation_settings
 from dcomp.recipes.trajectories import SampleFolder
 from dcomp.recipes.verdict import ValidationResult, check, check_thresholds
@@ -53,6 +54,7 @@ def validate(
     scheduler: str | None = None,
     seed: int | None = None,
     batch_size: int | None = None,
+    plan: str | None = None,
     thresholds: Mapping[str, float] | None = None,
     features: str | None = None,
     bench: bool = True,
@@ -75,6 +77,7 @@ def validate(
         scheduler: class to run both sides with; default: their own, which must be of one class.
         seed: base seed of the noise.
         batch_size: samples that are made together, and the unit that an interrupted run loses.
+        plan: name of a cache plan that the compressed side follows, or `FILE.json:NAME`; None computes every call.
         thresholds: name from `verdict.RULES` -> limit.
         features: extractor for FID and KID, one of `quality.EXTRACTORS`.
         bench: measure speed and peak memory too.
@@ -85,7 +88,8 @@ def validate(
         progress: called with a text, the count done and the total.
 
     Raises:
-        UsageError: thresholds that are unknown or cannot be reached, pipelines that cannot be compared.
+        UsageError: thresholds that are unknown or cannot be reached, pipelines that cannot be compared, a plan of
+            another model or trajectory.
     """
     limits = check_thresholds(thresholds or {}, features=features, bench=bench)
     count = 16 if samples is None else samples
@@ -104,6 +108,7 @@ def validate(
         scheduler = scheduler or calibration.scheduler
     if calibration and prompts is None:
         prompts, column = calibration.prompts, column or calibration.column
+    followed: FollowedPlan | None = None
     with _work_folder(work, compressed) as root:
         sides: list[_Side] = []
         texts: list[str] | None = None
@@ -115,8 +120,13 @@ def validate(
                 texts = _prompts(prompts, column, count, pipeline)
             if sides:
                 _check_comparable(sides[0], pipeline)
-            folder = SampleFolder(root / name, pipeline, texts, settings, FIRST_INDEX)
-            folder.make(pipeline, functools.partial(report, f"{name} pictures"))
+            if plan and sides:
+                chosen = plan_for(plan, local_folder(model), pipeline, settings.steps)
+                followed = FollowedPlan(chosen, pipeline)
+            facts = followed.plan.plan.to_dict() if followed else None
+            folder = SampleFolder(root / name, pipeline, texts, settings, FIRST_INDEX, facts)
+            with followed or nullcontext():
+                folder.make(pipeline, functools.partial(report, f"{name} pictures"))
             short = texts[: settings.batch_size]
             if "min_ssim" in limits and min(folder.read(0).images.shape[-2:]) < quality.SSIM_WINDOW:
                 raise UsageError(
@@ -156,7 +166,7 @@ def validate(
         "denoiser_bytes_original": original.tensor_bytes,
         "denoiser_bytes_compressed": other.tensor_bytes,
         "denoiser_bytes_ratio": other.tensor_bytes / original.tensor_bytes,
-        "macs_ratio": other.macs / original.macs,
+        "macs_ratio": other.macs / original.macs / (followed.plan.speedup if followed else 1),
     }
     for key in ("speedup", "speedup_min", "speedup_max", "peak_bytes", "peak_bytes_original"):
         figures[key] = getattr(measured, key) if measured else None
@@ -171,7 +181,7 @@ def validate(
         non_finite_images=comparison.health.non_finite,
         passed=all(check.passed for check in checks.values()) and comparison.finite,
         thresholds=checks,
-        warnings=_warnings(original, other, comparison),
+        warnings=[*_warnings(original, other, comparison), *_plan_warnings(followed, measured is not None)],
         per_prompt=comparison.per_prompt,
         error_by_step=comparison.error_by_step,
         layers=layers,
@@ -183,6 +193,7 @@ def validate(
             "column": column,
             "device": device,
             "first_index": FIRST_INDEX,
+            "plan": followed.plan.name if followed else None,
         },
         speed=measured.to_dict() if measured else None,
         **figures,
@@ -267,6 +278,19 @@ def _warnings(original: _Side, compressed: _Side, comparison: Comparison) -> lis
         warnings.append(f"{comparison.health.flat} compressed pictures are flat: one colour, no content.")
     if not comparison.finite:
         warnings.append(f"{comparison.health.non_finite} compressed pictures, or latents, are not finite.")
+    return warnings
+
+
+def _plan_warnings(followed: FollowedPlan | None, timed: bool) -> list[str]:
+    """Return what a reader must know of the cache plan."""
+    if followed is None:
+        return []
+    warnings = [f"The pictures follow the plan {followed.plan.name}: {followed.plan.speedup:.2f} times fewer MACs."]
+    if timed:
+        warnings.append("The speed is that of calls that compute everything.")
+    if followed.stats.fallbacks:
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in followed.stats.fallbacks.items())
+        warnings.append(f"Some calls computed although the plan says otherwise: {reasons}.")
     return warnings
 
 

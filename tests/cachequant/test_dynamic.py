@@ -7,97 +7,112 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcomp.cachequant.dynamic import best_schedules
-from dcomp.cachequant.gap_costs import GapCosts, Way
+from dcomp.cachequant.dynamic import GRID, Schedule, best_schedules
+from dcomp.cachequant.gap_costs import GapCosts, Skip
 
-REUSE, LINE, DEEP = ("all", "reuse"), ("all", "linear"), ("deep1", "reuse")
-WAYS: list[Way] = [REUSE, LINE, DEEP]
+ZONES = ("all", "deep1")
 
 
 @st.composite
 def costs(draw: st.DrawFn) -> GapCosts:
     calls, longest = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     value = st.sampled_from([0.0, 0.01, 0.02, 0.1, 0.3, 0.5])
-    errors: dict[Way, dict[tuple[int, ...], dict[int, float]]] = {way: {} for way in WAYS}
-    for s in range(calls):
-        skipped = range(s + 1, min(calls, s + longest + 1))
-        if not skipped:
-            continue
-        for way in (REUSE, DEEP):
-            errors[way][s,] = {t: draw(value) for t in skipped}
-        for r in range(max(0, s - longest - 1), s):
-            errors[LINE][r, s] = {t: draw(value) for t in skipped}
-    return GapCosts(calls, longest, errors, (1.0,) * calls)
+    skips: dict[str, list[dict[tuple[int, ...], Skip]]] = {zone: [{} for _ in range(calls)] for zone in ZONES}
+    for zone, s in itertools.product(ZONES, range(calls)):
+        for t in range(s + 1, min(calls, s + longest + 1)):
+            skips[zone][t][s,] = Skip(draw(value), ((s, 1.0),))
+            for r in range(max(0, s - longest - 1), s):
+                if draw(st.booleans()):
+                    skips[zone][t][r, s] = Skip(draw(value), ((r, -1.0), (s, 2.0)))
+    return GapCosts(calls, longest, skips, (1.0,) * calls)
 
 
-def every_schedule(given_costs: GapCosts, prices: dict[Way, float]) -> Iterator[tuple[float, float]]:
-    """Cost and loss of all choices of calls that compute, each with all choices of ways for its gaps."""
+def every_schedule(given_costs: GapCosts, prices: dict[str, float]) -> Iterator[tuple[float, float]]:
+    """Cost and loss of all choices of calls that compute, each with all choices of zones for the others."""
     total = given_costs.calls
     for count in range(1, total + 1):
         for rest in itertools.combinations(range(1, total), count - 1):
             computing = [0, *rest, total]
-            for ways in itertools.product(WAYS, repeat=count):
-                cost, loss, possible = float(count), 0.0, True
-                for i, way in enumerate(ways):
+            skipped = [call for call in range(total) if call not in computing]
+            for zones in itertools.product(ZONES, repeat=len(skipped)):
+                chosen = dict(zip(skipped, zones, strict=True))
+                loss, possible = 0.0, True
+                for i in range(count):
                     start, end = computing[i], computing[i + 1]
-                    if end - start - 1 > given_costs.longest:
-                        possible = False
-                    elif end - start > 1:
-                        gap = given_costs.of_gap(way, computing[i - 1] if i else None, start, end)
-                        possible = possible and gap is not None
-                        loss += (gap or 0.0) ** 2
-                        cost += prices[way] * (end - start - 1)
+                    before = computing[i - 1] if i else None
+                    found = [given_costs.of_call(chosen[t], before, start, t) for t in range(start + 1, end)]
+                    possible = possible and None not in found
+                    loss += sum(skip.error for skip in found if skip) ** 2
                 if possible:
-                    yield cost, loss
+                    yield count + sum(prices[zone] for zone in zones), loss
+
+
+def error_of(schedule: Schedule) -> float:
+    assert schedule.error is not None
+    return schedule.error
 
 
 @given(costs(), st.sampled_from([0.0, 0.1, 0.5]))
 @settings(max_examples=150, deadline=None)
 def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float) -> None:
-    prices = {REUSE: 0.0, LINE: 0.0, DEEP: deep}
+    prices = {"all": 0.0, "deep1": deep}
     found = best_schedules(given_costs, prices, grid=0.0)
     everything = list(every_schedule(given_costs, prices))
     for one in found:
         least = min(loss for cost, loss in everything if cost <= one.cost + 1e-9)
-        assert one.error**2 == pytest.approx(least, abs=1e-12)
+        assert error_of(one) ** 2 == pytest.approx(least, abs=1e-12)
     for cost, loss in everything:
-        assert min(one.error**2 for one in found if one.cost <= cost + 1e-9) <= loss + 1e-12
+        assert min(error_of(one) ** 2 for one in found if one.cost <= cost + 1e-9) <= loss + 1e-12
     assert [one.cost for one in found] == sorted({one.cost for one in found})
 
 
 @given(costs())
 @settings(max_examples=60, deadline=None)
 def test_rows_say_what_was_paid_for(given_costs: GapCosts) -> None:
-    prices = {REUSE: 0.0, LINE: 0.0, DEEP: 0.3}
+    prices = {"all": 0.0, "deep1": 0.3}
     for one in best_schedules(given_costs, prices):
-        price = sum(1.0 if not row else prices[next(iter(row.items()))] for row in one.rows)
-        assert one.cost == pytest.approx(price)
+        assert one.cost == pytest.approx(sum(1.0 if not row else prices[next(iter(row))] for row in one.rows))
         assert len(one.rows) == given_costs.calls
         assert not one.rows[0]
-        gaps = [sum(1 for _ in run) for empty, run in itertools.groupby(one.rows, key=lambda row: not row) if not empty]
-        assert max(gaps, default=0) <= given_costs.longest
+        loss, computing = 0.0, [call for call, row in enumerate(one.rows) if not row]
+        for i, start in enumerate(computing):
+            end = computing[i + 1] if i + 1 < len(computing) else given_costs.calls
+            before, gap = computing[i - 1] if i else None, 0.0
+            for call in range(start + 1, end):
+                ((zone, reads),) = one.rows[call].items()
+                skip = given_costs.of_call(zone, before, start, call)
+                assert skip is not None
+                assert skip.reads == reads
+                gap += skip.error
+            loss += gap**2
+        assert error_of(one) ** 2 == pytest.approx(loss, abs=1e-12)
 
 
 @given(costs())
 @settings(max_examples=60, deadline=None)
 def test_a_coarse_grid_costs_little(given_costs: GapCosts) -> None:
-    prices = {REUSE: 0.0, LINE: 0.0, DEEP: 0.3}
+    prices = {"all": 0.0, "deep1": 0.3}
     exact, coarse = (best_schedules(given_costs, prices, grid=grid) for grid in (0.0, 0.05))
     for one in exact:
-        near = min(other.error for other in coarse if other.cost <= one.cost + 0.05 * given_costs.calls)
-        assert near <= one.error + 1e-9
+        near = min(error_of(other) for other in coarse if other.cost <= one.cost + 0.05 * given_costs.calls)
+        assert near <= error_of(one) + 1e-9
+    assert coarse[0].cost == exact[0].cost
     assert len(coarse) <= len(exact)
+    assert GRID < 0.05
 
 
-def test_a_line_needs_two_calls_before() -> None:
-    errors: dict[Way, dict[tuple[int, ...], dict[int, float]]] = {
-        REUSE: {(0,): {1: 0.5}, (1,): {2: 0.5}},
-        LINE: {(0, 1): {2: 0.1}},
-        DEEP: {},
-    }
-    found = best_schedules(GapCosts(3, 1, errors, (1.0,) * 3), {REUSE: 0.0, LINE: 0.0}, grid=0.0)
-    assert [(one.cost, one.rows) for one in found] == [
-        (2.0, ({}, {}, {"all": "linear"})),
-        (3.0, ({}, {}, {})),
+def test_each_call_of_a_gap_has_the_zone_that_is_worth_its_price() -> None:
+    def skip(error: float, *nodes: int) -> dict[tuple[int, ...], Skip]:
+        return {nodes: Skip(error, tuple((node, 1 / len(nodes)) for node in nodes))}
+
+    skips = {"all": [{}, skip(0.1, 0), skip(0.5, 0)], "deep1": [{}, skip(0.09, 0), skip(0.2, 0)]}
+    front = best_schedules(GapCosts(3, 2, skips, (1.0,) * 3), {"all": 0.0, "deep1": 0.3}, grid=0.0)
+    assert [(round(one.cost, 6), [next(iter(row), None) for row in one.rows]) for one in front] == [
+        (1.0, [None, "all", "all"]),
+        (1.3, [None, "all", "deep1"]),
+        (1.6, [None, "deep1", "deep1"]),
+        (2.0, [None, "all", None]),
+        (2.3, [None, "deep1", None]),
+        (3.0, [None, None, None]),
     ]
-    assert found[0].error == pytest.approx(0.1)
+    assert error_of(front[1]) == pytest.approx(0.3)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcomp.cachequant.plan import CachePlan, PlanError, nearest_call
+from dcomp.cachequant.plan import Action, CachePlan, PlanError, nearest_call
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.zones import Zone, ZoneError
 
@@ -19,7 +19,7 @@ ATTENTION = Zone("attention", "output", ("down.0.attn", "up.1.attn"))
 ZONES = (ALL, DEEP, DEEPER, ATTENTION)
 
 
-def plan_of(*actions: dict[str, str], places: list[float] | None = None, contexts: int = 1) -> CachePlan:
+def plan_of(*actions: dict[str, Action], places: list[float] | None = None, contexts: int = 1) -> CachePlan:
     timesteps = [900.0 - 10 * i for i in range(len(actions))]
     return CachePlan(ZONES, tuple(timesteps), tuple(places or timesteps), actions, contexts)
 
@@ -45,6 +45,16 @@ def test_predictions_read_the_latest_computed_calls_at_their_places() -> None:
     assert (rows[3].calls, rows[3].weights) == ((0, 1), pytest.approx((-3, 4)))
     assert (rows[5].calls, rows[5].weights) == ((1, 4), pytest.approx((-1 / 9, 10 / 9)))
     assert plan.last_reads["all"] == {0: 3, 1: 5, 4: 5}
+
+
+def test_what_is_read_may_be_said_outright() -> None:
+    plan = plan_of({}, {"deep1": "reuse"}, {}, {"all": ((0, -0.5), (2, 1.5))}, {"all": "reuse"})
+    assert plan.predictions[3]["all"].calls == (0, 2)
+    assert plan.predictions[3]["all"].weights == (-0.5, 1.5)
+    assert plan.last_reads["all"] == {0: 3, 2: 4}
+    assert CachePlan.from_dict(json.loads(plan.to_json())) == plan
+    with pytest.raises(PlanError, match="compute 'deep1' before call 2"):
+        plan_of({}, {"deep1": "reuse"}, {"deep1": ((0, 0.5), (1, 0.5))})  # call 1 did not compute it
 
 
 def test_rules_that_count_calls_do_not_look_at_places() -> None:
@@ -108,6 +118,16 @@ EDITS = {
     "an unknown zone": lambda d: d["calls"][2].update(predict={"deep9": "reuse"}),
     "an unknown predictor": lambda d: d["calls"][2].update(predict={"deep1": "magic"}),
     "a predictor that is no text": lambda d: d["calls"][2].update(predict={"deep1": 1}),
+    "a read without a weight": lambda d: d["calls"][2].update(predict={"deep1": [[1]]}),
+    "a read of text": lambda d: d["calls"][2].update(predict={"deep1": [["1", 1.0]]}),
+    "a read of itself": lambda d: d["calls"][2].update(predict={"deep1": [[2, 1.0]]}),
+    "a read of nothing": lambda d: d["calls"][2].update(predict={"deep1": []}),
+    "a read of one call twice": lambda d: d["calls"][2].update(predict={"deep1": [[1, 0.5], [1, 0.5]]}),
+    "reads out of order": lambda d: d["calls"][2].update(predict={"deep1": [[1, 0.5], [0, 0.5]]}),
+    "a thousand reads": lambda d: d["calls"][2].update(predict={"deep1": [[n, 0.0] for n in range(1000)]}),
+    "a weight that is no number": lambda d: d["calls"][2].update(predict={"deep1": [[1, "1"]]}),
+    "a weight that is not finite": lambda d: d["calls"][2].update(predict={"deep1": [[1, float("nan")]]}),
+    "a weight of a million": lambda d: d["calls"][2].update(predict={"deep1": [[0, -1e6], [1, 1e6]]}),
     "a prediction in the first call": lambda d: d["calls"][0].update(predict={"all": "reuse"}),
     "a prediction with too few calls before": lambda d: d["calls"][1].update(predict={"deep1": "linear"}),
     "two zones of one name": lambda d: d["zones"].append(copy.deepcopy(d["zones"][0])),

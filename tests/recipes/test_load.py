@@ -22,7 +22,27 @@ def test_every_preset_is_a_recipe(name: str) -> None:
 
 
 def test_the_presets_are_all_there_is() -> None:
-    assert builtin_names() == sorted(PRESETS)
+    assert builtin_names() == sorted([*PRESETS, "joint"])
+    assert [stage.kind for stage in load_recipe("joint").stages] == ["quantize", "schedule"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.1.budget=2x"], "unknown key 'stages.1.budget', did you mean 'budgets'"),
+        (["stages.1.budgets=[2y]"], "stages.1.budgets: Value error, '2y' is no budget"),
+        (["stages.1.budgets=[]"], "stages.1.budgets: "),
+        (["stages.1.planner=magic"], "stages.1.planner: "),
+        (["stages.0.kind=schedule"], "unknown key 'stages.0.preset', known are kind, budgets"),
+        (["stages=[{kind: schedule}, {kind: schedule}]"], "at most one of each kind"),
+        (["stages.1.kind=quantize"], "unknown key|at most one of each kind"),
+        (["stages.1.kind=prune"], "stages.1: "),
+        (["stages.1.kind=7"], "stages.1: "),
+    ],
+)
+def test_errors_of_a_second_stage_name_its_keys(overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe("joint", overrides)
 
 
 def test_a_file_in_yaml_or_json_is_a_recipe_too(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def test_more_quality_takes_more_time() -> None:
 
     fast, default, best = map(of, ("fast", "default", "best"))
     assert fast.rows < default.rows < best.rows
-    assert fast.tune < default.tune < best.tune
+    assert fast.tune < default.tune == best.tune
+    assert best.directions
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])

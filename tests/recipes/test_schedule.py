@@ -23,7 +23,11 @@ from dcomp.cachequant.planners import PLANNERS
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.compress.manifest import check_manifest
 from dcomp.recipes.generate import generate
+from dcomp.recipes.run import run_recipe
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
+from dcomp.recipes.schema import ScheduleStage
+from dcomp.recipes.validate import validate
+from tests.support.checkpoints import checked_in_a_fork, short_recipe
 
 Models = Callable[[str], Path]
 UNET = "UNet2DModel"
@@ -123,6 +127,35 @@ def test_plans_of_a_checkpoint_lie_in_it_and_it_stays_what_it_was(checkpoint: Pa
     assert check_manifest(checkpoint) == before
     made = generate(checkpoint, ["x"], tmp_path / "out", plan="1.3x", steps=STEPS)
     assert made["plan_fallbacks"] == 0
+
+
+def test_a_recipe_quantizes_and_then_plans_or_leaves_nothing(tiny_model: Models, tmp_path: Path) -> None:
+    stage = ScheduleStage(budgets=("4calls",), planner="uniform", samples=1)
+    calibration = short_recipe(UNET).calibration.model_copy(update={"steps": STEPS})
+    recipe = short_recipe(UNET).model_copy(update={"calibration": calibration})
+    recipe = recipe.model_copy(update={"stages": (*recipe.stages, stage)})
+
+    def stop(text: str, done: int, total: int) -> None:
+        if text == "plans followed to the end":
+            raise KeyboardInterrupt
+
+    with checked_in_a_fork():
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(UNET), recipe, tmp_path / "out", progress=stop)
+        assert not (tmp_path / "out").exists()
+        result = run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    assert result.schedules is not None
+    assert result.schedules.file == tmp_path / "out" / FILE
+    assert result.to_dict()["schedules"]["plans"][0]["name"] == "4calls"
+    check_manifest(tmp_path / "out")
+    made = generate(tmp_path / "out", ["x"], tmp_path / "pictures", plan="4calls")
+    assert (made["plan"], made["plan_fallbacks"]) == ("4calls", 0)
+    sides = (tmp_path / "out", tiny_model(UNET))
+    with_plan, without = (validate(*sides, samples=2, plan=plan, bench=False) for plan in ("4calls", None))
+    assert (with_plan.settings["plan"], without.settings["plan"]) == ("4calls", None)
+    assert with_plan.macs_ratio == pytest.approx(without.macs_ratio / made["plan_speedup"])
+    assert with_plan.latent_rel_error != without.latent_rel_error
+    assert any("follow the plan 4calls" in warning for warning in with_plan.warnings)
 
 
 def test_a_model_that_dcomp_did_not_make_is_left_as_it_is(tiny_model: Models) -> None:

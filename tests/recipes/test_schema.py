@@ -1,14 +1,16 @@
 import json
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dcomp.cachequant.planners import PLANNERS
 from dcomp.compress import policy
 from dcomp.recipes.load import load_recipe
-from dcomp.recipes.schema import PRESETS, Calibration, QuantizeStage, Recipe
+from dcomp.recipes.schedule import BUDGETS, SAMPLES
+from dcomp.recipes.schema import PRESETS, Calibration, QuantizeStage, Recipe, ScheduleStage
 
 CALIBRATIONS = st.builds(
     Calibration,
@@ -42,7 +44,17 @@ STAGES = st.builds(
     keep=st.lists(st.text(min_size=1, max_size=9), max_size=3).map(tuple),
     overrides=st.dictionaries(st.text(min_size=1, max_size=9), st.sampled_from([*PRESETS, "W8A8"]), max_size=3),
 )
-RECIPES = st.builds(Recipe, calibration=CALIBRATIONS, stages=st.lists(STAGES, max_size=1).map(tuple))
+SCHEDULES = st.builds(
+    ScheduleStage,
+    budgets=st.lists(st.sampled_from(["2x", "800ms", "150GMACs", "20calls"]), min_size=1, max_size=3).map(tuple),
+    planner=st.sampled_from(["joint", "uniform"]),
+    samples=st.integers(1, 1000),
+)
+RECIPES = st.builds(
+    Recipe,
+    calibration=CALIBRATIONS,
+    stages=st.tuples(st.lists(STAGES, max_size=1), st.lists(SCHEDULES, max_size=1)).map(lambda x: (*x[0], *x[1])),
+)
 
 
 @given(RECIPES)
@@ -64,6 +76,15 @@ def test_every_default_is_spelled_out() -> None:
     assert set(data["calibration"]) == set(Calibration.model_fields)
     assert set(data["stages"][0]) == set(QuantizeStage.model_fields)
     assert data["stages"][0]["kind"] == "quantize"
+
+
+def test_planners_and_budgets_of_recipes_are_those_of_the_search() -> None:
+    assert get_args(ScheduleStage.model_fields["planner"].annotation) == tuple(PLANNERS)
+    assert ScheduleStage().budgets == BUDGETS
+    assert ScheduleStage().samples == SAMPLES
+    recipe = Recipe(stages=(QuantizeStage(), ScheduleStage()))
+    assert (recipe.quantize, recipe.schedule) == recipe.stages
+    assert (Recipe().quantize, Recipe().schedule) == (None, None)
 
 
 def test_presets_of_recipes_are_those_of_the_policy() -> None:
@@ -114,6 +135,10 @@ def test_order_of_keys_does_not_change_the_hash() -> None:
         (QuantizeStage, {"keep": "conv_in"}),
         (QuantizeStage, {"overrides": {"conv_in": "w3a3"}}),
         (QuantizeStage, {"kind": "prune"}),
+        (ScheduleStage, {"budgets": ("1x",)}),
+        (ScheduleStage, {"budgets": ()}),
+        (ScheduleStage, {"samples": 0}),
+        (Recipe, {"stages": ({"kind": "schedule"}, {"kind": "quantize"})}),
         (Recipe, {"schema_version": 2}),
         (Recipe, {"name": "n" * 101}),
         (Recipe, {"stages": ({"kind": "quantize"},) * 101}),
