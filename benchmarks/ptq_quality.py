@@ -62,7 +62,6 @@ def methods() -> dict[str, dict[str, Any]]:
         "gptq-unsplit": {**settings_of("gptq", None), "split": "none"},
         "gptq": settings_of("gptq", None),
         "default": {},
-        "linear layers alone": {"keep": ["re:conv"]},  # what some other packages do
         "directions": {"directions": 8},
         "best": settings_of(None, "best"),
         "adaround": settings_of("adaround", None),
