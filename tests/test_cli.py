@@ -393,9 +393,9 @@ def test_dry_run_writes_nothing_and_tells_the_resolved_recipe(models: dict[str, 
     [
         (["--w4a4"], {"preset": "w4a4", "rounding": "gptq", "rows": 256, "tune": 0}),
         (["--quality", "fast"], {"preset": "w4a8", "rounding": "gptq", "rows": 128, "tune": 0}),
-        (["--quality", "best"], {"rounding": "gptq", "rows": 1024, "tune": 600, "tune_rounding": True}),
+        (["--quality", "best"], {"rounding": "gptq", "rows": 512, "tune": 200, "directions": 8}),
         (["--w8a8", "--method", "minmax"], {"preset": "w8a8", "rounding": "nearest", "inputs": "static", "tune": 0}),
-        (["--method", "nearest", "--quality", "best"], {"rounding": "nearest", "rows": 1024, "tune": 0}),
+        (["--method", "nearest", "--quality", "best"], {"rounding": "nearest", "rows": 512, "tune": 0}),
         (
             ["--budget", "100MB", "--budget", "40ms", "--budget", "1.5x"],
             {"max_megabytes": 100, "max_milliseconds": 40, "min_speedup": 1.5},
