@@ -25,7 +25,7 @@ from dcomp.cachequant.trials import Branch, Trials
 from dcomp.cachequant.zones import WHOLE
 from dcomp.calibrate.progress import Progress, silent
 
-_PROBES = 12  # calls whose sensitivity is measured; that of the others lies between
+_PROBES, _LAST = 12, 5  # calls whose sensitivity is measured, spread and at the end; that of the others lies between
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ def measure_sensitivities(trials: Trials, *, progress: Progress = silent) -> lis
     mean over pictures is geometric: one that is about to become another picture would decide about all calls.
     """
     total = len(trials.timesteps)
-    probes = sorted({round(1 + i * (total - 2) / (_PROBES - 1)) for i in range(_PROBES)} & {*range(1, total)})
+    spread = {round(1 + i * (total - 2) / (_PROBES - 1)) for i in range(_PROBES)}
+    # The last steps are not like those before: what is left of an error there is the error.
+    probes = sorted((spread | {*range(total - _LAST, total)}) & {*range(1, total)})
     if not probes:
         return [1.0] * total
     (whole,) = trials.extend([(Branch(), {})])
