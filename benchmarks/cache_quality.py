@@ -44,16 +44,13 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_quality.json",
 ) -> None:
     """Measure, write the JSON, print the table."""
-    from dcomp.cachequant.drift import record_reference
-    from dcomp.cachequant.gap_costs import measure_gap_costs, measure_sensitivities, reach
-    from dcomp.cachequant.planners import PLANNERS, PlanningTask
+    from dcomp.cachequant.planners import PLANNERS
     from dcomp.cachequant.prices import CallPrices
-    from dcomp.cachequant.trials import Trials
     from dcomp.cachequant.zones import find_zones
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.recipes.bench import fill_prompts, record_calls
-    from dcomp.recipes.schedule import LONGEST_GAP, WINDOW, gaps_of, useful_zones
+    from dcomp.recipes.schedule import planning_task, useful_zones
 
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None
@@ -64,24 +61,10 @@ def main(
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
     used = useful_zones(zones, prices)
-    names = tuple(zone.name for zone in used)
-    of_search = found[:SEARCHED], range(FIRST_INDEX - SEARCHED, FIRST_INDEX), settings
-    trials = Trials(pipeline, (), *of_search)
+    searched = range(FIRST_INDEX - SEARCHED, FIRST_INDEX)
+    task, trials = planning_task(pipeline, used, prices, found[:SEARCHED], searched, settings)
     seconds: dict[str, float] = {}
-
-    def measure_costs() -> Any:
-        with trials:
-            sensitivities = measure_sensitivities(trials)
-        few = SEARCHED // 2
-        of_zones = found[:few], range(FIRST_INDEX - SEARCHED, FIRST_INDEX - SEARCHED + few), settings
-        with Trials(pipeline, used, *of_zones, window=reach(LONGEST_GAP)) as trials_of_zones:
-            return measure_gap_costs(trials_of_zones, gaps_of(used, prices), sensitivities)
-
-    def measure_drifts() -> Any:
-        return record_reference(pipeline, used, *of_search, window=WINDOW).drifts
-
-    task = PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts)
-    shares = {zone: prices.macs([zone]) / prices.macs() for zone in names}
+    shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones}
     judge = Judge(pipeline, zones, trials.timesteps, prompts, settings)
     scout = Judge(pipeline, zones, trials.timesteps, prompts[-SCOUTED:], settings)
     table: list[dict[str, Any]] = []

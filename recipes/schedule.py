@@ -162,24 +162,8 @@ def search_schedule(
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
     used = useful_zones(zones, prices)
-    names = tuple(zone.name for zone in used)
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    trials = Trials(pipeline, (), prompts[:samples], indices, settings)
-
-    def measure_costs() -> GapCosts:
-        with trials:
-            sensitivities = measure_sensitivities(trials, progress=progress)
-        few = max(1, samples // 2)  # errors differ less from picture to picture than what becomes of them
-        window = reach(LONGEST_GAP)
-        with Trials(pipeline, used, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
-            return measure_gap_costs(trials_of_zones, gaps_of(used, prices), sensitivities, progress=progress)
-
-    def measure_drifts() -> Mapping[str, Drift]:
-        return record_reference(
-            pipeline, used, prompts[:samples], indices, settings, window=WINDOW, progress=progress
-        ).drifts
-
-    task = PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts)
+    task, trials = planning_task(pipeline, used, prices, prompts[:samples], indices, settings, progress)
     choice = _Choice(task, prices, _Judge(pipeline, used, trials, prompts[samples:], settings))
     for number, budget in enumerate(asked):
         choice.add(budget, planner)
@@ -211,7 +195,45 @@ def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
     return tuple(zone for zone in zones if prices.macs([zone.name]) <= _CHEAP * prices.macs())
 
 
-def gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:
+def planning_task(
+    pipeline: OpenPipeline,
+    zones: Sequence[Zone],
+    prices: CallPrices,
+    prompts: Sequence[str],
+    indices: Sequence[int],
+    settings: Generation,
+    progress: Progress = silent,
+) -> tuple[PlanningTask, Trials]:
+    """Return what planners may look at, measured when one asks for it, and the trials of its trajectories.
+
+    Args:
+        pipeline: the model that will run.
+        zones: that are worth a search.
+        prices: of its calls.
+        prompts: of the pictures to measure on.
+        indices: of their noise.
+        settings: of the trajectories, as deployed.
+        progress: called with a text, the count done and the total.
+    """
+    trials = Trials(pipeline, (), prompts, indices, settings)
+
+    def measure_costs() -> GapCosts:
+        with trials:
+            sensitivities = measure_sensitivities(trials, progress=progress)
+        few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
+        window = reach(LONGEST_GAP)
+        with Trials(pipeline, zones, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
+            return measure_gap_costs(trials_of_zones, _gaps_of(zones, prices), sensitivities, progress=progress)
+
+    def measure_drifts() -> Mapping[str, Drift]:
+        found = record_reference(pipeline, zones, prompts, indices, settings, window=WINDOW, progress=progress)
+        return found.drifts
+
+    names = tuple(zone.name for zone in zones)
+    return PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts), trials
+
+
+def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:
     """Return how long gaps of each zone are tried: where much of a call is left, long ones never pay."""
     cheap = _VERY_CHEAP * prices.macs()
     return {zone.name: LONGEST_GAP if prices.macs([zone.name]) <= cheap else LONGEST_GAP // 2 for zone in zones}
