@@ -132,6 +132,12 @@ def search_schedule(
     """
     started = time.perf_counter()
     asked = sorted({Budget.parse(text) for text in budgets}, key=lambda budget: (budget.unit, budget.amount))
+    if not asked or samples < 1:
+        raise UsageError(
+            "There is nothing to search without a budget and a picture",
+            where=f"{len(asked)} budgets, {samples} samples",
+            remedy="Give at least one of each.",
+        )
     if planner not in PLANNERS:
         raise UsageError(f"There is no planner {planner!r}", where="--planner", remedy=f"Choose {', '.join(PLANNERS)}.")
     folder = local_folder(model)

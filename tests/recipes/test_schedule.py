@@ -180,6 +180,9 @@ def test_budgets_that_save_nothing_and_planners_that_are_none_are_refused(tiny_m
     model, file = tiny_model(UNET), tmp_path / "plans.json"
     with pytest.raises(UsageError, match="saves nothing"):
         search_schedule(model, budgets=["2x", "1x"], output=file)
+    for options in ({"budgets": []}, {"samples": 0}):
+        with pytest.raises(UsageError, match="nothing to search"):
+            search_schedule(model, output=file, **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no planner 'magic'"):
         search_schedule(model, planner="magic", output=file)
 
