@@ -546,6 +546,13 @@ def generate(
             help="Follow a cache plan of OUT: 2x, or careful, balanced or fast; or FILE.json:2x for plans elsewhere."
         ),
     ] = None,
+    ahead: Annotated[
+        str,
+        typer.Option(
+            help="Layers of timestep and conditions: off, at each step; on, for all steps at once; offload, likewise, "
+            "their weights in memory only then."
+        ),
+    ] = "off",
     steps: StepsAgain = None,
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
@@ -564,6 +571,7 @@ def generate(
             prompts,
             output,
             plan=plan,
+            ahead=ahead,
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
 
+import precompute  # noqa: E402
 import ptq_quality  # noqa: E402
 import speed  # noqa: E402
 
@@ -37,6 +38,8 @@ def main() -> None:
             f"{timed['repeats']} rounds in turn, {timed['threads']} threads:",
             "",
             speed.table(timed),
+            "",
+            *ahead(),
             END,
         ]
     )
@@ -52,6 +55,17 @@ def small_models() -> list[str]:
         report = ptq_quality.Report.read(file)
         lines += [f"{ptq_quality.setup(report)}:", "", ptq_quality.matrix_table(report), ""]
     return lines
+
+
+def ahead() -> list[str]:
+    """Return the table of layers that run ahead."""
+    report = json.loads((RESULTS / "precompute.json").read_text())
+    head = (
+        f"Layers of timestep and conditions that run ahead ({report['preset']}, {report['steps']} steps a picture, "
+        f"{report['repeats']} rounds in turn, {report['threads']} threads). It saves memory, not time: with offload, the "
+        "part of the bytes that is shown is out of memory but for the first step and a moment of the second:"
+    )
+    return [head, "", precompute.table(report)]
 
 
 if __name__ == "__main__":

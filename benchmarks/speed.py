@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-SD15 = {
+UNET_SD15 = {
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -34,19 +34,20 @@ SD15 = {
 RESULTS = Path(__file__).parent / "results"
 
 
-class _Calls:
+class Calls:
     """A calibration set of one call that is never written to disk."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: float = 500.0) -> None:
         from dcomp.calibrate.record import RecordedCall
 
-        place = {"trajectory": 0, "call": 0, "step": 0, "timestep": 500.0, "contexts": ("cond",)}
-        self._call = RecordedCall(args, kwargs, args[0], **place)
+        place = {"trajectory": 0, "call": 0, "step": 0, "timestep": timestep, "contexts": ("cond",)}
+        self._call = RecordedCall(args, kwargs, next(iter((*args, *kwargs.values()))), **place)
 
     def __len__(self) -> int:
         return 1
 
     def calls(self) -> Iterator[Any]:
+        """Yield the call."""
         yield self._call
 
 
@@ -66,7 +67,7 @@ def main(
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    reference = UNet2DConditionModel(**SD15).eval()
+    reference = UNet2DConditionModel(**UNET_SD15).eval()
     args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
     small = (args[0][:, :, :16, :16], args[1], args[2])
     models = {"fp32": reference}
@@ -78,7 +79,7 @@ def main(
         schemes = {layer: d.scheme for layer, d in decisions.items() if d.scheme is not None}
         schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
         with tempfile.TemporaryDirectory() as work:
-            quantize_denoiser(model, _Calls(small, {}), schemes, StepBins((500.0,), (0,), ()), Path(work))
+            quantize_denoiser(model, Calls(small, {}), schemes, StepBins((500.0,), (0,), ()), Path(work))
         models[name] = model
         print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -25,7 +25,7 @@ from dcomp.calibrate.tensor_watch import TensorWatch
 
 GROUPS = ("time", "latents", "text", "condition")
 
-TIMESTEP, _TEXT = "timestep", "encoder_hidden_states"
+TIMESTEP, TEXT = "timestep", "encoder_hidden_states"
 POSITIONS = ("img_ids", "txt_ids")  # Flux: coordinates of tokens, without a batch axis, the same in every call
 
 
@@ -216,7 +216,7 @@ class _Call:
             return None
         if path[0] == self.latents:
             return "latents"
-        if path[0].startswith(_TEXT):
+        if path[0].startswith(TEXT):
             return "text"
         return "condition" if value.ndim and len(value) == 1 and path[0] not in POSITIONS else None
 

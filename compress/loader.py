@@ -7,13 +7,14 @@ configs that name unknown layers, and weights that are missing, unexpected, or o
 This module is imported in the middle of diffusers' own import, so diffusers' pipelines are only touched in functions.
 """
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 
 from dcomp import DcompError, UsageError, __version__
 from dcomp.calibrate.clock import StepBins, StepClock, clock_of
-from dcomp.calibrate.model_files import check_model_folder
+from dcomp.calibrate.model_files import Component, check_model_folder
 from dcomp.calibrate.structure import is_layer
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
+from dcomp.compress.precompute import Precomputed, keep_plan, plan_of, precompute
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
 from dcomp.compress.time_table import TimeTable, from_config, to_config
@@ -37,6 +39,7 @@ QUANT_METHOD = "dcomp"
 SCHEMA = 1
 MAX_LAYERS = 100_000
 MAX_BINS = 1_000
+Ahead = Literal["off", "on", "offload"]
 _REMEDY = "Download the checkpoint again or compress the model again"
 # What torch's allocator guarantees and vector kernels may ask for; a mapped file promises much less.
 _ALIGNMENT = 64
@@ -56,6 +59,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         schemes: scheme id -> scheme.
         layers: layer name -> scheme id.
         features: layer name -> its table of temporal features, see `time_table.to_config`.
+        precomputed: layers that run once a picture, for all timesteps; None without any.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         schemes: Mapping[str, Mapping[str, Any]] | None = None,
         features: Mapping[str, Any] | None = None,
         step_bins: Mapping[str, Any] | None = None,
+        precomputed: Mapping[str, Any] | None = None,
         schema: int = SCHEMA,
         dcomp_version: str = __version__,
         quant_method: str = QUANT_METHOD,
@@ -84,6 +89,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             if key not in self.schemes:
                 raise _broken(f"Layer {name[:80]!r} names the unknown scheme {key[:80]!r}", "layers")
         self.features = dict(_mapping(features, "features"))
+        self.precomputed = None if precomputed is None else Precomputed.from_dict(precomputed)
 
     @classmethod
     def from_denoiser(cls, denoiser: nn.Module) -> "DcompQuantizationConfig":
@@ -97,11 +103,13 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             same = sum(other.label == scheme.label for other in keys)
             keys[scheme] = f"{scheme.label}-{same + 1}" if same else scheme.label
         bins = next((layer.clock.bins for layer in layers.values() if layer.clock and layer.clock.bins), None)
+        precomputed = plan_of(denoiser)
         return cls(
             layers={name: keys[layer.scheme] for name, layer in layers.items()},
             schemes={key: scheme.to_dict() for scheme, key in keys.items()},
             features=to_config(denoiser),
             step_bins=bins.to_dict() if bins else None,
+            precomputed=precomputed.to_dict() if precomputed else None,
         )
 
     @classmethod
@@ -111,7 +119,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: a key is unknown or a value impossible.
         """
-        known = {"quant_method", "schema", "dcomp_version", "step_bins", "schemes", "layers", "features"}
+        known = set(inspect.signature(cls).parameters)
         unknown = sorted(str(key)[:80] for key in config_dict if key not in known)
         if unknown:
             raise _broken(f"The key {unknown[0]!r} is unknown", "quantization_config")
@@ -128,6 +136,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             "schemes": {key: scheme.to_dict() for key, scheme in self.schemes.items()},
             "layers": dict(self.layers),
             "features": dict(self.features),
+            "precomputed": self.precomputed.to_dict() if self.precomputed else None,
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -239,6 +248,8 @@ class DcompQuantizer(DiffusersQuantizer):
             if isinstance(module, TimeTable):
                 module.check()
         attach_clock(model, self.quantization_config.step_bins)
+        if self.quantization_config.precomputed is not None:
+            keep_plan(model, self.quantization_config.precomputed)
         return model
 
     @property
@@ -275,6 +286,7 @@ def load(
     device: str | torch.device = "cpu",
     torch_dtype: torch.dtype | None = None,
     check: Literal["fast", "full", "none"] = "fast",
+    ahead: Ahead = "off",
 ) -> "DiffusionPipeline":
     """Open a compressed checkpoint as a diffusers pipeline.
 
@@ -283,11 +295,14 @@ def load(
         device: where the pipeline shall run.
         torch_dtype: dtype of the layers that stayed in float; integer weights and their scales keep theirs.
         check: "fast" compares the manifest with all small files, "full" with every byte, "none" with nothing.
+        ahead: what becomes of layers that read the timestep and conditions of the whole picture: "off" runs them at
+            each step; "on" runs them for all steps at once, when the second one begins; "offload" likewise, and their
+            weights are in memory only then: the folder must stay as it is.
 
     Raises:
         CheckpointError: not a dcomp checkpoint, changed since it was written, or damaged.
         ModelError: the pipeline around the denoiser is damaged.
-        UsageError: there is no such device.
+        UsageError: there is no such device, or no layer can run ahead.
     """
     from diffusers import DiffusionPipeline
 
@@ -321,7 +336,24 @@ def load(
             where="device",
             remedy="Run `dcomp doctor` to see what this machine has, or use the device cpu",
         ) from error
+    run_layers_ahead(getattr(opened, model.denoiser.name), ahead, model.denoiser)
     return opened
+
+
+def run_layers_ahead(denoiser: nn.Module, ahead: str, component: Component) -> None:
+    """Do with a denoiser what `load` says of `ahead`.
+
+    Args:
+        denoiser: opened from a checkpoint.
+        ahead: as there.
+        component: of the checkpoint.
+    """
+    if ahead not in get_args(Ahead):
+        raise UsageError(
+            f"Layers cannot run ahead in the way {ahead!r}", where="ahead", remedy=f"Use {', '.join(get_args(Ahead))}."
+        )
+    if ahead != "off":
+        precompute(denoiser, component.weights.values() if ahead == "offload" else None)
 
 
 def _broken(problem: str, place: str) -> CheckpointError:

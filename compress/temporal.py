@@ -291,7 +291,7 @@ def _plan(
     keep: Mapping[str, str],
 ) -> FeaturePlan:
     modules = dict(denoiser.named_modules())
-    seen = [_outputs(denoiser, names, call) for call in calls]
+    seen = [outputs_of(denoiser, names, call.args, call.kwargs) for call in calls]
     reasons = {name: keep.get(name) or _obstacle(modules[name], [run[name] for run in seen]) for name in names}
     # All rows of a recorded call have one timestep, so that the first one speaks for all.
     firsts = [
@@ -335,7 +335,7 @@ def _repeat(row: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def answering(answers: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def answering(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Within a `with` block, let functions answer in the place of modules; hooks on these still run."""
     before = {module: vars(module).get("forward") for module in answers}
     for module, answer in answers.items():
@@ -352,14 +352,16 @@ def _predict(denoiser: nn.Module, call: RecordedCall) -> Tensor:
     return prediction_of(denoiser(*call.args, **call.kwargs))
 
 
-def _outputs(denoiser: nn.Module, names: Iterable[str], call: RecordedCall) -> dict[str, list[Tensor]]:
+def outputs_of(
+    denoiser: nn.Module, names: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, list[Tensor]]:
     """Run a call and return all outputs of each layer in it."""
     seen: dict[str, list[Tensor]] = {name: [] for name in names}
     with ExitStack() as stack:
         for name, outputs in seen.items():
             hook = denoiser.get_submodule(name).register_forward_hook(lambda *run, kept=outputs: kept.append(run[-1]))
             stack.callback(hook.remove)
-        _predict(denoiser, call)
+        denoiser(*args, **kwargs)
     return seen
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from dcomp import UsageError
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
+from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import open_pipeline
 from dcomp.calibrate.progress import Progress
+from dcomp.compress.loader import run_layers_ahead
 from dcomp.recipes.follow import FollowedPlan, plan_for
 from dcomp.recipes.settings import generation_settings
 
@@ -25,6 +27,7 @@ def generate(
     output: Path,
     *,
     plan: str | None = None,
+    ahead: str = "off",
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -42,6 +45,7 @@ def generate(
         prompts: one a picture.
         output: folder of the files; made if it is not there.
         plan: name of a cache plan of the checkpoint, or `FILE.json:NAME`; None computes every call.
+        ahead: what becomes of layers that read the timestep and conditions of the whole picture, see `dcomp.load`.
         steps: scheduler steps.
         guidance: guidance scale.
         scheduler: class to sample with.
@@ -55,13 +59,15 @@ def generate(
         its speedup in multiply-accumulates and the calls that computed although it says otherwise.
 
     Raises:
-        UsageError: an empty prompt, a folder that cannot be made, or a plan of another model or trajectory.
+        UsageError: an empty prompt, a folder that cannot be made, a plan of another model or trajectory, or a model
+            that has no layers to run ahead.
     """
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError("A prompt is empty", remedy="Write what the picture should show.")
     pipeline = open_pipeline(model, scheduler=scheduler, device=device)
     settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
     pipeline.check(prompts, settings)
+    run_layers_ahead(pipeline.denoiser, ahead, check_model_folder(pipeline.source, match_weights=False).denoiser)
     chosen = plan_for(plan, local_folder(model), pipeline, settings.steps) if plan else None
     try:
         output.mkdir(parents=True, exist_ok=True)

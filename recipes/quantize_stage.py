@@ -21,6 +21,7 @@ from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_range
 from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
 from dcomp.compress.folding import Fold, find_folds, fold_smoothing
 from dcomp.compress.policy import Decision
+from dcomp.compress.precompute import keep_plan, plan_precompute
 from dcomp.compress.quantize import LayerErrors, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import parts_of, quantized_layers
@@ -33,6 +34,9 @@ from dcomp.recipes.console import bytes_text
 from dcomp.recipes.plan import TUNE_ROWS, Plan
 from dcomp.recipes.schema import QuantizeStage
 from dcomp.recipes.settings import generation_of
+
+
+MENTIONED = 0.05  # of the denoiser's bytes: layers that can run ahead are worth a note
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ def quantize_stage(
         decisions |= {
             name: replace(decisions[name], scheme=layer.scheme) for name, layer in quantized_layers(denoiser).items()
         }
+    notes += _plan_ahead(denoiser, plan, recorded)
     differences = compare_executions(denoiser, recorded, report)
     errors = {name: replace(error, int_vs_fake=differences.get(name)) for name, error in errors.items()}
     return StageResult(decisions, errors, (*notes, *_remark_notes(errors)))
@@ -163,6 +168,28 @@ def _cache_features(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, s
         features, _ = choose_features(denoiser, features, schemes, recorded.all_timesteps)
     cache_features(denoiser, features, recorded.all_timesteps)
     return features
+
+
+def _plan_ahead(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet) -> list[str]:
+    """Let the denoiser carry the plan of its layers that can run once a picture."""
+    device = next(denoiser.parameters()).device
+    ahead = plan_precompute(denoiser, plan.structure, next(recorded.calls(device)), recorded.all_timesteps)
+    if not ahead.layers:
+        return []
+    keep_plan(denoiser, ahead)
+    own = sum(_nbytes(denoiser.get_submodule(name)) for name in ahead.layers)
+    if own < MENTIONED * _nbytes(denoiser):
+        return []
+    conditions = ", ".join(ahead.conditions)
+    return [
+        f"{len(ahead.layers)} layers, {own / _nbytes(denoiser):.0%} of the denoiser's bytes, depend on the timestep"
+        f'{" and " + conditions if conditions else ""} alone. `dcomp.load(folder, ahead="offload")` runs them twice '
+        f"a picture and leaves their weights ({bytes_text(own)}) in the file between."
+    ]
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _words(features: FeaturePlan, name: str) -> str:

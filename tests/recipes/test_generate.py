@@ -10,6 +10,7 @@ from PIL import Image
 from dcomp import UsageError
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.recipes.generate import generate, to_picture
+from tests.support.tiny import save_tiny_pipeline
 
 TEXT, DIT = "UNet2DConditionModel", "DiTTransformer2DModel"
 Models = Callable[[str], Path]
@@ -94,3 +95,20 @@ def test_pictures_round_to_the_nearest_of_256_values(channels: int) -> None:
     expected = (image.clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
     assert array.dtype == np.uint8
     assert (array == expected).all()
+
+
+def test_layers_that_run_ahead_make_the_same_pictures(tiny_checkpoint: Models, tmp_path: Path) -> None:
+    prompts = ["goldfish", "tench"]
+    shown = []
+    for ahead in ("off", "on", "offload"):
+        files = generate(tiny_checkpoint(DIT), prompts, tmp_path / ahead, ahead=ahead)["files"]
+        shown.append([np.array(Image.open(file)).astype(int) for file in files])
+    for off, on, offloaded in zip(*shown, strict=True):
+        assert (on == offloaded).all()
+        assert abs(on - off).mean() < 1  # float sums depend on the number of rows, and may move a code
+
+
+def test_a_model_without_layers_that_run_ahead_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="can be computed ahead"):
+        generate(save_tiny_pipeline(DIT, tmp_path / "model"), ["goldfish"], tmp_path / "a", ahead="on")
+    assert not (tmp_path / "a").exists()
