@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.dcomp-installed
-PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist loadfile --durations 12
+PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist worksteal --durations 12
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint format types layers test test-slow bench demo ci clean

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from speed import UNET_SD15, Calls
+from speed import Calls
 from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,28 +46,7 @@ def sd3() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    """SD1.5's U-Net at 256 pixels, one picture with guidance."""
-    from diffusers import UNet2DConditionModel
-
-    model = UNet2DConditionModel(**UNET_SD15)
-    return model, {"sample": torch.randn(2, 4, 32, 32), "encoder_hidden_states": torch.randn(2, 77, 768)}
-
-
-def small() -> tuple[nn.Module, dict[str, Any]]:
-    """The DiT of `small_models.py`, four pictures with guidance."""
-    from small_models import make_dit
-
-    labels = torch.tensor([0, 1, 2, 0, 1000, 1000, 1000, 1000])
-    return make_dit(), {"hidden_states": torch.randn(8, 4, 16, 16), "class_labels": labels}
-
-
-MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
-    "small": small,
-    "dit": dit,
-    "sd3": sd3,
-    "unet": unet,
-}
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"dit": dit, "sd3": sd3}
 
 
 def main(
@@ -124,12 +103,14 @@ def measure(name: str, steps: int, repeats: int, preset: str) -> dict[str, Any]:
 
         def picture(way: str) -> float:
             made = precompute(denoiser, [read_safetensors_header(file)] if way == "offload" else None) if way else None
+            for t in timesteps[:2]:  # what parts of the model return has a known form from here on
+                denoiser(**inputs, timestep=torch.full((batch,), int(t)))
             started = time.perf_counter()
             for t in timesteps:
                 denoiser(**inputs, timestep=torch.full((batch,), int(t)))
             seconds = time.perf_counter() - started
             if made is not None:
-                assert (made.computed, made.failure) == (1, None)
+                assert (made.computed, made.failure) == (2, None)
                 made.detach()
             return seconds
 

@@ -62,8 +62,8 @@ def ahead() -> list[str]:
     report = json.loads((RESULTS / "precompute.json").read_text())
     head = (
         f"Layers of timestep and conditions that run ahead ({report['preset']}, {report['steps']} steps a picture, "
-        f"{report['repeats']} rounds in turn, {report['threads']} threads). It saves memory, not time: with offload, the "
-        "part of the bytes that is shown is out of memory but for the first step and a moment of the second:"
+        f"{report['repeats']} rounds in turn, {report['threads']} threads). It saves memory, not time: offloading, the "
+        "part of the bytes that is shown is in memory for the first step and a moment of the second only:"
     )
     return [head, "", precompute.table(report)]
 

@@ -98,7 +98,8 @@ def plan_precompute(
     """Find out which layers can be computed ahead; changes nothing.
 
     They are those that depend on timestep or conditions alone, as far as a trial run on a recorded call gives what the
-    layers give when the denoiser is run as ever.
+    layers give when the denoiser is run as ever. There are none where all of them depend on the timestep alone: such
+    layers can be tables (`temporal.py`), which takes them out of memory and of the file.
 
     Args:
         denoiser: in eval mode, float or quantized; tables stay tables.
@@ -111,7 +112,7 @@ def plan_precompute(
     times = tuple(sorted({_fp32(t) for t in timesteps}, reverse=True))
     arguments = Arguments.of(denoiser, call.args, call.kwargs)
     plan = Precomputed(tuple(names), tuple(sorted(arguments.conditions)), times)
-    if not names or len(times) < 2:
+    if not structure.named(Role.MODULATION).intersection(names) or len(times) < 2:
         return Precomputed((), plan.conditions, times)
 
     def compute(name: str, x: Tensor) -> Tensor:

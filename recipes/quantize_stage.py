@@ -35,7 +35,6 @@ from dcomp.recipes.plan import TUNE_ROWS, Plan
 from dcomp.recipes.schema import QuantizeStage
 from dcomp.recipes.settings import generation_of
 
-
 MENTIONED = 0.05  # of the denoiser's bytes: layers that can run ahead are worth a note
 
 

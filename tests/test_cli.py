@@ -573,6 +573,7 @@ def test_the_installed_program_ends_with_the_code_of_its_error(tmp_path: Path) -
     assert err.startswith("Error: ")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(checkpoint: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -583,15 +584,24 @@ def test_a_reader_that_goes_away_is_no_traceback(checkpoint: Path, tmp_path: Pat
     assert "BrokenPipe" not in err
 
 
+LONG = ["--samples", "60", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1", "--quality", "fast"]
+
+
+@pytest.fixture(scope="module")
+def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    process = program("quantize", models[UNET], "-o", "out", *LONG, cwd=folder)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return folder / "out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_an_ended_run_goes_on_and_gives_the_same_bytes(
-    how: signal.Signals, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, run: Run
+    how: signal.Signals, models: dict[str, Path], tmp_path: Path, whole: Path
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("ended")
-    long = ["--samples", "200", "--steps", "3", "--batch-size", "2", "--set", "calibration.max_calls=1"]
-    long += ["--quality", "fast"]
-    arguments = ["quantize", models[UNET], "-o", "out", *long]
+    arguments = ["quantize", models[UNET], "-o", "out", *LONG]
     process = program(*arguments, cwd=tmp_path)
     work = tmp_path / ".out.dcomp-work"
     deadline = time.monotonic() + 120
@@ -610,11 +620,10 @@ def test_an_ended_run_goes_on_and_gives_the_same_bytes(
     else:
         assert process.returncode == -signal.SIGKILL
     finished = {file: file.stat().st_mtime_ns for file in work.rglob("chunk-*.safetensors")}
-    assert 0 < len(finished) < 100
+    assert 0 < len(finished) < 30
     seen = program(*arguments, cwd=tmp_path)
     out, err = seen.communicate()
     assert seen.returncode == 0, err
     assert left_in(tmp_path) == ["out"]
     assert out.splitlines()[-1] == 'import dcomp; pipe = dcomp.load("out")'
-    run(*arguments[:3], tmp_path / "whole", *long)
-    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
+    assert file_hashes(tmp_path / "out") == file_hashes(whole)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "scipy", "matplotlib", "pydantic"}
 LIST_MODULES = "import sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
@@ -50,10 +52,12 @@ def test_module_form_works_inside_the_checkout() -> None:
     assert python("-m", "dcomp", "--version", cwd=ROOT).startswith("dcomp ")
 
 
+@pytest.mark.slow
 def test_loader_is_registered_when_dcomp_comes_first(tmp_path: Path) -> None:
     assert python("-c", f"import dcomp{REGISTERED}", cwd=tmp_path).split() == ["dcomp.compress.loader"] * 2
 
 
+@pytest.mark.slow
 def test_loader_is_registered_late_and_our_kernels_folder_does_no_harm() -> None:
     """With the checkout as the first entry of the path, `import kernels` finds our folder, as Hugging Face's would."""
     program = (

@@ -154,6 +154,7 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(interrupted_at: int, 
     assert files(tmp_path / "part") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_recording_is_resumed_by_another_process(opened: Opener, tmp_path: Path) -> None:
     code = """
 import os, signal, sys

@@ -60,8 +60,8 @@ def _assert_int_is_fake(layer, x):
     assert integer.shape == fake.shape
     if integer.numel():
         peak = fake.abs().max()
-        if getattr(layer, "step_bias", None) is not None:  # a correction may cancel a product that is much larger
-            peak = torch.maximum(peak, layer.step_bias.abs().max())
+        for added in (getattr(layer, "step_bias", None), layer.bias):  # it may cancel a product that is much larger
+            peak = peak if added is None else torch.maximum(peak, added.abs().max())
         assert (integer - fake).abs().max() <= INT_VS_FAKE * peak
 
 

@@ -34,15 +34,9 @@ from dcomp.compress.precompute import (
     precompute,
 )
 from tests.support.quantized import quantized_pipeline, replace_layer
-from tests.support.sweep import sweep
-from tests.support.tiny import FEW_NAMES, NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
+from tests.support.tiny import denoiser_inputs, save_tiny_pipeline, tiny_denoiser
 
-DIT, SD3, FLUX, UNET = (
-    "DiTTransformer2DModel",
-    "SD3Transformer2DModel",
-    "FluxTransformer2DModel",
-    "UNet2DConditionModel",
-)
+DIT, SD3, FLUX = "DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
 CONDITIONS = {DIT: ("class_labels",), SD3: ("pooled_projections",), FLUX: ("guidance", "pooled_projections")}
 
@@ -81,7 +75,7 @@ def case_of(name: str) -> Case:
     return Case(name, denoiser, kwargs, plan_precompute(denoiser, structure, call, times))
 
 
-@pytest.fixture(params=sweep(NAMES, FEW_NAMES))
+@pytest.fixture(params=[DIT, SD3, FLUX])
 def case(request: pytest.FixtureRequest) -> Case:
     return case_of(request.param)
 
@@ -126,8 +120,9 @@ def counted(made: Precomputer) -> Iterator[Counter[str]]:
 
 def test_the_layers_are_those_of_timestep_and_conditions(case: Case) -> None:
     structure = probe_structure(case.original, (), case.kwargs)
-    assert set(case.plan.layers) == structure.named(Role.TIME, Role.MODULATION) != set()
-    assert case.plan.conditions == CONDITIONS.get(case.name, ())
+    assert structure.named(Role.MODULATION)
+    assert set(case.plan.layers) == structure.named(Role.TIME, Role.MODULATION)
+    assert case.plan.conditions == CONDITIONS[case.name]
     assert case.plan.timesteps == tuple(float(told(case.name, t)[0]) for t in TIMES)
 
 
@@ -232,14 +227,22 @@ def test_gradients_are_computed_as_ever() -> None:
 
 
 def test_arguments_that_calibration_did_not_see_are_left_alone() -> None:
-    case = case_of(UNET)
+    case = case_of(FLUX)
     denoiser = case.denoiser()
     made = Precomputer(denoiser, case.plan)
-    embedding = {"timestep_cond": None, "added_cond_kwargs": {"unknown": torch.randn(2, 8)}}
-    assert same(picture(denoiser, case, **embedding), picture(case.original, case, **embedding))
+    others = {"joint_attention_kwargs": {"unknown": torch.zeros(2, 8)}}
+    assert same(picture(denoiser, case, **others), picture(case.original, case, **others))
     assert (made.computed, made.served) == (0, 0)
     assert close(picture(denoiser, case), picture(case.original, case))
     assert made.served == len(TIMES) - 1
+
+
+def test_layers_of_the_timestep_alone_are_left_to_tables() -> None:
+    denoiser, kwargs = tiny_denoiser("UNet2DModel").eval(), bound("UNet2DModel") | {"timestep": torch.tensor([900.0])}
+    structure = probe_structure(denoiser, (), kwargs)
+    assert structure.named(Role.TIME)
+    call = RecordedCall((), kwargs, torch.empty(2), 0, 0, 0, 900.0, ("cond",))
+    assert plan_precompute(denoiser, structure, call, TIMES).layers == ()
 
 
 @pytest.mark.parametrize(("held", "computed", "served"), [(1, 0, 0), (2, 2, 4), (3, 1, 3), (100, 1, 4)])

@@ -129,7 +129,7 @@ def untouched(denoiser: nn.Module, original: nn.Module) -> bool:
 @pytest.mark.parametrize(
     ("name", "preset"),
     sweep(
-        [(name, preset) for name in NAMES for preset in INTEGERS if name in KINDS or preset in ("w4a8", "w4a4")],
+        [(name, preset) for name in NAMES for preset in INTEGERS if name in KINDS or preset == "w4a8"],
         [*((name, "w4a8") for name in KINDS), (KINDS[0], "w8a16"), (KINDS[2], "w4a4")],
     ),
 )

@@ -34,6 +34,7 @@ def probe(pipeline: OpenPipeline, tmp_path: Path) -> Path:
     return tmp_path / "probe.safetensors"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_agrees_bit_for_bit(written: Path) -> None:
     check_manifest(written)
 
