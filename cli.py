@@ -319,8 +319,9 @@ def _compress(
     plot: Path | None = None,
 ) -> None:
     from dcomp.recipes import console, screens
-    from dcomp.recipes.error_curves import check_picture_file, default_picture
+    from dcomp.recipes.error_curves import default_picture
     from dcomp.recipes.inspect import inspect as read
+    from dcomp.recipes.picture_file import check_picture_file
     from dcomp.recipes.run import default_output, plan_recipe, run_recipe
 
     output = output or default_output(model, recipe)
@@ -494,6 +495,14 @@ def search_schedule(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file; default: dcomp_cache.json in OUT.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The original: also show what bits and plans cost alone and together, in twice the time."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what the plans do in each call, and their PSNR over speed; PNG, SVG or PDF."),
+    ] = None,
     steps: StepsAgain = None,
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
@@ -510,9 +519,13 @@ def search_schedule(
       dcomp search-schedule my-model/ -o plans.json --steps 50 --scheduler DDIMScheduler
     """
     from dcomp.recipes import console, screens
+    from dcomp.recipes.picture_file import check_picture_file
+    from dcomp.recipes.plan_charts import draw_plans
     from dcomp.recipes.schedule import BUDGETS, FRONT
     from dcomp.recipes.schedule import search_schedule as run_search
 
+    if plot:
+        check_picture_file(plot)
     budgets = (*(budget or ()), *(FRONT if front else ())) or BUDGETS
     with console.progress() as progress:
         result = run_search(
@@ -520,6 +533,7 @@ def search_schedule(
             budgets=budgets,
             planner=planner,
             output=output,
+            against=against,
             steps=steps,
             guidance=guidance,
             scheduler=scheduler,
@@ -528,6 +542,8 @@ def search_schedule(
             device=device,
             progress=progress,
         )
+    if plot and result.plans:
+        draw_plans(result, plot)
     console.print_json(result.to_dict()) if json else screens.print_schedules(result)
     if not result.plans:
         raise typer.Exit(NOT_GOOD_ENOUGH)

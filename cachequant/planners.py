@@ -16,7 +16,8 @@ from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
 from dcomp.cachequant.zones import WHOLE
 
-BEST = 3  # plans of the joint planner that are followed to the end
+BEST = 3  # plans of the front that the joint planner proposes
+_FORECASTS = {"taylor": "taylor1", "hermite": "hermite1"}  # planner -> predictor
 
 
 @dataclass
@@ -57,9 +58,14 @@ Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule
 
 
 def joint(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
-    """Place of every gap and zone of every call in it together, by what they do to the final latents."""
+    """Place of every gap and zone of every call in it together, by what they do to the final latents.
+
+    Forecasts at equal distances are proposed too: they need no costs, and where a trajectory has few calls, errors that
+    add up no longer tell which of two plans is the better one.
+    """
     able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
-    return able[: -BEST - 1 : -1]  # the dearer of a front, the better
+    plain = [one for name in _FORECASTS for one in PLANNERS[name](task, prices, limit)]
+    return [*able[: -BEST - 1 : -1], *plain]  # the dearer of a front, the better
 
 
 def _by_rule(name: str) -> Planner:
@@ -97,8 +103,7 @@ def _by_interval(predictor: str) -> Planner:
 PLANNERS: dict[str, Planner] = {
     "joint": joint,
     **{name: _by_rule(name) for name in SCHEDULES},
-    "taylor": _by_interval("taylor1"),
-    "hermite": _by_interval("hermite1"),
+    **{name: _by_interval(predictor) for name, predictor in _FORECASTS.items()},
 }
 """Name -> planner. `uniform` and `power` are DeepCache's, `partition` CacheQuant's, `cosine` DDT's, `taylor` that of
 TaylorSeer and `hermite` that of HiCache."""

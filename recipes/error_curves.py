@@ -6,28 +6,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dcomp import DcompError, UsageError
+from dcomp import UsageError
 from dcomp.recipes.inspect import Inspection
+from dcomp.recipes.picture_file import check_picture_file, new_figure, save_figure
 
 NAMED = 5  # worst layers that have a colour of their own
-SUFFIXES = (".png", ".svg", ".pdf")
 # Distinct by hue and by lightness, also for most colour-blind eyes (Okabe and Ito 2008), on light and on dark pages.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 
 Layer = Mapping[str, Any]
 """Of a layer: `name`, `role`, `output_error` and `error_by_step`, as the manifest has them."""
-
-
-def check_picture_file(file: Path) -> None:
-    """Refuse a file name that no picture can have, before any work is done for it.
-
-    Raises:
-        UsageError: its ending is unknown.
-    """
-    if file.suffix.lower() not in SUFFIXES:
-        raise UsageError(
-            "The ending of the picture's file is unknown", where=str(file), remedy=f"End it in {' or '.join(SUFFIXES)}."
-        )
 
 
 def default_picture(output: Path) -> Path:
@@ -45,16 +33,12 @@ def draw_error_curves(report: Inspection, file: Path) -> None:
 
     Args:
         report: of the checkpoint.
-        file: ends in one of `SUFFIXES`; its folder is made if needed.
+        file: ends in one of `picture_file.SUFFIXES`; its folder is made if needed.
 
     Raises:
         UsageError: the ending is unknown, or there are no errors by step.
         DcompError: the file cannot be written.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     check_picture_file(file)
     layers = [layer for layer in map(vars, report.layers) if layer["error_by_step"]]
     if not layers:
@@ -63,8 +47,7 @@ def draw_error_curves(report: Inspection, file: Path) -> None:
             where=report.folder,
             remedy="Quantize with a preset that quantizes, in the format dcomp.",
         )
-    figure = Figure(figsize=(12, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 6)
     left, right = figure.subplots(1, 2)
     draw_roles(left, layers, report.timesteps)
     draw_worst(right, layers, report.timesteps)
@@ -73,16 +56,7 @@ def draw_error_curves(report: Inspection, file: Path) -> None:
         axes.grid(axis="y", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"Errors of quantized layers over the steps: {Path(report.folder).name}", fontsize=12)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Neither a time nor a version in the file: equal checkpoints give equal pictures.
-        times = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        with rc_context({"svg.hashsalt": "dcomp"}):
-            figure.savefig(file, metadata=times[file.suffix.lower()])
-    except OSError as error:
-        raise DcompError(
-            f"The picture cannot be written: {error.strerror or error}", where=str(file), remedy="Name another place."
-        ) from error
+    save_figure(figure, file)
 
 
 def draw_roles(axes: Any, layers: Sequence[Layer], timesteps: Sequence[float] = ()) -> None:

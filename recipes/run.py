@@ -210,7 +210,7 @@ def run_recipe(
 
         def search(folder: Path) -> None:
             if recipe.schedule:
-                found.append(_search(recipe.schedule, folder, output, device, report))
+                found.append(_search(recipe.schedule, folder, output, None if adapters else model, device, report))
 
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
@@ -237,10 +237,18 @@ def run_recipe(
     return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None)
 
 
-def _search(stage: ScheduleStage, folder: Path, output: Path, device: str, report: Progress) -> ScheduleResult:
+def _search(
+    stage: ScheduleStage, folder: Path, output: Path, original: str | Path | None, device: str, report: Progress
+) -> ScheduleResult:
     """Search plans for a checkpoint that is written but for its name."""
     found = search_schedule(
-        folder, budgets=stage.budgets, planner=stage.planner, samples=stage.samples, device=device, progress=report
+        folder,
+        budgets=stage.budgets,
+        planner=stage.planner,
+        against=original if stage.ladder else None,
+        samples=stage.samples,
+        device=device,
+        progress=report,
     )
     return replace(found, file=found.file and output / found.file.name)
 

@@ -2,25 +2,17 @@
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dcomp import UsageError
-from dcomp.cachequant.budget import Budget, Measure
+from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.drift import Drift, record_reference
-from dcomp.cachequant.dynamic import Schedule
-from dcomp.cachequant.executor import following
 from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_sensitivities, reach
-from dcomp.cachequant.guide import PlanGuide
-from dcomp.cachequant.plan import CachePlan
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
@@ -31,10 +23,11 @@ from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
-from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
 from dcomp.compress.checkpoint import hash_model
 from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.recipes.bench import fill_prompts, record_calls
+from dcomp.recipes.ladder import Rung, climb
+from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
 from dcomp.recipes.settings import calibration_of, generation_settings
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
@@ -57,6 +50,8 @@ class ScheduleResult:
             the same pictures.
         measured_speedups: name of a plan -> time of calls that compute everything by that of its calls, here.
         calls: of a trajectory.
+        additivity: whether expected errors were right; None if the planner expects none.
+        ladder: what bits and cache cost alone and together; empty without an original.
         notes: what a person should know.
         seconds: that the search took.
     """
@@ -66,6 +61,8 @@ class ScheduleResult:
     fewer_steps: Mapping[str, tuple[int, float]]
     measured_speedups: Mapping[str, float]
     calls: int
+    additivity: Additivity | None
+    ladder: tuple[Rung, ...]
     notes: tuple[str, ...]
     seconds: float
 
@@ -89,6 +86,8 @@ class ScheduleResult:
                 }
                 for each in self.plans
             ],
+            "additivity": None if self.additivity is None else asdict(self.additivity),
+            "ladder": [asdict(rung) for rung in self.ladder],
             "notes": list(self.notes),
             "seconds": round(self.seconds, 1),
         }
@@ -100,6 +99,7 @@ def search_schedule(
     budgets: Sequence[str] = BUDGETS,
     planner: str = "joint",
     output: Path | None = None,
+    against: str | Path | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,
@@ -119,6 +119,8 @@ def search_schedule(
             picture's calls may take together.
         planner: key of `PLANNERS`.
         output: JSON file; default: `dcomp_cache.json` in a checkpoint of dcomp.
+        against: the original of a checkpoint: plans are searched for it too, and the result has the ladder of bits and
+            cache, alone and together.
         steps: scheduler steps, as deployed; default, like `guidance` and `seed`: as the checkpoint was calibrated.
         guidance: guidance scale.
         scheduler: class to sample with; default: the checkpoint's.
@@ -156,31 +158,60 @@ def search_schedule(
         )
     known = calibration_of(model)
     scheduler = scheduler or (known.scheduler if known else None)
-    pipeline = open_pipeline(model, scheduler=scheduler, device=device)
     settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed)
     source, column = (known.prompts, known.column) if known else (None, None)
+    pipeline = open_pipeline(model, scheduler=scheduler, device=device)
     found = read_prompts(
         source, 2 * samples, pipeline.kind, column, model=pipeline.source, classes=num_classes(pipeline.denoiser)
     )
     prompts = fill_prompts(found, 2 * samples)
     pipeline.check(prompts, settings)
-    args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
-    zones = find_zones(pipeline.denoiser, args, kwargs)
-    prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    used = useful_zones(zones, prices)
-    indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    task, trials = planning_task(pipeline, used, prices, prompts[:samples], indices, settings, progress)
-    choice = _Choice(task, prices, _Judge(pipeline, used, trials, prompts[samples:], settings))
-    for number, budget in enumerate(asked):
-        choice.add(budget, planner)
-        progress("plans followed to the end", number + 1, len(asked))
+    choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress)
     plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
     if plans:
         PlanSet(trajectory_of(folder, pipeline, settings.steps), plans).write(file)
-    seconds = time.perf_counter() - started
+    rungs: tuple[Rung, ...] = ()
+    if against is not None and plans:
+        original = open_pipeline(against, scheduler=scheduler or type(pipeline.scheduler).__name__, device=device)
+        original.check(prompts, settings)
+        kept = [budget for budget in asked if budget.name in choice.fewer_steps]
+        alone = _choose(original, kept, planner, prompts, settings, progress)
+        rungs = climb(plans, judge, {plan.name: plan for plan in alone[0].plans}, alone[1])
     return ScheduleResult(
-        file if plans else None, plans, choice.fewer_steps, choice.faster, task.calls, tuple(choice.notes), seconds
+        file if plans else None,
+        plans,
+        choice.fewer_steps,
+        choice.faster,
+        judge.calls,
+        choice.additivity,
+        rungs,
+        tuple(choice.notes),
+        time.perf_counter() - started,
     )
+
+
+def _choose(
+    pipeline: OpenPipeline,
+    budgets: Sequence[Budget],
+    planner: str,
+    prompts: Sequence[str],
+    settings: Generation,
+    progress: Progress,
+) -> tuple[PlanChoice, PlanJudge]:
+    """Search plans with the first half of the prompts and choose among them with the second."""
+    args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
+    zones = find_zones(pipeline.denoiser, args, kwargs)
+    prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
+    used, samples = useful_zones(zones, prices), len(prompts) // 2
+    indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
+    task, trials = planning_task(pipeline, used, prices, prompts[:samples], indices, settings, progress)
+    held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
+    judge = PlanJudge(pipeline, used, trials, prompts[samples:], held_out, settings)
+    choice = PlanChoice(task, prices, judge)
+    for number, budget in enumerate(budgets):
+        choice.add(budget, planner)
+        progress("plans followed to the end", number + 1, len(budgets))
+    return choice, judge
 
 
 def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajectory:
@@ -251,105 +282,3 @@ def _weights_hash(folder: Path, denoiser: str) -> str:
         return hash_model(check_model_folder(folder)).sha256
     files = {name: found for name, found in read_manifest(folder).files.items() if name.startswith(f"{denoiser}/")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-class _Judge:
-    """Follows plans on pictures that no search saw."""
-
-    def __init__(
-        self,
-        pipeline: OpenPipeline,
-        zones: Sequence[Zone],
-        trials: Trials,
-        prompts: Sequence[str],
-        settings: Generation,
-    ) -> None:
-        self._pipeline, self._zones, self._trials = pipeline, tuple(zones), trials
-        self._prompts, self._settings = prompts, settings
-        self._indices = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + len(prompts))
-        self._latents, self._images = self._run(settings)
-        self.of_steps = cache(self._of_steps)
-
-    @property
-    def steps(self) -> int:
-        """Scheduler steps of the trajectory."""
-        return self._settings.steps
-
-    def plan(self, schedule: Schedule) -> CachePlan:
-        """Return the plan of a schedule."""
-        names = {zone for row in schedule.rows for zone in row}
-        zones = tuple(zone for zone in self._zones if zone.name in names)
-        return CachePlan(zones, self._trials.timesteps, self._trials.places, schedule.rows)
-
-    def of_plan(self, plan: CachePlan) -> tuple[float, float]:
-        """Return the relative error of the final latents and the PSNR of the pictures, means over pictures."""
-        with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan)):
-            return self._compare(*self._run(self._settings))
-
-    def _of_steps(self, steps: int) -> tuple[float, float]:
-        """Return the same of as many scheduler steps without a plan."""
-        return self._compare(*self._run(replace(self._settings, steps=steps)))
-
-    def _run(self, settings: Generation) -> tuple[Tensor, Tensor]:
-        made = self._pipeline.run(self._prompts, self._indices, settings)
-        assert made.images is not None
-        return made.latents, made.images
-
-    def _compare(self, latents: Tensor, images: Tensor) -> tuple[float, float]:
-        error = relative_errors(self._latents, latents).mean()
-        return float(error), float(decibels(mean_squared_errors(self._images, images)).mean())
-
-
-class _Choice:
-    """Follows what a planner proposes for each budget to the end, and keeps the best that beats fewer steps.
-
-    Attributes:
-        plans: that were kept.
-        fewer_steps, faster: as in `ScheduleResult`.
-        notes: why a budget has no plan.
-    """
-
-    def __init__(self, task: PlanningTask, prices: CallPrices, judge: _Judge) -> None:
-        self._task, self._prices, self._judge = task, prices, judge
-        self.plans: list[MeasuredPlan] = []
-        self.fewer_steps: dict[str, tuple[int, float]] = {}
-        self.faster: dict[str, float] = {}
-        self.notes: list[str] = []
-
-    def add(self, budget: Budget, planner: str) -> None:
-        """Choose a plan for a budget."""
-        task, prices = self._task, {zone: self._price(zone, budget.measure) for zone in self._task.zones}
-        about = task.calls, self._prices.macs(), self._prices.whole_seconds if budget.measure == "seconds" else 1.0
-        proposed = PLANNERS[planner](task, prices, budget.limit(*about))
-        if not proposed:
-            why = ""
-            if planner == "joint":
-                front = task.front(prices)
-                nearest = budget.at(front[0].cost, *about)
-                why = f": with gaps of {task.costs.longest} calls {nearest.amount:.3g}{nearest.unit} is the nearest"
-            self.notes.append(f"No plan keeps {budget.name}{why}.")
-            return
-        tried = [self._measured(budget.name, schedule) for schedule in proposed]
-        best = max(tried, key=lambda one: one.psnr)  # errors of latents would be those of the one worst picture
-        part = self._prices.seconds_of(best.plan)
-        steps = max(1, math.ceil(self._judge.steps * part))
-        if steps >= self._judge.steps:
-            self.notes.append(f"At {budget.name} nothing is saved: its calls take {part:.2f} of the time, here.")
-            return
-        _, psnr = self._judge.of_steps(steps)
-        if best.psnr <= psnr:
-            beaten = f"the best plan {best.psnr:.1f} dB"
-            self.notes.append(f"At {budget.name} {steps} steps are better ({psnr:.1f} dB, {beaten}).")
-            return
-        self.plans.append(best)
-        self.fewer_steps[best.name], self.faster[best.name] = (steps, psnr), 1 / part
-
-    def _price(self, zone: str, measure: Measure) -> float:
-        if measure == "calls":
-            return 0.0
-        return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
-
-    def _measured(self, name: str, schedule: Schedule) -> MeasuredPlan:
-        plan = self._judge.plan(schedule)
-        error, psnr = self._judge.of_plan(plan)
-        return MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, error, psnr)

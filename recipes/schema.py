@@ -152,6 +152,7 @@ class ScheduleStage(_Frozen):
         budgets: what the denoiser's calls for one picture may take together, such as `2x` or `800ms`.
         planner: `joint`, or a rule of the literature.
         samples: pictures of the search, and as many others to compare plans on.
+        ladder: plan the original too, and show what bits and plans cost alone and together.
     """
 
     kind: Literal["schedule"] = "schedule"
@@ -163,6 +164,7 @@ class ScheduleStage(_Frozen):
     )
     planner: Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite"] = "joint"
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
+    ladder: bool = False
 
     @field_validator("budgets")
     @classmethod

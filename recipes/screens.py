@@ -12,6 +12,7 @@ from dcomp.compress.coverage import FloatPart
 from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
 from dcomp.recipes.error_curves import draw_error_curves, has_curves
 from dcomp.recipes.inspect import InspectedLayer, Inspection
+from dcomp.recipes.ladder import Rung
 from dcomp.recipes.plan import Plan
 from dcomp.recipes.run import RunResult
 from dcomp.recipes.schedule import ScheduleResult
@@ -95,7 +96,30 @@ def print_schedules(result: ScheduleResult) -> None:
         say(f"No plan is better than fewer steps; nothing was written ({time_text(result.seconds)}).")
         return
     print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 8))
+    if result.ladder:
+        print_table("PSNR in dB against the original's pictures", *_ladder(result.ladder), right=range(1, 5))
+    if result.additivity and result.additivity.rank_correlation is not None:
+        say(
+            f"Note: over {result.additivity.plans} plans, expected and measured errors have a rank correlation of "
+            f"{result.additivity.rank_correlation:.2f}, and a ratio of {result.additivity.median_ratio:.2f}."
+        )
     print(f"\nWritten to {result.file} in {time_text(result.seconds)}. Follow one with --plan {result.plans[-1].name}")
+
+
+def _ladder(rungs: Sequence[Rung]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the columns and rows of a ladder."""
+    columns = ("plan", "plan alone", "bits alone", "both, planned in float", "both, planned together")
+    rows = [
+        (
+            each.name,
+            *(
+                f"{x:.1f}" if x is not None else "-"
+                for x in (each.cache_alone, each.bits_alone, each.naive, each.joint)
+            ),
+        )
+        for each in rungs
+    ]
+    return columns, rows
 
 
 def print_inspection(report: Inspection, layers: bool | None = None, worst: int = WORST) -> None:

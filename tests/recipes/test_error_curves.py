@@ -12,7 +12,6 @@ from PIL import Image
 from dcomp import DcompError, UsageError
 from dcomp.recipes.error_curves import (
     NAMED,
-    check_picture_file,
     default_picture,
     draw_error_curves,
     draw_roles,
@@ -20,6 +19,7 @@ from dcomp.recipes.error_curves import (
     has_curves,
 )
 from dcomp.recipes.inspect import Inspection, inspect
+from dcomp.recipes.picture_file import check_picture_file
 
 Models = Callable[[str], Path]
 

@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,19 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dcomp
 from dcomp import UsageError
+from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.executor import following
+from dcomp.cachequant.gap_costs import GapCosts
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import PlanError
 from dcomp.cachequant.plan_set import FILE, PlanSet
-from dcomp.cachequant.planners import PLANNERS
+from dcomp.cachequant.planners import PLANNERS, PlanningTask
+from dcomp.cachequant.zones import WHOLE
 from dcomp.calibrate.pipeline import Generation, open_pipeline
+from dcomp.calibrate.quality import decibels, mean_squared_errors
 from dcomp.compress.manifest import check_manifest
 from dcomp.recipes.generate import generate
+from dcomp.recipes.plan_choice import Additivity, PlanChoice
 from dcomp.recipes.run import run_recipe
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 from dcomp.recipes.schema import ScheduleStage
@@ -240,3 +247,75 @@ def test_where_plans_cannot_go_is_said_before_the_search(tiny_model: Models, tmp
         with pytest.raises(UsageError, match="cannot be written"):
             search_schedule(tiny_model(UNET), output=output)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ladder_compares_bits_and_plans_alone_and_together_with_the_original(
+    checkpoint: Path, tiny_model: Models
+) -> None:
+    original = tiny_model(UNET)
+    options: dict[str, Any] = {"budgets": ("4calls",), "planner": "uniform", "steps": STEPS, "samples": 2}
+    result = search_schedule(checkpoint, against=original, **options)
+    alone = search_schedule(original, output=checkpoint / "plans.json", **options)
+    (rung,) = result.ladder
+    settings, indices = Generation(steps=STEPS), range(700_000, 700_002)
+    whole = open_pipeline(original).run(["", ""], indices, settings)
+    assert whole.images is not None
+
+    def psnr(model: Path, plan: Any = None) -> float:
+        pipeline = open_pipeline(model)
+        with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(plan)) if plan else nullcontext():
+            made = pipeline.run(["", ""], indices, settings).images
+        assert made is not None
+        return float(decibels(mean_squared_errors(whole.images, made)).mean())
+
+    own, theirs = result.plans[0].plan, alone.plans[0].plan
+    assert rung.name == "4calls"
+    assert rung.bits_alone == pytest.approx(psnr(checkpoint), abs=0.01)
+    assert rung.cache_alone == pytest.approx(psnr(original, theirs), abs=0.01)
+    assert rung.naive == pytest.approx(psnr(checkpoint, theirs), abs=0.01)
+    assert rung.joint == pytest.approx(psnr(checkpoint, own), abs=0.01)
+    assert result.to_dict()["ladder"][0]["joint"] == rung.joint
+    assert search_schedule(checkpoint, **options).ladder == ()
+
+
+def test_expected_errors_are_compared_with_measured_ones(searched: tuple[Path, ScheduleResult]) -> None:
+    additivity = searched[1].additivity
+    assert additivity is not None
+    assert additivity.plans >= 3
+    assert additivity.rank_correlation is not None
+    assert additivity.rank_correlation > 0.5
+    assert 0.2 < additivity.median_ratio < 5
+
+
+def test_most_proposals_are_out_after_a_few_pictures() -> None:
+    """Five proposals; the best of the first pictures is not the best of all."""
+    follows: list[tuple[int, int]] = []
+    psnr = {(0, 3): 20.0, (1, 3): 31.0, (2, 3): 30.0, (3, 3): 25.0, (4, 3): 10.0, (1, 8): 28.0, (2, 8): 29.0}
+
+    class Judge:
+        samples = 8
+
+        def plan(self, schedule: Schedule) -> int:
+            return int(schedule.cost)
+
+        def follow(self, plan: int, samples: int) -> tuple[int, int]:
+            follows.append((plan, samples))
+            return plan, samples
+
+        @property
+        def whole(self) -> Any:
+            return SimpleNamespace(compare=lambda pictures: (0.1 * pictures[0], psnr[pictures]))
+
+    choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), Judge())  # type: ignore[arg-type]
+    best = choice._best("2x", [Schedule((), float(i), 0.1) for i in range(5)])
+    assert follows == [(0, 3), (1, 3), (2, 3), (3, 3), (4, 3), (1, 8), (2, 8)]
+    assert (best.plan, best.psnr, best.speedup) == (2, 29.0, 2.0)
+    assert choice.additivity == Additivity(2, None, pytest.approx(2.0))
+
+
+def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
+    task = PlanningTask(STEPS, (WHOLE,), lambda: GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS), dict)
+    proposed = PLANNERS["joint"](task, {WHOLE: 0.0}, 4.0)
+    plain = [*PLANNERS["taylor"](task, {WHOLE: 0.0}, 4.0), *PLANNERS["hermite"](task, {WHOLE: 0.0}, 4.0)]
+    assert len(plain) == 2
+    assert proposed == plain
