@@ -74,22 +74,20 @@ def follow_plan(pipe: "DiffusionPipeline", name: str, folder: str | Path | None 
     return FollowedPlan(plan_for(name, opened.source, opened), opened)
 
 
-def plan_for(name: str, folder: Path, pipeline: OpenPipeline, steps: int | None = None) -> MeasuredPlan:
+def plan_for(name: str, folder: Path, pipeline: OpenPipeline) -> MeasuredPlan:
     """Return a plan by its name, if it was made for this pipeline.
 
     Args:
         name: of a plan of the folder, or `FILE.json:NAME`.
         folder: of the model.
         pipeline: that will follow it.
-        steps: scheduler steps that will be run; None if that is not known yet.
 
     Raises:
         PlanError: there is no such plan, or it was made for something else.
     """
-    path, _, last = name.rpartition(":")
-    file = Path(path) if path else folder / FILE
+    file, last = plan_file(name, folder)
     plans = PlanSet.read(file)
-    own = trajectory_of(folder, pipeline, plans.trajectory.steps if steps is None else steps)
+    own = trajectory_of(folder, pipeline, plans.trajectory.steps)
     difference = plans.trajectory.difference(own)
     if difference:
         raise PlanError(
@@ -98,3 +96,9 @@ def plan_for(name: str, folder: Path, pipeline: OpenPipeline, steps: int | None 
             remedy="Search plans for what you run with `dcomp search-schedule`, or leave the plan out.",
         )
     return plans.choose(last)
+
+
+def plan_file(name: str, folder: Path) -> tuple[Path, str]:
+    """Return the file that a plan lies in and its name there, from `NAME` or `FILE.json:NAME`."""
+    path, _, last = name.rpartition(":")
+    return (Path(path) if path else folder / FILE), last

@@ -15,9 +15,10 @@ from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import open_pipeline
-from dcomp.calibrate.progress import Progress
+from dcomp.calibrate.progress import Progress, silent
 from dcomp.compress.loader import run_layers_ahead
-from dcomp.recipes.follow import FollowedPlan, plan_for
+from dcomp.recipes.follow import FollowedPlan
+from dcomp.recipes.plan_fit import fit_plan
 from dcomp.recipes.settings import generation_settings
 
 
@@ -55,12 +56,13 @@ def generate(
         progress: called with a text, the count done and the total.
 
     Returns:
-        The files, the seconds that making them took, how many timesteps the calibration had not seen, and of a plan
-        its speedup in multiply-accumulates and the calls that computed although it says otherwise.
+        The files, the seconds that making them took, how many timesteps the calibration had not seen, of a plan its
+        speedup in multiply-accumulates and the calls that computed although it says otherwise, and what is to be known
+        of a plan that was made for something else.
 
     Raises:
-        UsageError: an empty prompt, a folder that cannot be made, a plan of another model or trajectory, or a model
-            that has no layers to run ahead.
+        UsageError: an empty prompt, a folder that cannot be made, a plan of another class of denoiser, or a model that
+            has no layers to run ahead.
     """
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError("A prompt is empty", remedy="Write what the picture should show.")
@@ -68,7 +70,8 @@ def generate(
     settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
     pipeline.check(prompts, settings)
     run_layers_ahead(pipeline.denoiser, ahead, check_model_folder(pipeline.source, match_weights=False).denoiser)
-    chosen = plan_for(plan, local_folder(model), pipeline, settings.steps) if plan else None
+    fitted = fit_plan(plan, local_folder(model), pipeline, prompts, settings, progress or silent) if plan else None
+    chosen = fitted.plan if fitted else None
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,6 +106,7 @@ def generate(
         "plan": chosen.name if chosen else None,
         "plan_speedup": chosen.speedup if chosen else None,
         "plan_fallbacks": sum(followed.stats.fallbacks.values()) if followed else 0,
+        "notes": list(fitted.notes) if fitted else [],
     }
 
 

@@ -31,7 +31,8 @@ from dcomp.recipes import console
 from dcomp.recipes.bench import bench as run_bench
 from dcomp.recipes.bench import fill_prompts, macs_of, tensor_bytes
 from dcomp.recipes.compare import Comparison, choose_pictures, compare
-from dcomp.recipes.follow import FollowedPlan, plan_for
+from dcomp.recipes.follow import FollowedPlan
+from dcomp.recipes.plan_fit import FittedPlan, fit_plan
 from dcomp.recipes.settings import calibration_of, generation_settings
 from dcomp.recipes.trajectories import SampleFolder
 from dcomp.recipes.verdict import ValidationResult, check, check_thresholds
@@ -89,7 +90,7 @@ def validate(
 
     Raises:
         UsageError: thresholds that are unknown or cannot be reached, pipelines that cannot be compared, a plan of
-            another model or trajectory.
+            another class of denoiser.
     """
     limits = check_thresholds(thresholds or {}, features=features, bench=bench)
     count = 16 if samples is None else samples
@@ -109,6 +110,7 @@ def validate(
     if calibration and prompts is None:
         prompts, column = calibration.prompts, column or calibration.column
     followed: FollowedPlan | None = None
+    fitted = FittedPlan(None)
     with _work_folder(work, compressed) as root:
         sides: list[_Side] = []
         texts: list[str] | None = None
@@ -121,8 +123,8 @@ def validate(
             if sides:
                 _check_comparable(sides[0], pipeline)
             if plan and sides:
-                chosen = plan_for(plan, local_folder(model), pipeline, settings.steps)
-                followed = FollowedPlan(chosen, pipeline)
+                fitted = fit_plan(plan, local_folder(model), pipeline, texts, settings, report)
+                followed = FollowedPlan(fitted.plan, pipeline) if fitted.plan else None
             facts = followed.plan.plan.to_dict() if followed else None
             folder = SampleFolder(root / name, pipeline, texts, settings, FIRST_INDEX, facts)
             with followed or nullcontext():
@@ -181,7 +183,11 @@ def validate(
         non_finite_images=comparison.health.non_finite,
         passed=all(check.passed for check in checks.values()) and comparison.finite,
         thresholds=checks,
-        warnings=[*_warnings(original, other, comparison), *_plan_warnings(followed, measured is not None)],
+        warnings=[
+            *_warnings(original, other, comparison),
+            *fitted.notes,
+            *_plan_warnings(followed, measured is not None),
+        ],
         per_prompt=comparison.per_prompt,
         error_by_step=comparison.error_by_step,
         layers=layers,

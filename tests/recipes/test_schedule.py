@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,11 @@ from dcomp.calibrate.quality import decibels, mean_squared_errors
 from dcomp.compress.manifest import check_manifest
 from dcomp.recipes.generate import generate
 from dcomp.recipes.plan_choice import Additivity, PlanChoice
+from dcomp.recipes.plan_fit import ALLOWED_LOSS, FittedPlan, fit_plan
 from dcomp.recipes.run import run_recipe
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 from dcomp.recipes.schema import ScheduleStage
+from dcomp.recipes.settings import generation_settings
 from dcomp.recipes.validate import validate
 from tests.support.checkpoints import checked_in_a_fork, short_recipe
 
@@ -103,22 +106,79 @@ def test_a_plan_is_followed_when_pictures_are_made(
 
 
 def test_plans_of_something_else_are_refused(
-    searched: tuple[Path, ScheduleResult], tiny_model: Models, tiny_checkpoint: Models, tmp_path: Path
+    searched: tuple[Path, ScheduleResult], tiny_model: Models, tmp_path: Path
 ) -> None:
     file, _ = searched
-    for model, options, words in (
-        (tiny_model(UNET), {"steps": STEPS - 1}, "asked for"),
-        (tiny_model(UNET), {"steps": STEPS, "scheduler": "DDIMScheduler"}, "DDIMScheduler"),
-        (tiny_checkpoint(UNET), {"steps": STEPS}, "other weights"),
-        (tiny_model("DiTTransformer2DModel"), {"steps": STEPS}, "DiTTransformer2DModel"),
-    ):
-        with pytest.raises(PlanError, match=words):
-            generate(model, ["1"], tmp_path / "out", plan=f"{file}:1.6x", **options)
+    with pytest.raises(PlanError, match="DiTTransformer2DModel"):
+        generate(tiny_model("DiTTransformer2DModel"), ["1"], tmp_path / "out", plan=f"{file}:1.6x", steps=STEPS)
     with pytest.raises(PlanError, match="no plan"):
         generate(tiny_model(UNET), ["x"], tmp_path / "out", plan=f"{file}:9x", steps=STEPS)
     with pytest.raises(PlanError, match="There are no plans"):
         generate(tiny_model(UNET), ["x"], tmp_path / "out", plan="2x", steps=STEPS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 2 * STEPS}, "asked for"),
+        ({"scheduler": "DDIMScheduler"}, "DDIMScheduler"),
+        ({}, "other weights"),
+    ],
+)
+def test_a_plan_for_something_near_is_carried_over_and_looked_at(
+    options: dict[str, Any],
+    words: str,
+    searched: tuple[Path, ScheduleResult],
+    tiny_model: Models,
+    tiny_checkpoint: Models,
+    tmp_path: Path,
+) -> None:
+    file, result = searched
+    model = tiny_model(UNET) if options else tiny_checkpoint(UNET)
+    options = {"steps": STEPS} | options
+    pipeline = open_pipeline(model, scheduler=options.get("scheduler"))
+    settings = Generation(steps=options["steps"], seed=generation_settings(model).seed)
+    fitted = fit_plan(f"{file}:1.6x", model, pipeline, ["x", "y"], settings)
+    made = generate(model, ["x", "y"], tmp_path / "out", plan=f"{file}:1.6x", **options)
+    assert made["notes"] == list(fitted.notes)
+    assert "was made for" in fitted.notes[0]
+    assert words in fitted.notes[0]
+    assert fitted.plan is not None
+    assert made["plan"] == fitted.plan.name
+    assert made["plan_fallbacks"] == 0
+    assert made["plan_speedup"] == pytest.approx(fitted.plan.speedup)
+    assert fitted.plan.plan.calls == options["steps"]
+    theirs = next(plan for plan in result.plans if plan.name == fitted.plan.name)
+    assert fitted.plan.psnr >= theirs.psnr - ALLOWED_LOSS
+    rows = [not row for row in fitted.plan.plan.actions]
+    if options["steps"] == STEPS:
+        assert rows == [not row for row in theirs.plan.actions]
+    assert 0 < sum(rows) < len(rows)
+
+
+def test_plans_that_spoil_pictures_elsewhere_are_left_for_slower_ones_and_for_none(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models, tmp_path: Path
+) -> None:
+    file, result = searched
+    model = tiny_model(UNET)
+    pipeline = open_pipeline(model)
+    other = replace(PlanSet.read(file).trajectory, model="0" * 64)
+
+    def fitted(*psnr: float) -> FittedPlan:
+        plans = tuple(replace(plan, psnr=value) for plan, value in zip(result.plans, psnr, strict=True))
+        PlanSet(other, plans).write(tmp_path / "plans.json")
+        fastest = f"{tmp_path / 'plans.json'}:{plans[-1].name}"
+        return fit_plan(fastest, model, pipeline, ["x", "y"], Generation(steps=STEPS))
+
+    first, second, third = (fitted(-50.0, 200.0, 200.0), fitted(200.0, 200.0, 200.0), fitted(-50.0, -50.0, -50.0))
+    assert first.plan is not None
+    assert first.plan.name == result.plans[0].name
+    assert [" is not: " in note for note in first.notes] == [False, True, True, False]
+    assert second.plan is None
+    assert "Every call is computed" in second.notes[-1]
+    assert third.plan is not None
+    assert third.plan.name == result.plans[-1].name
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+"""Speed of cache plans with quantization at Stable Diffusion 1.5's shape, and what following a plan costs itself.
+
+    python benchmarks/cache_speed.py PLANS.json [--min-psnr 30] [--preset w8a8] [--batch 2] [--repeats 5]
+
+`PLANS.json` comes from `dcomp search-schedule` on a quantized checkpoint of the embedded pipeline; the fastest plan
+whose pictures were within `--min-psnr` is taken. Its calls are timed at the other shape, with random weights: fp32 and
+quantized calls in turns, and quantized calls that predict each of the plan's zones in turns with whole ones. A call's
+time depends on its zones alone, so that the sum over the plan is the time of all calls. Prints a table and writes
+`benchmarks/results/cache_speed.json`.
+"""
+
+import copy
+import dataclasses
+import json
+import platform
+import statistics
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from speed import UNET_SD15, Calls
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(
+    plans: Annotated[Path, typer.Argument(help="Of `dcomp search-schedule`.")],
+    min_psnr: float = 30.0,
+    preset: str = "w8a8",
+    batch: int = 2,
+    latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
+    repeats: int = 5,
+) -> None:
+    """Measure, print the table, write the JSON."""
+    from dcomp.cachequant.plan_set import PlanSet
+    from dcomp.cachequant.prices import CallPrices
+    from dcomp.cachequant.zones import find_zones
+    from dcomp.calibrate.timing import time_in_turns
+
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    chosen = max((p for p in PlanSet.read(plans).plans if p.psnr >= min_psnr), key=lambda plan: plan.speedup)
+    original, quantized = denoisers(preset)
+    args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    names = {zone.name for zone in chosen.plan.zones}
+    zones = [zone for zone in find_zones(quantized, args, {}) if zone.name in names]
+    assert {zone.name for zone in zones} == names, f"this shape has no zones {names - {z.name for z in zones}}"
+    prices = CallPrices(quantized, args, {}, zones)
+    pairs = time_in_turns(lambda: original(*args), lambda: quantized(*args), repeats)
+    bits = [fp32 / own for fp32, own in pairs]
+    rows = Counter(frozenset(row) for row in chosen.plan.actions)
+    time = sum(count * prices.seconds(row) for row, count in rows.items()) / chosen.plan.calls
+    products = sum(count * prices.macs(row) for row, count in rows.items()) / (chosen.plan.calls * prices.macs())
+    report: dict[str, Any] = {
+        "preset": preset,
+        "batch": batch,
+        "latent": latent,
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "plan": {
+            "name": chosen.name,
+            "psnr": round(chosen.psnr, 1),
+            "calls": chosen.plan.calls,
+            "whole_calls": rows[frozenset()],
+            "macs_where_it_was_made": round(chosen.speedup, 2),
+        },
+        "bits": [round(number, 2) for number in (statistics.median(bits), min(bits), max(bits))],
+        "plan_macs": round(1 / products, 2),
+        "plan_time": round(1 / time, 2),
+        "time_of_macs": round(products / time, 3),
+        "together": round(statistics.median(bits) / time, 2),
+        "overhead": round(overhead(), 4),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cache_speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    print("\n" + table(report))
+
+
+def denoisers(preset: str) -> tuple[Any, Any]:
+    """Return the float model and its quantized copy."""
+    from diffusers import UNet2DConditionModel
+
+    from dcomp.calibrate.structure import probe_structure
+    from dcomp.compress.policy import choose_schemes
+    from dcomp.compress.quantize import quantize_denoiser
+
+    original = UNet2DConditionModel(**UNET_SD15).eval()
+    small = (torch.randn(2, 4, 16, 16), torch.tensor(500), torch.randn(2, 77, 768))
+    quantized = copy.deepcopy(original)
+    structure = probe_structure(quantized, small, {})
+    schemes = {n: d.scheme for n, d in choose_schemes(quantized, structure, preset).items() if d.scheme is not None}
+    schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
+    with tempfile.TemporaryDirectory() as work:
+        quantize_denoiser(quantized, Calls(small, {}), schemes, None, Path(work))
+    return original, quantized
+
+
+def overhead(repeats: int = 25) -> float:
+    """Return the time of a call of the embedded pipeline that a plan lets compute, by that of one without a plan."""
+    from dcomp.cachequant.executor import CacheExecutor
+    from dcomp.cachequant.guide import CallOrder
+    from dcomp.cachequant.zones import find_zones
+    from dcomp.calibrate.clock import StepClock
+    from dcomp.calibrate.pipeline import Generation, open_pipeline
+    from dcomp.calibrate.timing import time_in_turns
+    from dcomp.recipes.bench import record_calls
+
+    pipeline = open_pipeline(ROOT / "examples" / "emoji-sd")
+    denoiser = pipeline.denoiser
+    args, kwargs = record_calls(pipeline, ["a cat"], Generation(steps=2, guidance=4.0))[0]
+    zones = tuple(find_zones(denoiser, args, kwargs))
+
+    class Computing:
+        """A guide that lets every call compute and keep all zones."""
+
+        def __init__(self) -> None:
+            self.zones = zones
+
+        def place(self, timestep: float, before: int | None) -> int:
+            return 0 if before is None else before + 1
+
+        def order(self, call: int) -> CallOrder:
+            return CallOrder(keep=frozenset(zone.name for zone in zones))
+
+    def following() -> None:
+        denoiser(*args, **kwargs)
+
+    plain = copy.deepcopy(denoiser)
+    clock = StepClock()
+    with clock.attach(denoiser), CacheExecutor(denoiser, Computing(), clock):
+        pairs = time_in_turns(lambda: plain(*args, **kwargs), following, repeats)
+    return statistics.median(own / without for without, own in pairs)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    plan = report["plan"]
+    bits = "{:.2f} ({:.2f} to {:.2f})".format(*report["bits"])
+    return "\n".join(
+        [
+            f"| {report['preset']} / fp32 | plan {plan['name']}, products | time | time by products | together |",
+            "|---:|---:|---:|---:|---:|",
+            f"| {bits} | {report['plan_macs']:.2f} | {report['plan_time']:.2f} | {report['time_of_macs']:.2f} "
+            f"| **{report['together']:.2f}** |",
+            "",
+            f"A call of the embedded pipeline that a plan with all zones lets compute takes {report['overhead']:.3f} "
+            "of one without a plan.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
