@@ -596,7 +596,12 @@ def generate(
             device=device,
             progress=progress,
         )
-    console.print_json(result) if json else console.print_facts("Pictures", result)
+    if json:
+        console.print_json(result)
+        return
+    for note in result.pop("notes"):
+        console.say(f"Note: {note}")
+    console.print_facts("Pictures", result)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
 
+import cache_speed  # noqa: E402
 import precompute  # noqa: E402
 import ptq_quality  # noqa: E402
 import speed  # noqa: E402
@@ -40,6 +41,8 @@ def main() -> None:
             speed.table(timed),
             "",
             *ahead(),
+            "",
+            *cached(),
             END,
         ]
     )
@@ -66,6 +69,20 @@ def ahead() -> list[str]:
         "part of the bytes that is shown is in memory for the first step and a moment of the second only:"
     )
     return [head, "", precompute.table(report)]
+
+
+def cached() -> list[str]:
+    """Return the table of bits and a cache plan together."""
+    report = json.loads((RESULTS / "cache_speed.json").read_text())
+    plan = report["plan"]
+    head = (
+        f"Bits and a cache plan together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
+        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plan was made on the "
+        f"{report['preset'].upper()} checkpoint of the embedded pipeline, {plan['calls']} calls of which "
+        f"{plan['whole_calls']} compute everything, and keeps its pictures at {plan['psnr']} dB; products and time are "
+        "those of calls that compute everything over those of the plan's:"
+    )
+    return [head, "", cache_speed.table(report)]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What a planner may look at is measured when the first one asks for it. The plans
 end before one of them is chosen, so that a rule of the literature is judged by its best zone.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,13 +101,38 @@ def _by_interval(predictor: str) -> Planner:
     return plan
 
 
+def stage(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
+    """Equal distances; the rear half of the blocks is reused in the first half of the calls, the front half then.
+
+    Outlines, which are made first, are said to come from the front blocks, and details from the rear ones.
+
+    Source: Chen et al. 2024, Delta-DiT, section 3.3.
+    """
+    found = []
+    for front in task.zones:
+        half = re.fullmatch(r"(blocks\d*)\[0:(\d+)\]", front)
+        rear = next((zone for zone in task.zones if half and zone.startswith(f"{half[1]}[{half[2]}:")), None)
+        if rear is None:
+            continue
+        both = (prices[front] + prices[rear]) / 2
+        count = _affordable(task.calls, both, limit)
+        computing = {i * task.calls // count for i in range(count)} if count else set()
+        zones = [rear if call < task.calls / 2 else front for call in range(task.calls)]
+        rows: list[Actions] = [{} if call in computing else {zones[call]: "reuse"} for call in range(task.calls)]
+        cost = sum(prices[zone] if row else 1.0 for row, zone in zip(rows, zones, strict=True))
+        if computing and cost <= limit + 1e-9:
+            found.append(Schedule(tuple(rows), cost, None))
+    return found
+
+
 PLANNERS: dict[str, Planner] = {
     "joint": joint,
     **{name: _by_rule(name) for name in SCHEDULES},
     **{name: _by_interval(predictor) for name, predictor in _FORECASTS.items()},
+    "stage": stage,
 }
 """Name -> planner. `uniform` and `power` are DeepCache's, `partition` CacheQuant's, `cosine` DDT's, `taylor` that of
-TaylorSeer and `hermite` that of HiCache."""
+TaylorSeer, `hermite` that of HiCache and `stage` Delta-DiT's, which is for transformers."""
 
 
 def _reusable(task: PlanningTask, prices: Mapping[str, float]) -> Iterator[tuple[str, Drift, float]]:

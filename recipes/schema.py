@@ -162,7 +162,7 @@ class ScheduleStage(_Frozen):
         "3x",
         "4x",
     )
-    planner: Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite"] = "joint"
+    planner: Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite", "stage"] = "joint"
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
     ladder: bool = False
 

@@ -478,11 +478,14 @@ def test_what_layers_cannot_have_is_listed_on_one_screen_by_every_form_of_the_co
     assert left_in(Path.cwd()) == []
 
 
-def test_plans_are_searched_and_followed(checkpoint: Path, run: Run) -> None:
+def test_plans_are_searched_and_followed(checkpoint: Path, models: dict[str, Path], run: Run) -> None:
     shutil.copytree(checkpoint, "out")
     search = ["search-schedule", "out", "--steps", "8", "--samples", "2"]
-    found = read_json(run(*search, "--budget", "1.3x", "--planner", "uniform", "--json"))
+    more = ["--against", models[UNET], "--plot", "plans.svg"]
+    found = read_json(run(*search, "--budget", "1.3x", "--planner", "uniform", "--json", *more))
     assert set(found) == documented("search-schedule")
+    assert [rung["name"] for rung in found["ladder"]] == ["1.3x"]
+    assert "<svg" in Path("plans.svg").read_text()
     assert [plan["name"] for plan in found["plans"]] == ["1.3x"]
     assert left_in(Path("out")).count("dcomp_cache.json") == 1
     made = read_json(run("generate", "out", "a cat", "--steps", "8", "--plan", "1.3x", "--json"))
@@ -492,7 +495,10 @@ def test_plans_are_searched_and_followed(checkpoint: Path, run: Run) -> None:
     assert "1.3x" in out
     assert "--plan 1.3x" in out
     assert re.search(r"No plan keeps 99x: with gaps of 6 calls [\d.]+x is the nearest", err)
-    assert_one_screen(*run("generate", "out", "a cat", "--plan", "1.3x"), code_wanted=2, words="made for 8 steps")
+    code, out, err = run("generate", "out", "a cat", "--plan", "1.3x")
+    assert code == 0, err
+    assert "Note: The plan 1.3x was made for 8 steps, and 3 are asked for." in err
+    assert_one_screen(*run(*search, "--plot", "plans.gif"), code_wanted=2, words="ending")
     assert_one_screen(*run(*search, "--budget", "40mm"), code_wanted=2, words="is no budget")
     assert_one_screen(*run(*search, "--planner", "magic"), code_wanted=2, words="no planner 'magic'")
     nothing = run(*search, "--budget", "99x", "--planner", "uniform", "--json")

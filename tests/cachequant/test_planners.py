@@ -1,0 +1,38 @@
+import pytest
+
+from dcomp.cachequant.planners import PLANNERS, PlanningTask
+
+FRONT, REAR = "blocks[0:3]", "blocks[3:6]"
+
+
+def task(*zones: str, calls: int = 12) -> PlanningTask:
+    def unasked() -> None:
+        raise AssertionError("this planner measures nothing")
+
+    return PlanningTask(calls, zones, unasked, unasked)  # type: ignore[arg-type]
+
+
+def test_the_stage_rule_reuses_rear_blocks_first_and_front_blocks_then() -> None:
+    prices = {FRONT: 0.55, REAR: 0.45, "blocks[1:6]": 0.2}
+    (plan,) = PLANNERS["stage"](task("blocks[1:6]", FRONT, REAR), prices, 8.0)
+    assert [call for call, row in enumerate(plan.rows) if not row] == [0, 3, 6, 9]
+    assert {zone for row in plan.rows[:6] for zone in row} == {REAR}
+    assert {zone for row in plan.rows[6:] for zone in row} == {FRONT}
+    assert plan.cost == pytest.approx(4 + 4 * 0.45 + 4 * 0.55)
+
+
+def test_the_stage_rule_needs_both_halves_of_one_chain_and_a_budget_that_they_can_keep() -> None:
+    both = {FRONT: 0.5, REAR: 0.5}
+    assert PLANNERS["stage"](task(FRONT), {FRONT: 0.5}, 8.0) == []
+    assert PLANNERS["stage"](task("deep1", "all"), {"deep1": 0.3, "all": 0.0}, 8.0) == []
+    assert PLANNERS["stage"](task(FRONT, "blocks2[3:6]"), {FRONT: 0.5, "blocks2[3:6]": 0.5}, 8.0) == []
+    assert PLANNERS["stage"](task(FRONT, REAR), both, 5.0) == []
+    assert len(PLANNERS["stage"](task(FRONT, REAR), both, 6.5)) == 1
+
+
+@pytest.mark.parametrize("name", ["taylor", "hermite"])
+@pytest.mark.parametrize("limit", [3.0, 4.0, 6.0])
+def test_forecasts_at_equal_distances_cost_what_they_may(name: str, limit: float) -> None:
+    (plan,) = PLANNERS[name](task("all"), {"all": 0.0}, limit)
+    assert sum(not row for row in plan.rows) == limit == plan.cost
+    assert not plan.rows[0]
