@@ -10,18 +10,19 @@ time depends on its zones alone, so that the sum over the plan is the time of al
 """
 
 import copy
-import dataclasses
 import json
 import platform
 import statistics
-import tempfile
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from speed import UNET_SD15, Calls
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
+from speed import UNET_SD15, quantized
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -36,6 +37,8 @@ def main(
     repeats: int = 5,
 ) -> None:
     """Measure, print the table, write the JSON."""
+    from diffusers import UNet2DConditionModel
+
     from dcomp.cachequant.plan_set import PlanSet
     from dcomp.cachequant.prices import CallPrices
     from dcomp.cachequant.zones import find_zones
@@ -44,13 +47,15 @@ def main(
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     chosen = max((p for p in PlanSet.read(plans).plans if p.psnr >= min_psnr), key=lambda plan: plan.speedup)
-    original, quantized = denoisers(preset)
+    original = UNet2DConditionModel(**UNET_SD15).eval()
+    small = copy.deepcopy(original)
     args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    quantized(small, preset, (args[0][:, :, :16, :16], *args[1:]), {})
     names = {zone.name for zone in chosen.plan.zones}
-    zones = [zone for zone in find_zones(quantized, args, {}) if zone.name in names]
+    zones = [zone for zone in find_zones(small, args, {}) if zone.name in names]
     assert {zone.name for zone in zones} == names, f"this shape has no zones {names - {z.name for z in zones}}"
-    prices = CallPrices(quantized, args, {}, zones)
-    pairs = time_in_turns(lambda: original(*args), lambda: quantized(*args), repeats)
+    prices = CallPrices(small, args, {}, zones)
+    pairs = time_in_turns(lambda: original(*args), lambda: small(*args), repeats)
     bits = [fp32 / own for fp32, own in pairs]
     rows = Counter(frozenset(row) for row in chosen.plan.actions)
     time = sum(count * prices.seconds(row) for row, count in rows.items()) / chosen.plan.calls
@@ -80,25 +85,6 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "cache_speed.json").write_text(json.dumps(report, indent=2) + "\n")
     print("\n" + table(report))
-
-
-def denoisers(preset: str) -> tuple[Any, Any]:
-    """Return the float model and its quantized copy."""
-    from diffusers import UNet2DConditionModel
-
-    from dcomp.calibrate.structure import probe_structure
-    from dcomp.compress.policy import choose_schemes
-    from dcomp.compress.quantize import quantize_denoiser
-
-    original = UNet2DConditionModel(**UNET_SD15).eval()
-    small = (torch.randn(2, 4, 16, 16), torch.tensor(500), torch.randn(2, 77, 768))
-    quantized = copy.deepcopy(original)
-    structure = probe_structure(quantized, small, {})
-    schemes = {n: d.scheme for n, d in choose_schemes(quantized, structure, preset).items() if d.scheme is not None}
-    schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
-    with tempfile.TemporaryDirectory() as work:
-        quantize_denoiser(quantized, Calls(small, {}), schemes, None, Path(work))
-    return original, quantized
 
 
 def overhead(repeats: int = 25) -> float:

@@ -8,10 +8,10 @@ them; the ratio of a round is what counts, its median is what is quoted. Offload
 system has read before. Prints a table and writes `benchmarks/results/precompute.json`.
 """
 
-import dataclasses
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +20,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from speed import Calls
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
+from speed import Calls, quantized
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -78,26 +80,20 @@ def measure(name: str, steps: int, repeats: int, preset: str) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from dcomp.calibrate.safetensors_file import read_safetensors_header
-    from dcomp.calibrate.structure import probe_structure
-    from dcomp.compress.policy import choose_schemes
     from dcomp.compress.precompute import keep_plan, plan_precompute, precompute
-    from dcomp.compress.quantize import quantize_denoiser
+    from dcomp.recipes.bench import tensor_bytes
 
     denoiser, inputs = MODELS[name]()
     denoiser.eval()
     batch = len(next(iter(inputs.values())))
     timesteps = [float(t) for t in torch.linspace(999, 1, steps).round()]
     kwargs = {**inputs, "timestep": torch.full((batch,), 500)}
-    structure = probe_structure(denoiser, (), kwargs)
-    schemes = {n: d.scheme for n, d in choose_schemes(denoiser, structure, preset).items() if d.scheme is not None}
-    schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
-    calls = Calls((), kwargs, 500.0)
+    structure = quantized(denoiser, preset, (), kwargs)
     with tempfile.TemporaryDirectory() as folder:
-        quantize_denoiser(denoiser, calls, schemes, None, Path(folder) / "work")
-        plan = plan_precompute(denoiser, structure, next(calls.calls()), timesteps)
+        plan = plan_precompute(denoiser, structure, next(Calls((), kwargs).calls()), timesteps)
         keep_plan(denoiser, plan)
-        own = sum(nbytes(denoiser.get_submodule(layer)) for layer in plan.layers)
-        part = own / nbytes(denoiser)
+        own = sum(tensor_bytes(denoiser.get_submodule(layer)) for layer in plan.layers)
+        part = own / tensor_bytes(denoiser)
         file = Path(folder) / "weights.safetensors"
         save_file({key: tensor.clone() for key, tensor in denoiser.state_dict().items()}, file)
 
@@ -121,11 +117,6 @@ def measure(name: str, steps: int, repeats: int, preset: str) -> dict[str, Any]:
         row[way] = [round(number, 3) for number in (statistics.median(ratios), min(ratios), max(ratios))]
     print(row, flush=True)
     return row
-
-
-def nbytes(module: nn.Module) -> int:
-    """Bytes of all tensors of a module."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def table(report: dict[str, Any]) -> str:

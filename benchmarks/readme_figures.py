@@ -79,8 +79,9 @@ def cached() -> list[str]:
         f"Bits and a cache plan together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
         f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plan was made on the "
         f"{report['preset'].upper()} checkpoint of the embedded pipeline, {plan['calls']} calls of which "
-        f"{plan['whole_calls']} compute everything, and keeps its pictures at {plan['psnr']} dB; products and time are "
-        "those of calls that compute everything over those of the plan's:"
+        f"{plan['whole_calls']} compute everything, and its pictures are {plan['psnr']} dB from those of that "
+        "checkpoint without a plan; products and time are those of calls that compute everything over those of the "
+        "plan's:"
     )
     return [head, "", cache_speed.table(report)]
 

@@ -37,10 +37,10 @@ RESULTS = Path(__file__).parent / "results"
 class Calls:
     """A calibration set of one call that is never written to disk."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: float = 500.0) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from dcomp.calibrate.record import RecordedCall
 
-        place = {"trajectory": 0, "call": 0, "step": 0, "timestep": timestep, "contexts": ("cond",)}
+        place = {"trajectory": 0, "call": 0, "step": 0, "timestep": 500.0, "contexts": ("cond",)}
         self._call = RecordedCall(args, kwargs, next(iter((*args, *kwargs.values()))), **place)
 
     def __len__(self) -> int:
@@ -49,6 +49,20 @@ class Calls:
     def calls(self) -> Iterator[Any]:
         """Yield the call."""
         yield self._call
+
+
+def quantized(denoiser: Any, preset: str, args: tuple[Any, ...], kwargs: dict[str, Any], bins: Any = None) -> Any:
+    """Quantize a model in place by a preset, with ranges that take no search, and return what probing it found."""
+    from dcomp.calibrate.structure import probe_structure
+    from dcomp.compress.policy import choose_schemes
+    from dcomp.compress.quantize import quantize_denoiser
+
+    structure = probe_structure(denoiser, args, kwargs)
+    schemes = {n: d.scheme for n, d in choose_schemes(denoiser, structure, preset).items() if d.scheme is not None}
+    schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
+    with tempfile.TemporaryDirectory() as work:
+        quantize_denoiser(denoiser, Calls(args, kwargs), schemes, bins, Path(work))
+    return structure
 
 
 def main(
@@ -61,9 +75,6 @@ def main(
     from diffusers import UNet2DConditionModel
 
     from dcomp.calibrate.clock import StepBins
-    from dcomp.calibrate.structure import probe_structure
-    from dcomp.compress.policy import choose_schemes
-    from dcomp.compress.quantize import quantize_denoiser
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -74,12 +85,7 @@ def main(
     for name in preset or ["w8a8", "w4a8"]:
         started = time.perf_counter()
         model = copy.deepcopy(reference)
-        structure = probe_structure(model, small, {})
-        decisions = choose_schemes(model, structure, name)
-        schemes = {layer: d.scheme for layer, d in decisions.items() if d.scheme is not None}
-        schemes = {n: dataclasses.replace(s, weight_range="minmax", input_range="minmax") for n, s in schemes.items()}
-        with tempfile.TemporaryDirectory() as work:
-            quantize_denoiser(model, Calls(small, {}), schemes, StepBins((500.0,), (0,), ()), Path(work))
+        quantized(model, name, small, {}, StepBins((500.0,), (0,), ()))
         models[name] = model
         print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
 

@@ -1,6 +1,6 @@
 """Layers that read the timestep and conditions of the whole picture run once a picture, for all timesteps at once.
 
-Such a layer (the modulation of a DiT, SD3 or Flux, a third of their weights) has one output for each timestep and each
+Such a layer (the modulation of a DiT, SD3 or Flux) has one output for each timestep and each
 class or pooled text, so that tables of it cannot be stored, but all of a picture's are known when its second step
 begins. They are computed then, in one product: the weights are read twice a picture instead of once a step, and need
 not stay in memory between.
@@ -31,12 +31,12 @@ from dcomp.calibrate.calibration_set import RecordedCall
 from dcomp.calibrate.clock import clock_of
 from dcomp.calibrate.safetensors_file import Header
 from dcomp.calibrate.structure import Role, Structure
+from dcomp.compress.altered_calls import at_timestep, outputs_of
 from dcomp.compress.form_tensor import FormMemory
 from dcomp.compress.layer_files import LayerFiles
 from dcomp.compress.manifest import CheckpointError
 from dcomp.compress.quantized import Quantized
 from dcomp.compress.run_ahead import Arguments, run_ahead
-from dcomp.compress.temporal import at_timestep, outputs_of
 
 LIMIT = 256 << 20  # bytes of features that are held at once; more timesteps wait for their turn
 MAX_LAYERS, MAX_CONDITIONS, MAX_TIMESTEPS = 100_000, 100, 10_000

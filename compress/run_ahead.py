@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.replay import Path, leaves_of, map_leaves
 from dcomp.calibrate.structure import POSITIONS, TEXT, TIMESTEP
+from dcomp.compress.altered_calls import answering
 from dcomp.compress.form_tensor import FormMemory, FormTensor
-from dcomp.compress.temporal import answering
 
 
 @dataclass(frozen=True)

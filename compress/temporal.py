@@ -9,10 +9,9 @@ Letters: T rows of a table, N samples, I input and O output features.
 Source: Huang et al. 2025, Temporal Feature Matters (cache-based maintenance, disturbance-aware selection).
 """
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -27,6 +26,7 @@ from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.range_search import search_weight
 from dcomp.calibrate.record import spread
 from dcomp.calibrate.structure import Role, Structure
+from dcomp.compress.altered_calls import answering, at_timestep, outputs_of
 from dcomp.compress.layers import QuantLinear
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.time_table import DTYPES, MAX_ROWS, Absent, FeatureError, TimeTable
@@ -334,35 +334,8 @@ def _repeat(row: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: row.expand(*x.shape[:-1], -1).contiguous()
 
 
-@contextmanager
-def answering(answers: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Within a `with` block, let functions answer in the place of modules; hooks on these still run."""
-    before = {module: vars(module).get("forward") for module in answers}
-    for module, answer in answers.items():
-        vars(module)["forward"] = answer
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            del vars(module)["forward"]
-            vars(module).update({} if forward is None else {"forward": forward})
-
-
 def _predict(denoiser: nn.Module, call: RecordedCall) -> Tensor:
     return prediction_of(denoiser(*call.args, **call.kwargs))
-
-
-def outputs_of(
-    denoiser: nn.Module, names: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, list[Tensor]]:
-    """Run a call and return all outputs of each layer in it."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-    with ExitStack() as stack:
-        for name, outputs in seen.items():
-            hook = denoiser.get_submodule(name).register_forward_hook(lambda *run, kept=outputs: kept.append(run[-1]))
-            stack.callback(hook.remove)
-        denoiser(*args, **kwargs)
-    return seen
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: it ends a call of which nothing more is wanted
@@ -406,22 +379,6 @@ def _trace(
             raise FeatureError(f"A layer is not executed at timestep {t:g}", where=missing, remedy="Keep the layer.")
     stacked = {name: [torch.stack(side) for side in zip(*pairs, strict=True)] for name, pairs in rows.items()}
     return {name: (inputs, outputs) for name, (inputs, outputs) in stacked.items()}
-
-
-def at_timestep(
-    denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], t: float | Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with another timestep, or one for each sample, in the form of the call's own."""
-    bound = inspect.signature(denoiser.forward).bind(*args, **kwargs)
-    told = bound.arguments["timestep"]
-    if isinstance(told, Tensor):
-        times = torch.as_tensor(t, dtype=torch.float64)
-        fractions = not told.is_floating_point() and bool((times != times.round()).any())
-        times = times.to(told.device, torch.float32 if fractions else told.dtype)
-        bound.arguments["timestep"] = times.expand(told.shape).contiguous()
-    else:
-        bound.arguments["timestep"] = int(t) if isinstance(told, int) and float(t).is_integer() else t
-    return bound.args, bound.kwargs
 
 
 def _round_to_nearest(layer: nn.Linear, scheme: QScheme) -> nn.Module:

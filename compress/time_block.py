@@ -24,10 +24,10 @@ from dcomp.calibrate.replay import RowBatch, leaves_of, map_leaves
 from dcomp.calibrate.sampling import spread
 from dcomp.calibrate.structure import Role, Structure
 from dcomp.calibrate.tree_file import open_tensors, read_description, write_tree_file
+from dcomp.compress.altered_calls import answering, at_timestep
 from dcomp.compress.layers import QuantLinear
 from dcomp.compress.quantize_layer import quantize_layer
 from dcomp.compress.scheme import QScheme
-from dcomp.compress.temporal import answering, at_timestep
 
 OTHERS = 128  # timesteps beside the deployed ones; every other one is learned from, the rest judge
 OTHERS_WEIGHT = 0.01  # of those learned from, all together, as a part of the weight of all deployed ones

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dcomp.recipes.error_curves import draw_roles, draw_worst
+from dcomp.recipes.picture_file import new_figure
 from dcomp.recipes.verdict import ValidationResult
 
 LIGHT = {"ink": "#40464f", "line": "#2563b8"}
@@ -96,12 +97,7 @@ def _prompt_chart(result: ValidationResult, ink: str, line: str) -> str:
 
 
 def _axes(ink: str, height: float = 3.1) -> tuple[Any, Any]:
-    # A figure of its own instead of pyplot: no global state, and Agg whatever the user's backend is.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.2, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.2, height, dpi=160)
     axes = figure.add_subplot()
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)

@@ -90,12 +90,17 @@ def plan_for(name: str, folder: Path, pipeline: OpenPipeline) -> MeasuredPlan:
     own = trajectory_of(folder, pipeline, plans.trajectory.steps)
     difference = plans.trajectory.difference(own)
     if difference:
-        raise PlanError(
-            f"These plans were made for {difference}",
-            where=str(file),
-            remedy="Search plans for what you run with `dcomp search-schedule`, or leave the plan out.",
-        )
+        raise made_for(difference, file)
     return plans.choose(last)
+
+
+def made_for(difference: str, file: Path) -> PlanError:
+    """Return the refusal of plans that were made for something else."""
+    return PlanError(
+        f"These plans were made for {difference}",
+        where=str(file),
+        remedy="Search plans for what you run with `dcomp search-schedule`, or leave the plan out.",
+    )
 
 
 def plan_file(name: str, folder: Path) -> tuple[Path, str]:

@@ -29,6 +29,7 @@ from dcomp.compress.step_correction import CorrectionResult, correct_steps, floa
 from dcomp.compress.temporal import FeaturePlan, cache_features, choose_features, plan_features
 from dcomp.compress.time_block import TimeBlockResult, reconstruct_time_block, time_weights
 from dcomp.compress.tuning import Learnable, TuneResult, tune
+from dcomp.recipes.bench import tensor_bytes
 from dcomp.recipes.bit_budget import allocate_bits
 from dcomp.recipes.console import bytes_text
 from dcomp.recipes.plan import TUNE_ROWS, Plan
@@ -176,19 +177,16 @@ def _plan_ahead(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet) -> li
     if not ahead.layers:
         return []
     keep_plan(denoiser, ahead)
-    own = sum(_nbytes(denoiser.get_submodule(name)) for name in ahead.layers)
-    if own < MENTIONED * _nbytes(denoiser):
+    own = sum(tensor_bytes(denoiser.get_submodule(name)) for name in ahead.layers)
+    part = own / tensor_bytes(denoiser)
+    if part < MENTIONED:
         return []
     conditions = ", ".join(ahead.conditions)
     return [
-        f"{len(ahead.layers)} layers, {own / _nbytes(denoiser):.0%} of the denoiser's bytes, depend on the timestep"
+        f"{len(ahead.layers)} layers, {part:.0%} of the denoiser's bytes, depend on the timestep"
         f'{" and " + conditions if conditions else ""} alone. `dcomp.load(folder, ahead="offload")` runs them twice '
         f"a picture and leaves their weights ({bytes_text(own)}) in the file between."
     ]
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _words(features: FeaturePlan, name: str) -> str:

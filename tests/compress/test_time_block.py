@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.calibrate.record import record_calibration_set
 from dcomp.calibrate.structure import Role, probe_structure
+from dcomp.compress.altered_calls import answering, at_timestep
 from dcomp.compress.policy import Treatment, choose_schemes
 from dcomp.compress.quantize import quantize_denoiser, rows_of_pass
 from dcomp.compress.split import quantized_layers
-from dcomp.compress.temporal import answering, at_timestep, plan_features
+from dcomp.compress.temporal import plan_features
 from dcomp.compress.time_block import (
     OTHERS_WEIGHT,
     _BlockWatch,
