@@ -563,12 +563,12 @@ def generate(
         ),
     ] = None,
     ahead: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Layers of timestep and conditions: off, at each step; on, for all steps at once; offload, likewise, "
-            "their weights in memory only then."
+            "their weights in memory only then. Default: as the recipe said."
         ),
-    ] = "off",
+    ] = None,
     steps: StepsAgain = None,
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,

@@ -61,10 +61,10 @@ def methods() -> dict[str, dict[str, Any]]:
         "nearest": settings_of("nearest", None),
         "gptq-unsplit": {**settings_of("gptq", None), "split": "none"},
         "gptq": settings_of("gptq", None),
+        "adaround": settings_of("adaround", None),
         "default": {},
         "directions": {"directions": 8},
         "best": settings_of(None, "best"),
-        "adaround": settings_of("adaround", None),
     }
 
 
@@ -171,6 +171,17 @@ class Report:
         shown = {name: value for name, value in row.items() if name not in _HIDDEN}
         print(json.dumps(shown), flush=True)
 
+    def name(self, key: str, method: str) -> None:
+        """Make a row that was measured under another name one of the matrix.
+
+        It was a rung of the ladder, or a method that does the same with these bits: that one keeps its name.
+        """
+        row, known = self.rows[key], methods()
+        if row["name"] not in known:
+            row["name"] = method
+        elif row["name"] != method:
+            row["same"] = sorted({*row.get("same", ()), method})
+
 
 def main(
     bits: Annotated[list[str] | None, typer.Option(help="w8a8, w4a8, w4a16, w4a4; default: all.")] = None,
@@ -253,7 +264,7 @@ class Runner:
         if not self.report.done(job.key):
             self.report.add(job.key, self._attempt(lambda: self._recipe_row(job), self._labels(job)))
         elif name in methods():
-            self.report.rows[job.key]["name"] = name  # a rung of the ladder that is a row of the matrix as well
+            self.report.name(job.key, name)
         return job.key
 
     def measure_peer(self, peer: Peer) -> None:
@@ -490,13 +501,17 @@ def matrix_table(report: Report) -> str:
         "| bits | method | latent error | median | PSNR dB | SSIM | FID | bits a parameter | bytes / fp32 | minutes |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    known = methods()
+    known = [*methods()]
     rows = [
         row for row in report.rows.values() if row["group"] == "peer" or (row["name"] in known and row["seed"] == 0)
     ]
-    for row in sorted(rows, key=lambda row: (BITS.index(row["bits"]), row["group"] == "peer")):
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        return BITS.index(row["bits"]), len(known) if row["group"] == "peer" else known.index(row["name"])
+
+    for row in sorted(rows, key=place):
         note = f" ({row['note']})" if row.get("note") else ""
-        start = f"| {row['bits'].upper()} | {row['name']}{note} |"
+        start = f"| {row['bits'].upper()} | {', '.join([row['name'], *row.get('same', ())])}{note} |"
         if "not_run" in row:
             lines.append(f"{start} not run: {row['not_run'].replace('|', '/')} |" + " |" * 7)
             continue

@@ -27,7 +27,7 @@ from dcomp.calibrate.model_files import Component, check_model_folder
 from dcomp.calibrate.structure import is_layer
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
-from dcomp.compress.precompute import Precomputed, keep_plan, plan_of, precompute
+from dcomp.compress.precompute import Ahead, Precomputed, keep_plan, plan_of, precompute
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
 from dcomp.compress.time_table import TimeTable, from_config, to_config
@@ -39,7 +39,6 @@ QUANT_METHOD = "dcomp"
 SCHEMA = 1
 MAX_LAYERS = 100_000
 MAX_BINS = 1_000
-Ahead = Literal["off", "on", "offload"]
 _REMEDY = "Download the checkpoint again or compress the model again"
 # What torch's allocator guarantees and vector kernels may ask for; a mapped file promises much less.
 _ALIGNMENT = 64
@@ -286,7 +285,7 @@ def load(
     device: str | torch.device = "cpu",
     torch_dtype: torch.dtype | None = None,
     check: Literal["fast", "full", "none"] = "fast",
-    ahead: Ahead = "off",
+    ahead: Ahead | None = None,
 ) -> "DiffusionPipeline":
     """Open a compressed checkpoint as a diffusers pipeline.
 
@@ -297,7 +296,7 @@ def load(
         check: "fast" compares the manifest with all small files, "full" with every byte, "none" with nothing.
         ahead: what becomes of layers that read the timestep and conditions of the whole picture: "off" runs them at
             each step; "on" runs them for all steps at once, when the second one begins; "offload" likewise, and their
-            weights are in memory only then: the folder must stay as it is.
+            weights are in memory only then: the folder must stay as it is. None does what the recipe said.
 
     Raises:
         CheckpointError: not a dcomp checkpoint, changed since it was written, or damaged.
@@ -340,7 +339,7 @@ def load(
     return opened
 
 
-def run_layers_ahead(denoiser: nn.Module, ahead: str, component: Component) -> None:
+def run_layers_ahead(denoiser: nn.Module, ahead: str | None, component: Component) -> None:
     """Do with a denoiser what `load` says of `ahead`.
 
     Args:
@@ -348,6 +347,9 @@ def run_layers_ahead(denoiser: nn.Module, ahead: str, component: Component) -> N
         ahead: as there.
         component: of the checkpoint.
     """
+    if ahead is None:
+        plan = plan_of(denoiser)
+        ahead = plan.ahead if plan else "off"
     if ahead not in get_args(Ahead):
         raise UsageError(
             f"Layers cannot run ahead in the way {ahead!r}", where="ahead", remedy=f"Use {', '.join(get_args(Ahead))}."

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MethodType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from dcomp.compress.layer_files import LayerFiles
 from dcomp.compress.manifest import CheckpointError
 from dcomp.compress.quantized import Quantized
 from dcomp.compress.run_ahead import Arguments, run_ahead
+
+Ahead = Literal["off", "on", "offload"]
 
 LIMIT = 256 << 20  # bytes of features that are held at once; more timesteps wait for their turn
 MAX_LAYERS, MAX_CONDITIONS, MAX_TIMESTEPS = 100_000, 100, 10_000
@@ -56,11 +58,13 @@ class Precomputed:
         conditions: arguments of the denoiser that they may depend on beside the timestep, such as
             `added_cond_kwargs.text_embeds`.
         timesteps: those that are deployed, descending, in the units that the denoiser is told.
+        ahead: whether that is done where nobody says otherwise, and whether their weights leave the memory.
     """
 
     layers: tuple[str, ...]
     conditions: tuple[str, ...]
     timesteps: tuple[float, ...]
+    ahead: Ahead = "off"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able form."""
@@ -68,6 +72,7 @@ class Precomputed:
             "layers": list(self.layers),
             "conditions": list(self.conditions),
             "timesteps": list(self.timesteps),
+            "ahead": self.ahead,
         }
 
     @classmethod
@@ -78,8 +83,11 @@ class Precomputed:
             CheckpointError: a field is missing, unknown or impossible.
         """
         bounds = {"layers": MAX_LAYERS, "conditions": MAX_CONDITIONS, "timesteps": MAX_TIMESTEPS}
-        if not isinstance(data, Mapping) or set(data) != set(bounds):
-            raise _broken(f"needs exactly the keys {', '.join(bounds)}")
+        if not isinstance(data, Mapping) or set(data) - {"ahead"} != set(bounds):
+            raise _broken(f"needs exactly the keys {', '.join(bounds)} and ahead")
+        ahead = data.get("ahead", "off")  # older checkpoints have no such key
+        if ahead not in get_args(Ahead):
+            raise _broken(f"needs one of {', '.join(get_args(Ahead))} as ahead")
         for key, most in bounds.items():
             kind: Any = (int, float) if key == "timesteps" else str
             values = data[key]
@@ -88,7 +96,7 @@ class Precomputed:
         times = [float(t) for t in data["timesteps"]]
         if not all(math.isfinite(t) for t in times) or any(a <= b for a, b in pairwise(times)):
             raise _broken("needs timesteps that descend")
-        return cls(tuple(data["layers"]), tuple(data["conditions"]), tuple(times))
+        return cls(tuple(data["layers"]), tuple(data["conditions"]), tuple(times), ahead)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def generate(
     output: Path,
     *,
     plan: str | None = None,
-    ahead: str = "off",
+    ahead: str | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     scheduler: str | None = None,

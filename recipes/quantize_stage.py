@@ -21,7 +21,7 @@ from dcomp.calibrate.step_bins import log_snr_bins, range_drift_bins, step_range
 from dcomp.compress.block_pass import reconstruct_blocks, record_blocks
 from dcomp.compress.folding import Fold, find_folds, fold_smoothing
 from dcomp.compress.policy import Decision
-from dcomp.compress.precompute import keep_plan, plan_precompute
+from dcomp.compress.precompute import Ahead, keep_plan, plan_precompute
 from dcomp.compress.quantize import LayerErrors, compare_executions, quantize_denoiser, rows_of_pass
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import parts_of, quantized_layers
@@ -145,7 +145,7 @@ def quantize_stage(
         decisions |= {
             name: replace(decisions[name], scheme=layer.scheme) for name, layer in quantized_layers(denoiser).items()
         }
-    notes += _plan_ahead(denoiser, plan, recorded)
+    notes += _plan_ahead(denoiser, plan, recorded, stage.ahead)
     differences = compare_executions(denoiser, recorded, report)
     errors = {name: replace(error, int_vs_fake=differences.get(name)) for name, error in errors.items()}
     return StageResult(decisions, errors, (*notes, *_remark_notes(errors)))
@@ -170,22 +170,23 @@ def _cache_features(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, s
     return features
 
 
-def _plan_ahead(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet) -> list[str]:
+def _plan_ahead(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, asked: Ahead) -> list[str]:
     """Let the denoiser carry the plan of its layers that can run once a picture."""
     device = next(denoiser.parameters()).device
     ahead = plan_precompute(denoiser, plan.structure, next(recorded.calls(device)), recorded.all_timesteps)
     if not ahead.layers:
-        return []
-    keep_plan(denoiser, ahead)
+        return ["ahead: no layer depends on the timestep and conditions of the whole picture"] if asked != "off" else []
+    keep_plan(denoiser, replace(ahead, ahead=asked))
     own = sum(tensor_bytes(denoiser.get_submodule(name)) for name in ahead.layers)
     part = own / tensor_bytes(denoiser)
     if part < MENTIONED:
         return []
     conditions = ", ".join(ahead.conditions)
+    what = {"off": '`dcomp.load(folder, ahead="offload")`', "on": "`dcomp.load`", "offload": "`dcomp.load`"}[asked]
+    where = "" if asked == "on" else f" and leaves their weights ({bytes_text(own)}) in the file between"
     return [
         f"{len(ahead.layers)} layers, {part:.0%} of the denoiser's bytes, depend on the timestep"
-        f'{" and " + conditions if conditions else ""} alone. `dcomp.load(folder, ahead="offload")` runs them twice '
-        f"a picture and leaves their weights ({bytes_text(own)}) in the file between."
+        f"{' and ' + conditions if conditions else ''} alone. {what} runs them twice a picture{where}."
     ]
 
 

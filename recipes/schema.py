@@ -80,6 +80,9 @@ class QuantizeStage(_Frozen):
         rank: of a float branch beside the weight of layers with 4-bit inputs; 0 for no branch.
         temporal: layers that depend on the timestep alone: stay `layers`, become tables of their outputs at the
             deployed timesteps (`cache`), or tables where that is closer to float (`choose`).
+        ahead: layers that depend on the timestep and on conditions of the whole picture, such as a class or pooled
+            text, run at each step (`off`), for all steps at once (`on`), or so with their weights in memory only then
+            (`offload`), where `dcomp.load` is not told otherwise.
         target_bits: bits a parameter, over all parameters; weights get 4 or 8 bits, where each does least harm.
         max_megabytes: the same with a size of the denoiser as the budget, in millions of bytes.
         max_milliseconds: the same with the time of one denoiser call for one sample on this machine, guidance included;
@@ -112,6 +115,7 @@ class QuantizeStage(_Frozen):
     directions: Annotated[int, Field(ge=0, le=1_024)] | None = None
     rank: Annotated[int, Field(ge=0, le=1_024)] = 0
     temporal: Literal["layers", "cache", "choose"] = "layers"
+    ahead: Literal["off", "on", "offload"] = "off"
     target_bits: Annotated[float, Field(gt=0, le=32)] | None = None
     max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
     max_milliseconds: Annotated[float, Field(gt=0, le=1e9)] | None = None

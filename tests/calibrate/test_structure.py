@@ -2,11 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from dcomp.calibrate.structure import LayerFacts, Role, Structure, StructureError, is_layer, probe_structure
-from tests.support.tiny import NAMES, denoiser_inputs, tiny_denoiser
+from tests.support.tiny import NAMES, XL, denoiser_inputs, tiny_denoiser
 
 UNET_RESNETS = (
     "down_blocks.0.resnets.0",
@@ -213,24 +212,8 @@ def test_arguments_may_come_by_position_or_by_name_and_time_as_a_number() -> Non
 
 
 def test_global_conditions_turn_time_layers_into_modulation() -> None:
-    torch.manual_seed(0)
-    denoiser = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
-    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
-    added = {"text_embeds": torch.randn(2, 16), "time_ids": sizes}
-    structure = probe_structure(denoiser, (latents, 20, text), {"added_cond_kwargs": added})
+    args, kwargs = denoiser_inputs(XL)
+    structure = probe_structure(tiny_denoiser(XL), args, kwargs)
     assert structure.named(Role.TIME) == embedder("time_embedding")
     assert structure.named(Role.MODULATION) == {
         *embedder("add_embedding"),

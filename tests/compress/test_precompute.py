@@ -34,11 +34,16 @@ from dcomp.compress.precompute import (
     precompute,
 )
 from tests.support.quantized import quantized_pipeline, replace_layer
-from tests.support.tiny import denoiser_inputs, save_tiny_pipeline, tiny_denoiser
+from tests.support.tiny import XL, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
 
 DIT, SD3, FLUX = "DiTTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
-CONDITIONS = {DIT: ("class_labels",), SD3: ("pooled_projections",), FLUX: ("guidance", "pooled_projections")}
+CONDITIONS = {
+    XL: ("added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"),
+    DIT: ("class_labels",),
+    SD3: ("pooled_projections",),
+    FLUX: ("guidance", "pooled_projections"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def case_of(name: str) -> Case:
     return Case(name, denoiser, kwargs, plan_precompute(denoiser, structure, call, times))
 
 
-@pytest.fixture(params=[DIT, SD3, FLUX])
+@pytest.fixture(params=[XL, DIT, SD3, FLUX])
 def case(request: pytest.FixtureRequest) -> Case:
     return case_of(request.param)
 
@@ -386,6 +391,16 @@ def test_offloaded_layers_give_the_same_bits_and_take_no_memory(written: Path) -
         empty.state_dict()
 
 
+def test_what_the_recipe_says_is_done_unless_told_otherwise(written: Path, tmp_path: Path) -> None:
+    pipeline = quantized_pipeline(save_tiny_pipeline(DIT, tmp_path / "source"))
+    keep_plan(pipeline.denoiser, replace(case_of(DIT).plan, ahead="offload"))
+    write_checkpoint(pipeline, tmp_path / "out", ManifestFields(recipe={}))
+    told, untold, plain = load(tmp_path / "out", ahead="off"), load(tmp_path / "out"), load(written)
+    assert nbytes(untold.transformer) < nbytes(told.transformer) == nbytes(plain.transformer)
+    older = {key: value for key, value in case_of(DIT).plan.to_dict().items() if key != "ahead"}
+    assert Precomputed.from_dict(older).ahead == "off"
+
+
 def test_offloaded_layers_come_back(written: Path) -> None:
     denoiser, header = (
         load(written).transformer,
@@ -441,6 +456,7 @@ def test_wrong_use_is_explained(written: Path, tmp_path: Path) -> None:
         {"timesteps": [1.0, 2.0]},
         {"timesteps": [float("nan")]},
         {"timesteps": [True, "1"]},
+        {"ahead": "always"},
         {"unknown": 1},
     ],
 )

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from filelock import FileLock
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import dcomp
@@ -27,6 +29,7 @@ from dcomp.compress.checkpoint import ManifestFields, write_checkpoint
 from dcomp.compress.manifest import check_manifest
 from dcomp.compress.quantize import quantize_denoiser
 from dcomp.compress.split import quantized_layers
+from dcomp.recipes.generate import generate
 from dcomp.recipes.inspect import inspect
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import settings_of
@@ -35,7 +38,7 @@ from dcomp.recipes.run import RunResult, default_output, plan_recipe, quantize, 
 from dcomp.recipes.schema import Recipe
 from tests.support.checkpoints import checked_in_a_fork, file_hashes, save_lora, short_recipe, with_stage
 from tests.support.sweep import sweep
-from tests.support.tiny import load_pipeline, tiny_pipeline
+from tests.support.tiny import XL, load_pipeline, tiny_pipeline
 
 UNET, TEXT, DIT = "UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"
 SIX = [UNET, TEXT, DIT, "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]
@@ -112,6 +115,23 @@ def test_a_recipe_that_changes_no_layer_gives_the_very_same_pictures(
     assert torch.equal(pictures(tmp_path / "out", name), pictures(tiny_model(name), name))
     assert result.errors == {}
     assert all(record.scheme is None for record in result.manifest.layers.values())
+
+
+def test_layers_of_timestep_and_pooled_text_leave_the_memory_if_the_recipe_says_so(
+    tiny_model: Models, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = run_recipe(tiny_model(XL), with_stage(short_recipe(XL), ahead="offload"), out)
+    (note,) = (note for note in result.notes if "run" in note and "in the file between" in note)
+    assert "added_cond_kwargs.text_embeds" in note
+    denoisers = [dcomp.load(out).unet, dcomp.load(out, ahead="off").unet]
+    there = [sum(tensor.nbytes for tensor in (*d.parameters(), *d.buffers())) for d in denoisers]
+    assert 0.1 < 1 - there[0] / there[1] < 0.3
+    untold, off = (generate(out, ["a cat"], tmp_path / str(ahead), ahead=ahead)["files"] for ahead in (None, "off"))
+    one, other = (np.array(Image.open(files[0])).astype(int) for files in (untold, off))
+    assert abs(one - other).mean() < 1  # float sums depend on the number of rows, and may move a code
+    nothing = run_recipe(tiny_model(TEXT), with_stage(short_recipe(TEXT), ahead="on"), tmp_path / "nothing")
+    assert any(note.startswith("ahead: no layer") for note in nothing.notes)
 
 
 SAVED = """

@@ -28,6 +28,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -36,6 +37,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -70,6 +72,13 @@ _DENOISERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "UNet2DConditionModel": lambda: UNet2DConditionModel(**_UNET_CONDITION),
     "UNet2DConditionModel-linear": lambda: UNet2DConditionModel(**_UNET_CONDITION, use_linear_projection=True),
+    "UNet2DConditionModel-xl": lambda: UNet2DConditionModel(
+        **{**_UNET_CONDITION, "cross_attention_dim": 2 * TEXT_WIDTH},
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+    ),
     "DiTTransformer2DModel": lambda: DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=16,
@@ -131,7 +140,8 @@ _UNET_CONDITION: dict[str, Any] = {
     "norm_num_groups": 8,
 }
 
-NAMES: tuple[str, ...] = tuple(_DENOISERS)
+XL = "UNet2DConditionModel-xl"  # pooled text and sizes beside the timestep; like the others, but not in every sweep
+NAMES: tuple[str, ...] = tuple(name for name in _DENOISERS if name != XL)
 """Names that `tiny_denoiser`, `denoiser_inputs` and `save_tiny_pipeline` take; all of them have a pipeline."""
 FEW_NAMES: tuple[str, ...] = ("UNet2DConditionModel", "DiTTransformer2DModel")  # as unlike as two can be
 TRANSFORMER_NAMES: tuple[str, ...] = tuple(name for name in NAMES if "Transformer" in name)
@@ -154,6 +164,10 @@ def denoiser_inputs(name: str, batch: int = 2, seed: int = 0) -> tuple[tuple[Any
     text = normal(batch, 7, TEXT_WIDTH)
     if name == "UNet2DModel":
         return (normal(batch, 3, 8, 8), torch.tensor(501)), {"return_dict": False}
+    if name == XL:
+        added = {"text_embeds": normal(batch, TEXT_WIDTH), "time_ids": torch.tensor([[16.0, 16, 0, 0, 16, 16]] * batch)}
+        kwargs = {"encoder_hidden_states": normal(batch, 7, 2 * TEXT_WIDTH), "added_cond_kwargs": added}
+        return (latents, torch.tensor(501)), {**kwargs, "return_dict": False}
     if name.startswith("UNet2DConditionModel"):
         return (latents, torch.tensor(501)), {"encoder_hidden_states": text, "return_dict": False}
     if name == "DiTTransformer2DModel":
@@ -209,6 +223,16 @@ def tiny_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     denoiser = tiny_denoiser(name, seed)
     if name == "UNet2DModel":
         return DDPMPipeline(unet=denoiser, scheduler=DDPMScheduler())
+    if name == XL:
+        return StableDiffusionXLPipeline(
+            vae=_vae(),
+            text_encoder=_clip(CLIPTextModel),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_clip(CLIPTextModelWithProjection),
+            tokenizer_2=_clip_tokenizer(),
+            unet=denoiser,
+            scheduler=EulerDiscreteScheduler(**_STABLE_DIFFUSION_BETAS),
+        )
     if name.startswith("UNet2DConditionModel"):
         return StableDiffusionPipeline(
             vae=_vae(),
