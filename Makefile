@@ -5,7 +5,7 @@ STAMP := .venv/.dcomp-installed
 PYTEST_FLAGS ?= -n auto --maxprocesses 4 --dist worksteal --durations 12
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint format types layers test test-slow bench demo ci clean
+.PHONY: help setup lint format types layers test test-slow test-all bench demo ci clean
 
 help:  ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: setup  ## The default tests
 
 test-slow: setup  ## The tests marked slow
 	$(BIN)/pytest -m slow $(PYTEST_FLAGS)
+
+test-all: setup  ## Both in one run, which is faster than one after the other
+	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 bench: setup  ## The benchmarks and how to run them
 	@echo "Benchmarks, each a script with --help:"

@@ -59,7 +59,7 @@ def run_demo(
     values: dict[str, Any] = {"calibration.guidance": GUIDANCE, "calibration.samples": 32}
     values |= {f"stages.0.{key}": value for key, value in QUALITIES["fast"].items()}
     if quick:
-        values |= {"calibration.samples": 4, "calibration.steps": 6}
+        values |= {"calibration.samples": 4, "calibration.steps": 6, "stages.0.rows": 32}
     recipe = load_recipe("w4a8", (), values)
     compressed = output / "emoji-sd-w4a8"
     run_recipe(model, recipe, compressed, fresh=fresh, overwrite=True, on_plan=on_plan, progress=progress)
