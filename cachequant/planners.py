@@ -17,7 +17,8 @@ from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
 from dcomp.cachequant.zones import WHOLE
 
-BEST = 3  # plans of the front that the joint planner proposes
+BEST = 3  # plans of a front that are proposed
+_INTERVALS = (2, 3, 4, 5)  # of the plans that evolution begins with
 _FORECASTS = {"taylor": "taylor1", "hermite": "hermite1"}  # planner -> predictor
 
 
@@ -28,13 +29,18 @@ class PlanningTask:
     Attributes:
         calls: T.
         zones: that are cheap enough to be worth a plan.
+        measure_costs: see `costs`.
+        measure_drifts: see `drifts`.
+        breed: makes plans of plans, at some prices; see `evolved`.
     """
 
     calls: int
     zones: tuple[str, ...]
     measure_costs: Callable[[], GapCosts]
     measure_drifts: Callable[[], Mapping[str, Drift]]
+    breed: Callable[[Mapping[str, float], Sequence[Sequence[Actions]]], list[Schedule]]
     _fronts: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
+    _bred: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
 
     @cached_property
     def costs(self) -> GapCosts:
@@ -52,6 +58,13 @@ class PlanningTask:
         if key not in self._fronts:
             self._fronts[key] = best_schedules(self.costs, prices)
         return self._fronts[key]
+
+    def evolved(self, prices: Mapping[str, float], seeds: Sequence[Sequence[Actions]]) -> list[Schedule]:
+        """Return what evolution made of some plans, cheapest first; once for all budgets."""
+        key = tuple(sorted(prices.items()))
+        if key not in self._bred:
+            self._bred[key] = self.breed(prices, seeds)
+        return self._bred[key]
 
 
 Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule]]
@@ -125,14 +138,29 @@ def stage(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list
     return found
 
 
+def evolve(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
+    """Bred from equal distances, each child judged by whole trajectories.
+
+    Source: Aggarwal et al. 2025, ECAD.
+    """
+    equal = [
+        _placed(task.calls, range(0, task.calls, interval), zone, "reuse", prices[zone]).rows
+        for interval in _INTERVALS
+        for zone in task.zones
+    ]
+    able = [one for one in task.evolved(prices, equal) if one.cost <= limit + 1e-9 and any(one.rows)]
+    return able[: -BEST - 1 : -1]
+
+
 PLANNERS: dict[str, Planner] = {
     "joint": joint,
     **{name: _by_rule(name) for name in SCHEDULES},
     **{name: _by_interval(predictor) for name, predictor in _FORECASTS.items()},
     "stage": stage,
+    "evolve": evolve,
 }
 """Name -> planner. `uniform` and `power` are DeepCache's, `partition` CacheQuant's, `cosine` DDT's, `taylor` that of
-TaylorSeer, `hermite` that of HiCache and `stage` Delta-DiT's, which is for transformers."""
+TaylorSeer, `hermite` that of HiCache, `stage` Delta-DiT's, which is for transformers, and `evolve` ECAD's."""
 
 
 def _reusable(task: PlanningTask, prices: Mapping[str, float]) -> Iterator[tuple[str, Drift, float]]:

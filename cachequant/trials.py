@@ -17,7 +17,7 @@ import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
-from dcomp.cachequant.plan import Actions
+from dcomp.cachequant.plan import Actions, CachePlan
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.tensors import leaves, map_tensors, weighted, with_leaves
 from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
@@ -89,6 +89,17 @@ class Trials:
         self.timesteps, own = _reference(pipeline, self._prompts, self._indices, settings)
         self._reference = own if reference is None else list(reference)
         self.places = places_of(pipeline.scheduler, self.timesteps)
+
+    def plan(self, rows: Sequence[Actions], zones: Sequence[Zone]) -> CachePlan:
+        """Return the plan for this trajectory in which each call does what its row says.
+
+        Args:
+            rows: of the T calls.
+            zones: that rows may name.
+        """
+        named = {zone for row in rows for zone in row}
+        used = tuple(zone for zone in zones if zone.name in named)
+        return CachePlan(used, self.timesteps, self.places, tuple(rows))
 
     def __enter__(self) -> "Trials":
         self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])

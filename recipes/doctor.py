@@ -17,6 +17,7 @@ from dcomp.kernels import dispatch
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "accelerate", "peft", "datasets")
 EXTRAS = {
     "peft": "dcomp[lora]",
+    "optuna": "dcomp[evolve]",
     "datasets": "dcomp[datasets]",
     "optimum-quanto": "dcomp[quanto]",
     "bitsandbytes": "dcomp[bnb]",

@@ -103,9 +103,7 @@ class PlanJudge:
 
     def plan(self, schedule: Schedule) -> CachePlan:
         """Return the plan of a schedule."""
-        names = {zone for row in schedule.rows for zone in row}
-        zones = tuple(zone for zone in self._zones if zone.name in names)
-        return CachePlan(zones, self._trials.timesteps, self._trials.places, schedule.rows)
+        return self._trials.plan(schedule.rows, self._zones)
 
     def follow(self, plan: CachePlan, samples: int | None = None) -> Pictures:
         """Make the pictures, or the first of them, with a plan."""

@@ -9,10 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dcomp import UsageError
 from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.drift import Drift, record_reference
+from dcomp.cachequant.dynamic import Schedule
+from dcomp.cachequant.evolution import EVALUATIONS, evolve
+from dcomp.cachequant.executor import following
 from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_sensitivities, reach
+from dcomp.cachequant.guide import PlanGuide
+from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
@@ -23,6 +30,7 @@ from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
+from dcomp.calibrate.quality import relative_errors
 from dcomp.compress.checkpoint import hash_model
 from dcomp.compress.float_twin import float_twin
 from dcomp.compress.manifest import MANIFEST, read_manifest
@@ -38,6 +46,7 @@ SAMPLES = 8
 LONGEST_GAP = 6
 WINDOW = 24  # calls over which rules of the literature know the drift of a zone
 _FIRST_INDEX, _HELD_OUT_INDEX = 600_000, 700_000  # of noise, where neither calibration nor validation goes
+_BRED = 2  # pictures that every plan is followed on which evolution tries
 _CHEAP, _VERY_CHEAP = 0.6, 0.3  # of a call: a zone that leaves more to compute is not worth a search
 
 
@@ -274,8 +283,22 @@ def planning_task(
         found = record_reference(pipeline, zones, prompts, indices, settings, window=WINDOW, progress=progress)
         return found.drifts
 
+    def breed(shares: Mapping[str, float], seeds: Sequence[Sequence[Actions]]) -> list[Schedule]:
+        def latents() -> Tensor:
+            return pipeline.run(prompts[:_BRED], indices[:_BRED], settings, decode=False).latents
+
+        whole = latents()
+
+        def follow(rows: Sequence[Actions]) -> float:
+            with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(trials.plan(rows, zones))):
+                errors = relative_errors(whole, latents())
+            # Geometric, as in sensitivities: a picture that becomes another one must not decide alone.
+            return float(errors.clamp(min=1e-9).log().mean().exp())
+
+        return evolve(len(trials.timesteps), shares, follow, seeds, evaluations=EVALUATIONS, progress=progress)
+
     names = tuple(zone.name for zone in zones)
-    return PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts), trials
+    return PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts, breed), trials
 
 
 def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:

@@ -15,6 +15,7 @@ from dcomp.cachequant.budget import Budget
 
 Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+Planner = Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite", "stage", "evolve"]
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
 
 
@@ -166,7 +167,7 @@ class ScheduleStage(_Frozen):
         "3x",
         "4x",
     )
-    planner: Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite", "stage"] = "joint"
+    planner: Planner = "joint"
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
     ladder: bool = False
 

@@ -246,13 +246,16 @@ def test_a_model_that_dcomp_did_not_make_is_left_as_it_is(tiny_model: Models) ->
 
 
 @pytest.mark.parametrize("planner", [name for name in PLANNERS if name != "joint"])
-def test_rules_of_the_literature_make_plans_too(planner: str, tiny_model: Models, tmp_path: Path) -> None:
+def test_rules_of_the_literature_make_plans_too(
+    planner: str, tiny_model: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dcomp.recipes.schedule.EVALUATIONS", 20)
     file = tmp_path / "plans.json"
     options: dict[str, Any] = {"output": file, "steps": STEPS, "samples": 1}
     result = search_schedule(tiny_model(UNET), budgets=["1.5x"], planner=planner, **options)
     for each in result.plans:
         assert each.speedup >= 1.5
-        assert each.expected_error is None
+        assert (each.expected_error is None) == (planner != "evolve")
     assert (PlanSet.read(file).plans if result.file else ()) == result.plans
     assert len(result.plans) + len(result.notes) == 1
 
@@ -388,7 +391,7 @@ def test_most_proposals_are_out_after_a_few_pictures() -> None:
 
 
 def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
-    task = PlanningTask(STEPS, (WHOLE,), lambda: GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS), dict)
+    task = PlanningTask(STEPS, (WHOLE,), lambda: GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS), dict, list)
     proposed = PLANNERS["joint"](task, {WHOLE: 0.0}, 4.0)
     plain = [*PLANNERS["taylor"](task, {WHOLE: 0.0}, 4.0), *PLANNERS["hermite"](task, {WHOLE: 0.0}, 4.0)]
     assert len(plain) == 2
