@@ -49,7 +49,7 @@ def evolve(
     Raises:
         UsageError: optuna is not installed.
     """
-    check_optuna()
+    _check_optuna()
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -60,7 +60,7 @@ def evolve(
     choices = (_COMPUTE, *prices)
     tried: dict[tuple[str, ...], Schedule] = {}
     for done in range(evaluations):
-        progress("generations of plans", done, evaluations)
+        progress("plans bred", done, evaluations)
         trial = study.ask()
         genes = tuple(str(trial.suggest_categorical(str(call), choices)) for call in range(1, calls))
         if genes not in tried:
@@ -69,11 +69,11 @@ def evolve(
             error = follow(child)
             tried[genes] = Schedule(child, cost, error if math.isfinite(error) else _SPOILT)
         study.tell(trial, (tried[genes].cost, tried[genes].error or 0.0))
-    progress("generations of plans", evaluations, evaluations)
+    progress("plans bred", evaluations, evaluations)
     return _front(tried.values())
 
 
-def check_optuna() -> None:
+def _check_optuna() -> None:
     """Refuse to go on without the package that breeds.
 
     Raises:

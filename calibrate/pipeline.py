@@ -8,7 +8,6 @@ Folders are checked before anything is loaded; weights are safetensors only. Thi
 """
 
 import contextlib
-import copy
 import difflib
 import functools
 import hashlib
@@ -121,12 +120,6 @@ class OpenPipeline:
     def scheduler(self) -> Any:
         """The pipeline's scheduler as it is now."""
         return self.pipe.scheduler
-
-    def with_denoiser(self, denoiser: nn.Module) -> "OpenPipeline":
-        """Return a pipeline that shares everything with this one but the denoiser."""
-        pipe = copy.copy(self.pipe)
-        setattr(pipe, self.denoiser_name, denoiser)
-        return OpenPipeline(pipe, self.source)
 
     def guidance(self, asked: float | None) -> float | None:
         """Return the guidance scale that a run uses, the pipeline's default included; None without guidance."""

@@ -32,9 +32,9 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.quality import relative_errors
 from dcomp.compress.checkpoint import hash_model
-from dcomp.compress.float_twin import float_twin
 from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.compress.split import quantized_layers
+from dcomp.compress.unrounded import unrounded
 from dcomp.recipes.bench import fill_prompts, record_calls
 from dcomp.recipes.ladder import Rung, climb
 from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
@@ -265,15 +265,12 @@ def planning_task(
     """
     trials = Trials(pipeline, (), prompts, indices, settings)
 
-    def smooth() -> Trials:
-        # What an error becomes is asked of a model that rounds no inputs: rounding makes of a small error a large one.
-        if not quantized_layers(pipeline.denoiser):
-            return trials
-        return Trials(pipeline.with_denoiser(float_twin(pipeline.denoiser)), (), prompts, indices, settings)
-
     def measure_costs() -> GapCosts:
-        with smooth() as twins:
-            sensitivities = measure_sensitivities(twins, progress=progress)
+        # What an error becomes is asked of a model that rounds no inputs: rounding makes of a small error a large one.
+        with unrounded(pipeline.denoiser):
+            rounds = bool(quantized_layers(pipeline.denoiser))
+            with Trials(pipeline, (), prompts, indices, settings) if rounds else trials as smooth:
+                sensitivities = measure_sensitivities(smooth, progress=progress)
         few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
         window = reach(LONGEST_GAP)
         with Trials(pipeline, zones, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
