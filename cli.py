@@ -490,7 +490,7 @@ def search_schedule(
             "everything (20calls); of one picture, repeatable. Default: 1.5x, 2x, 3x and 4x."
         ),
     ] = None,
-    front: Annotated[bool, typer.Option("--front", help="Plans for twelve speeds from 1.2x to 7x.")] = False,
+    front: Annotated[bool, typer.Option("--front", help="Plans for nine speeds from 1.25x to 6x.")] = False,
     planner: Annotated[str, typer.Option(help="joint, or a rule of the literature to compare with.")] = "joint",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file; default: dcomp_cache.json in OUT.")

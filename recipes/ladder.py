@@ -43,11 +43,11 @@ def climb(
         plans_of_original: name -> plan.
         original: makes the same pictures with the original.
     """
-    bits_alone = original.whole.compare(compressed.whole)[1]
+    bits_alone = original.whole.compare(compressed.whole).psnr
     rungs = []
     for own in plans:
-        joint = original.whole.compare(compressed.follow(own.plan))[1]
+        joint = original.whole.compare(compressed.follow(own.plan)).psnr
         theirs = plans_of_original.get(own.name)
-        naive = None if theirs is None else original.whole.compare(compressed.follow(theirs.plan))[1]
+        naive = None if theirs is None else original.whole.compare(compressed.follow(theirs.plan)).psnr
         rungs.append(Rung(own.name, None if theirs is None else theirs.psnr, bits_alone, naive, joint))
     return tuple(rungs)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from statistics import fmean
 
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -25,7 +26,8 @@ from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
 
-FIRST_ROUND, FINALISTS = 3, 2  # pictures that all proposals are followed on, and how many go on to all pictures
+FIRST_ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many go on to the others
+CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,42 @@ class Pictures:
     latents: Tensor
     images: Tensor
 
-    def compare(self, other: "Pictures") -> tuple[float, float]:
-        """Return the relative error of another one's latents and the PSNR of its pictures in dB, means over those."""
-        count = len(other.latents)
-        error = relative_errors(self.latents[:count], other.latents).mean()
-        return float(error), float(decibels(mean_squared_errors(self.images[:count], other.images)).mean())
+    def part(self, places: range) -> "Pictures":
+        """Return some of them."""
+        return Pictures(self.latents[places.start : places.stop], self.images[places.start : places.stop])
+
+    def compare(self, other: "Pictures") -> "Distance":
+        """Return how far another one's pictures are from these."""
+        errors = relative_errors(self.latents, other.latents)
+        psnr = decibels(mean_squared_errors(self.images, other.images))
+        return Distance(tuple(errors.tolist()), tuple(psnr.tolist()))
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far pictures are from those of the whole trajectory.
+
+    Attributes:
+        errors: relative errors of final latents, one a picture.
+        decibels: PSNR of pictures in dB.
+    """
+
+    errors: tuple[float, ...]
+    decibels: tuple[float, ...]
+
+    @property
+    def error(self) -> float:
+        """Mean of the errors."""
+        return fmean(self.errors)
+
+    @property
+    def psnr(self) -> float:
+        """Mean of the decibels."""
+        return fmean(self.decibels)
+
+    def __add__(self, other: "Distance") -> "Distance":
+        """Return that of the pictures of both."""
+        return Distance(self.errors + other.errors, self.decibels + other.decibels)
 
 
 @dataclass(frozen=True)
@@ -83,7 +116,7 @@ class PlanJudge:
     ) -> None:
         self._pipeline, self._zones, self._trials = pipeline, tuple(zones), trials
         self._prompts, self._indices, self._settings = prompts, indices, settings
-        self.whole = self._run(settings, len(prompts))
+        self.whole = self._run(settings, range(len(prompts)))
         self.of_steps = cache(self._of_steps)
 
     @property
@@ -105,17 +138,22 @@ class PlanJudge:
         """Return the plan of a schedule."""
         return self._trials.plan(schedule.rows, self._zones)
 
-    def follow(self, plan: CachePlan, samples: int | None = None) -> Pictures:
-        """Make the pictures, or the first of them, with a plan."""
+    def follow(self, plan: CachePlan, places: range | None = None) -> Pictures:
+        """Make the pictures, or some of them, with a plan."""
         with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan)):
-            return self._run(self._settings, samples or self.samples)
+            return self._run(self._settings, places or range(self.samples))
 
-    def _of_steps(self, steps: int) -> tuple[float, float]:
+    def judge(self, plan: CachePlan, places: range) -> Distance:
+        """Make some of the pictures with a plan and compare them with those of the whole trajectory."""
+        return self.whole.part(places).compare(self.follow(plan, places))
+
+    def _of_steps(self, steps: int) -> Distance:
         """Compare the pictures of as many scheduler steps without a plan."""
-        return self.whole.compare(self._run(replace(self._settings, steps=steps), self.samples))
+        return self.whole.compare(self._run(replace(self._settings, steps=steps), range(self.samples)))
 
-    def _run(self, settings: Generation, samples: int) -> Pictures:
-        made = self._pipeline.run(self._prompts[:samples], self._indices[:samples], settings)
+    def _run(self, settings: Generation, places: range) -> Pictures:
+        chosen = slice(places.start, places.stop)
+        made = self._pipeline.run(self._prompts[chosen], self._indices[chosen], settings)
         assert made.images is not None
         return Pictures(made.latents, made.images)
 
@@ -168,7 +206,7 @@ class PlanChoice:
         if steps >= self._judge.steps:
             self.notes.append(f"At {budget.name} nothing is saved: its calls take {part:.2f} of the time, here.")
             return
-        _, psnr = self._judge.of_steps(steps)
+        psnr = self._judge.of_steps(steps).psnr
         if best.psnr <= psnr:
             beaten = f"the best plan {best.psnr:.1f} dB"
             self.notes.append(f"At {budget.name} {steps} steps are better ({psnr:.1f} dB, {beaten}).")
@@ -183,15 +221,17 @@ class PlanChoice:
 
     def _best(self, name: str, proposed: Sequence[Schedule]) -> MeasuredPlan:
         """Return the proposal with the best pictures; all but a few are out after some of them."""
-        if len(proposed) > FINALISTS and self._judge.samples > FIRST_ROUND:
-            first = [self._measured(name, schedule, FIRST_ROUND).psnr for schedule in proposed]
-            order = sorted(range(len(proposed)), key=lambda i: -first[i])
-            proposed = [proposed[i] for i in order[:FINALISTS]]
-        tried = [self._measured(name, schedule, self._judge.samples) for schedule in proposed]
-        self._expected += [(one.expected_error, one.error) for one in tried if one.expected_error is not None]
-        return max(tried, key=lambda one: one.psnr)  # errors of latents would be those of the one worst picture
-
-    def _measured(self, name: str, schedule: Schedule, samples: int) -> MeasuredPlan:
-        plan = self._judge.plan(schedule)
-        error, psnr = self._judge.whole.compare(self._judge.follow(plan, samples))
-        return MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, error, psnr)
+        plans = [(schedule, self._judge.plan(schedule)) for schedule in proposed]
+        every = range(self._judge.samples)
+        if len(proposed) > FINALISTS and len(every) > FIRST_ROUND:
+            first, others = every[:FIRST_ROUND], every[FIRST_ROUND:]
+            ranked = [(*each, self._judge.judge(each[1], first)) for each in plans]
+            ranked.sort(key=lambda one: -one[2].psnr)
+            count = 1 if ranked[0][2].psnr - ranked[1][2].psnr > CLEAR else FINALISTS
+            ended = [(one, plan, found + self._judge.judge(plan, others)) for one, plan, found in ranked[:count]]
+        else:
+            ended = [(*each, self._judge.judge(each[1], every)) for each in plans]
+        self._expected += [(one.error, found.error) for one, _, found in ended if one.error is not None]
+        # Errors of latents would be those of the one worst picture.
+        schedule, plan, found = max(ended, key=lambda one: one[2].psnr)
+        return MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, found.error, found.psnr)

@@ -78,7 +78,7 @@ def fit_plan(
         progress("plans looked at", number, len(tried))
         same = trials.timesteps == each.plan.timesteps
         plan = each.plan if same else carry_over(each.plan, trials.timesteps, trials.places)
-        psnr = judge.whole.compare(judge.follow(plan))[1]
+        psnr = judge.whole.compare(judge.follow(plan)).psnr
         seen = f"{psnr:.1f} dB on {judge.samples} pictures, {each.psnr:.1f} dB where it was made"
         if psnr >= each.psnr - ALLOWED_LOSS:
             progress("plans looked at", len(tried), len(tried))

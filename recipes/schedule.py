@@ -41,7 +41,7 @@ from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
 from dcomp.recipes.settings import calibration_of, generation_settings
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
-FRONT = ("1.2x", "1.35x", "1.5x", "1.75x", "2x", "2.5x", "3x", "3.5x", "4x", "5x", "6x", "7x")
+FRONT = ("1.25x", "1.5x", "1.75x", "2x", "2.5x", "3x", "4x", "5x", "6x")
 SAMPLES = 8
 LONGEST_GAP = 6
 WINDOW = 24  # calls over which rules of the literature know the drift of a zone

@@ -23,7 +23,7 @@ from dcomp.cachequant.executor import following
 from dcomp.cachequant.gap_costs import GapCosts
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import PlanError
-from dcomp.cachequant.plan_set import FILE, PlanSet
+from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.zones import WHOLE
@@ -31,7 +31,7 @@ from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.calibrate.quality import decibels, mean_squared_errors
 from dcomp.compress.manifest import check_manifest
 from dcomp.recipes.generate import generate
-from dcomp.recipes.plan_choice import Additivity, PlanChoice
+from dcomp.recipes.plan_choice import Additivity, Distance, PlanChoice
 from dcomp.recipes.plan_fit import ALLOWED_LOSS, FittedPlan, fit_plan
 from dcomp.recipes.run import run_recipe
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
@@ -364,30 +364,49 @@ def test_expected_errors_are_compared_with_measured_ones(searched: tuple[Path, S
     assert 0.2 < additivity.median_ratio < 5
 
 
+class MadeUpJudge:
+    """Knows the decibels of every plan, which is a number, on each of eight pictures."""
+
+    samples = 8
+
+    def __init__(self, decibels: dict[int, list[float]]) -> None:
+        self._decibels = decibels
+        self.followed: list[tuple[int, range]] = []
+
+    def plan(self, schedule: Schedule) -> int:
+        return int(schedule.cost)
+
+    def judge(self, plan: int, places: range) -> Distance:
+        self.followed.append((plan, places))
+        return Distance((0.1 * plan,) * len(places), tuple(self._decibels[plan][i] for i in places))
+
+    def choose(self, count: int) -> tuple[MeasuredPlan, Additivity | None]:
+        choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), self)  # type: ignore[arg-type]
+        return choice._best("2x", [Schedule((), float(i), 0.1) for i in range(count)]), choice.additivity
+
+
 def test_most_proposals_are_out_after_a_few_pictures() -> None:
     """Five proposals; the best of the first pictures is not the best of all."""
-    follows: list[tuple[int, int]] = []
-    psnr = {(0, 3): 20.0, (1, 3): 31.0, (2, 3): 30.0, (3, 3): 25.0, (4, 3): 10.0, (1, 8): 28.0, (2, 8): 29.0}
+    later = [27.0] * 6
+    judge = MadeUpJudge({0: [20.0] * 8, 1: [31.0, 31.0, *later], 2: [30.0] * 8, 3: [25.0] * 8, 4: [10.0] * 8})
+    best, additivity = judge.choose(5)
+    first, others = range(2), range(2, 8)
+    assert judge.followed == [*((i, first) for i in range(5)), (1, others), (2, others)]
+    assert (best.plan, best.psnr, best.error, best.speedup) == (2, 30.0, pytest.approx(0.2), 2.0)
+    assert additivity == Additivity(2, None, pytest.approx(2.0))
 
-    class Judge:
-        samples = 8
 
-        def plan(self, schedule: Schedule) -> int:
-            return int(schedule.cost)
+def test_a_proposal_that_leads_clearly_is_alone_in_the_second_round() -> None:
+    judge = MadeUpJudge({0: [20.0] * 8, 1: [33.5, 34.5, *[32.0] * 6], 2: [30.0] * 8})
+    best, _ = judge.choose(3)
+    assert judge.followed == [(0, range(2)), (1, range(2)), (2, range(2)), (1, range(2, 8))]
+    assert (best.plan, best.psnr) == (1, pytest.approx(32.5))
 
-        def follow(self, plan: int, samples: int) -> tuple[int, int]:
-            follows.append((plan, samples))
-            return plan, samples
 
-        @property
-        def whole(self) -> Any:
-            return SimpleNamespace(compare=lambda pictures: (0.1 * pictures[0], psnr[pictures]))
-
-    choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), Judge())  # type: ignore[arg-type]
-    best = choice._best("2x", [Schedule((), float(i), 0.1) for i in range(5)])
-    assert follows == [(0, 3), (1, 3), (2, 3), (3, 3), (4, 3), (1, 8), (2, 8)]
-    assert (best.plan, best.psnr, best.speedup) == (2, 29.0, 2.0)
-    assert choice.additivity == Additivity(2, None, pytest.approx(2.0))
+def test_two_proposals_are_followed_on_all_pictures_at_once() -> None:
+    judge = MadeUpJudge({0: [20.0] * 8, 1: [30.0] * 8})
+    assert judge.choose(2)[0].plan == 1
+    assert judge.followed == [(0, range(8)), (1, range(8))]
 
 
 def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
