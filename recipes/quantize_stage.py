@@ -182,7 +182,7 @@ def _plan_ahead(denoiser: nn.Module, plan: Plan, recorded: CalibrationSet, asked
     if part < MENTIONED:
         return []
     conditions = ", ".join(ahead.conditions)
-    what = {"off": '`dcomp.load(folder, ahead="offload")`', "on": "`dcomp.load`", "offload": "`dcomp.load`"}[asked]
+    what = '`dcomp.load(folder, ahead="offload")`' if asked == "off" else "`dcomp.load`"
     where = "" if asked == "on" else f" and leaves their weights ({bytes_text(own)}) in the file between"
     return [
         f"{len(ahead.layers)} layers, {part:.0%} of the denoiser's bytes, depend on the timestep"
