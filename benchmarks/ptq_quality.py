@@ -3,9 +3,10 @@
     python benchmarks/ptq_quality.py [--bits w4a8 ...] [--method default ...] [--seeds 3] [--no-peers] [--resume]
 
 Every row is one quantized denoiser against the original: same prompts, seeds, scheduler and steps, noise that no
-calibration saw. The ladder adds one part of a method after the other and prints what each one gains, with its spread
-over calibration seeds; a part that does not help is called that. Peers are other packages with their own defaults on
-the layers that they support (see `peers.py`).
+calibration saw. Options are single choices on top of a method, shown by what they change about it. The ladder adds one
+part of a method after the other and prints what each one gains, with its spread over calibration seeds; a part that
+does not help is called that. Peers are other packages with their own defaults on the layers that they support (see
+`peers.py`).
 
 A row is written to the JSON as soon as it is measured, and `--resume` goes on from there. The original's pictures and
 the calibration sets lie in `--work` and are made once. `--show` prints the tables of a JSON and measures nothing.
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,53 +39,76 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Step:
-    """A rung of the ladder.
+class Setting:
+    """A named row of the matrix, an option on top of one, or a rung of the ladder.
 
     Attributes:
         name: as printed.
-        changes: keys of the quantize stage, on top of those of the steps before.
+        changes: keys of the quantize stage, on top of those of the base or of the rungs before; with a prefix also keys
+            of the calibration (`calibration.sampling`).
         only: presets where it can change anything; empty for all.
+        base: the method that an option is compared with.
     """
 
     name: str
     changes: dict[str, Any]
     only: tuple[str, ...] = ()
+    base: str = ""
 
 
-def methods() -> dict[str, dict[str, Any]]:
-    """Return the named settings of the matrix: keys of the quantize stage."""
+def methods() -> dict[str, Setting]:
+    """Return the rows of the matrix by name."""
     from dcomp.recipes.methods import settings_of
 
-    return {
-        "minmax": settings_of("minmax", None),
-        "nearest": settings_of("nearest", None),
-        "gptq-unsplit": {**settings_of("gptq", None), "split": "none"},
-        "gptq": settings_of("gptq", None),
-        "adaround": settings_of("adaround", None),
-        "default": {},
-        "directions": {"directions": 8},
-        "best": settings_of(None, "best"),
-    }
+    rows = (
+        Setting("minmax", settings_of("minmax", None)),
+        Setting("nearest", settings_of("nearest", None)),
+        Setting("gptq", settings_of("gptq", None)),
+        Setting("adaround", settings_of("adaround", None)),
+        Setting("default", {}),
+        Setting("directions", {"directions": 8}, ("w4a8", "w4a16", "w4a4")),
+        Setting("best", settings_of(None, "best")),
+    )
+    return {row.name: row for row in rows}
 
 
-def ladder() -> tuple[Step, ...]:
+def options() -> dict[str, Setting]:
+    """Return single choices by name, each on top of a method."""
+    few, a4 = {"inputs": "static", "step_bins": 5}, ("w4a4",)
+    rows = (
+        Setting("no split", {"split": "none"}, base="gptq"),
+        Setting("normal sampling", {"calibration.sampling": "normal"}, base="gptq"),
+        Setting("5 tables of ranges, uniform", few, ("w8a8",), "gptq"),
+        Setting("5 tables of ranges, by drift", {**few, "bins": "drift"}, ("w8a8",), "gptq"),
+        Setting("5 tables of ranges, by log-SNR", {**few, "bins": "log_snr"}, ("w8a8",), "gptq"),
+        Setting("step-wise correction", {"correct": True}, base="gptq"),
+        Setting("no smoothing", {"smooth": False}, a4, "gptq"),
+        Setting("no rotation", {"rotate": False}, a4, "gptq"),
+        Setting("no directions", {"directions": 0}, a4, "gptq"),
+        Setting("low-rank branch for directions", {"directions": 0, "rank": 16}, a4, "gptq"),
+        Setting("tuned codes", {"tune": 200, "tune_rounding": True}, ("w4a8", "w4a4"), "default"),
+    )
+    known = methods()
+    return {row.name: replace(row, changes={**known[row.base].changes, **row.changes}) for row in rows}
+
+
+def ladder() -> tuple[Setting, ...]:
     """Return the rungs in order; one whose keys or values this version does not know is left out, and named."""
     from dcomp.recipes.methods import settings_of
     from dcomp.recipes.schema import QuantizeStage
 
     stage = QuantizeStage()
     return (
-        Step("minmax", {**settings_of("minmax", None), "temporal": "layers"}),
-        Step("+ calibrated ranges", {"weight_range": "mse", "input_range": "mse", "step_bins": stage.step_bins}),
-        Step("+ dynamic ranges", {"inputs": "dynamic"}, ("w8a8", "w4a8")),
-        Step("+ groups of inputs", {"input_group": stage.input_group}, ("w4a4",)),
-        Step("+ split", {"split": stage.split}),
-        Step("+ smoothing and rotation", {"smooth": stage.smooth, "rotate": stage.rotate}, ("w4a4",)),
-        Step("+ directions in float", {"directions": stage.directions}, ("w4a4",)),
-        Step("+ temporal tables", {"temporal": "choose"}),
-        Step("+ second-order rounding", {"rounding": "gptq"}),
-        Step("+ tuning", {"tune": stage.tune}),
+        Setting("minmax", {**settings_of("minmax", None), "temporal": "layers"}),
+        Setting("+ calibrated ranges", {"weight_range": "mse", "input_range": "mse", "step_bins": stage.step_bins}),
+        Setting("+ dynamic ranges", {"inputs": "dynamic"}, ("w8a8", "w4a8")),
+        Setting("+ groups of inputs", {"input_group": stage.input_group}, ("w4a4",)),
+        Setting("+ split", {"split": stage.split}),
+        Setting("+ smoothing and rotation", {"smooth": stage.smooth, "rotate": stage.rotate}, ("w4a4",)),
+        Setting("+ directions in float", {"directions": stage.directions}, ("w4a4",)),
+        Setting("+ temporal tables", {"temporal": "choose"}),
+        Setting("+ second-order rounding", {"rounding": "gptq"}),
+        Setting("+ tuning", {"tune": stage.tune}),
     )
 
 
@@ -176,7 +200,7 @@ class Report:
 
         It was a rung of the ladder, or a method that does the same with these bits: that one keeps its name.
         """
-        row, known = self.rows[key], methods()
+        row, known = self.rows[key], methods() | options()
         if row["name"] not in known:
             row["name"] = method
         elif row["name"] != method:
@@ -185,7 +209,7 @@ class Report:
 
 def main(
     bits: Annotated[list[str] | None, typer.Option(help="w8a8, w4a8, w4a16, w4a4; default: all.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Rows of the matrix; default: all.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Methods and options; default: all.")] = None,
     model: Annotated[Path | None, typer.Option(help="Pipeline; default: the embedded one.")] = None,
     samples: int = 64,
     steps: int = 20,
@@ -218,13 +242,14 @@ def main(
             raise typer.BadParameter(f"{out} was measured with {report.header}, not {settings.header()}")
     runner = Runner(settings, work or Path(tempfile.gettempdir()) / "dcomp-ptq-quality", report)
 
-    known = methods()
+    known = methods() | options()
     names = method or list(known)
     if unknown := set(names) - set(known):
         raise typer.BadParameter(f"unknown methods {sorted(unknown)}; there are {', '.join(known)}")
     for preset in chosen:
         for name in names:
-            runner.measure_recipe(preset, name, known[name], seed=0)
+            if not known[name].only or preset in known[name].only:
+                runner.measure_recipe(preset, name, known[name].changes, seed=0)
     if peers:
         for peer in PEERS:
             if bits is None or peer.bits in chosen:
@@ -249,7 +274,6 @@ class Runner:
 
     def __init__(self, settings: Settings, work: Path, report: Report) -> None:
         self.settings, self.work, self.report = settings, work, report
-        self._recorded: dict[int, tuple[Path, float]] = {}
         work.mkdir(parents=True, exist_ok=True)
 
     def measure_recipe(self, preset: str, name: str, changes: dict[str, Any], seed: int) -> str | None:
@@ -263,7 +287,7 @@ class Runner:
             return None
         if not self.report.done(job.key):
             self.report.add(job.key, self._attempt(lambda: self._recipe_row(job), self._labels(job)))
-        elif name in methods():
+        elif name in methods() | options():
             self.report.name(job.key, name)
         return job.key
 
@@ -305,10 +329,11 @@ class Runner:
         # A tiny trial of this script does not want the full calibration either.
         calibration |= {"samples": min(64, self.settings.samples), "batch_size": BATCH}
         values = {f"calibration.{key}": value for key, value in calibration.items()}
+        values |= {key: value for key, value in changes.items() if key.startswith("calibration.")}
         recipe = load_recipe(preset, (), values)
         # None is a value of some keys, and `load_recipe` takes it for "not given".
         (stage,) = recipe.stages
-        changed = {key: value for key, value in changes.items() if value != getattr(stage, key, ())}
+        changed = {k: v for k, v in changes.items() if k not in values and v != getattr(stage, k, ())}
         text = [f"stages.0.{key}={json.dumps(value)}" for key, value in changed.items()]
         return load_recipe(preset, text, values)
 
@@ -323,20 +348,17 @@ class Runner:
             return {**labels, "not_run": f"{type(error).__name__}: {reason}"}
 
     def _calibration(self, recipe: Any) -> tuple[Path, float]:
-        """Return the calibration set of the recipe's seed and the minutes that recording it took, now or earlier."""
+        """Return the recipe's calibration set and the minutes that recording it took, now or earlier."""
         from dcomp.recipes.run import record_calibration
 
-        seed = recipe.calibration.seed
-        if seed not in self._recorded:
-            facts = [self.settings.fingerprint, recipe.calibration.model_dump(mode="json")]
-            name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-            folder, note = self.work / "calibration" / name, self.work / "calibration" / f"{name}.json"
+        facts = [self.settings.fingerprint, recipe.calibration.model_dump(mode="json")]
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        folder, note = self.work / "calibration" / name, self.work / "calibration" / f"{name}.json"
+        if not note.is_file():
             started = time.perf_counter()
             record_calibration(self.settings.model, recipe, folder)
-            if not note.is_file():
-                note.write_text(json.dumps({"minutes": (time.perf_counter() - started) / 60}))
-            self._recorded[seed] = folder, json.loads(note.read_text())["minutes"]
-        return self._recorded[seed]
+            note.write_text(json.dumps({"minutes": (time.perf_counter() - started) / 60}))
+        return folder, json.loads(note.read_text())["minutes"]
 
     def _recipe_row(self, job: Job) -> dict[str, Any]:
         from dcomp.recipes.run import run_recipe
@@ -482,7 +504,7 @@ def _quiet(text: str, done: int, total: int) -> None:
 
 def tables(report: Report) -> str:
     """Return rows and ladders as Markdown."""
-    parts = [setup(report), matrix_table(report)]
+    parts = [setup(report), matrix_table(report), options_table(report)]
     parts += [ladder_table(entry, report) for entry in report.ladders]
     return "\n\n".join(parts)
 
@@ -511,7 +533,8 @@ def matrix_table(report: Report) -> str:
 
     for row in sorted(rows, key=place):
         note = f" ({row['note']})" if row.get("note") else ""
-        start = f"| {row['bits'].upper()} | {', '.join([row['name'], *row.get('same', ())])}{note} |"
+        names = ", ".join(name for name in _names(row) if name in known or row["group"] == "peer")
+        start = f"| {row['bits'].upper()} | {names}{note} |"
         if "not_run" in row:
             lines.append(f"{start} not run: {row['not_run'].replace('|', '/')} |" + " |" * 7)
             continue
@@ -520,6 +543,36 @@ def matrix_table(report: Report) -> str:
         values = ("-" if row[key] is None else format(row[key], form) for key, form in formats.items())
         lines.append(f"{start} {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def options_table(report: Report) -> str:
+    """Return what each option makes of its base: latent error over the base's, by bits."""
+    rows = {(row["bits"], name): row for row in report.rows.values() for name in _names(row) if row.get("seed") == 0}
+    shown = [bits for bits in BITS if any((bits, name) in rows for name in options())]
+    lines = [
+        f"| option | on top of | {' | '.join(bits.upper() for bits in shown)} |",
+        f"|---|---|{'---:|' * len(shown)}",
+    ]
+    for name, option in options().items():
+        cells = [_change(rows.get((bits, name)), rows.get((bits, option.base))) for bits in shown]
+        if any(cells):
+            lines.append(f"| {name} | {option.base} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    return [row["name"], *row.get("same", ())]
+
+
+def _change(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    """Return one cell: error over the base's error, and the gain in PSNR."""
+    if row is None or base is None:
+        return ""
+    if "not_run" in row or "not_run" in base:
+        return "not run"
+    if row.get("latent_error") is None or base.get("latent_error") is None:
+        return "not finite"
+    return f"{row['latent_error'] / base['latent_error']:.2f} ({row['psnr_db'] - base['psnr_db']:+.1f} dB)"
 
 
 def ladder_table(entry: dict[str, Any], report: Report) -> str:

@@ -33,6 +33,10 @@ def main() -> None:
             "",
             ptq_quality.matrix_table(measured),
             "",
+            "Single options: latent error over that of the method below them, and the change in PSNR:",
+            "",
+            ptq_quality.options_table(measured),
+            "",
             *(line for entry in measured.ladders for line in (ptq_quality.ladder_table(entry, measured), "")),
             *small_models(),
             f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
@@ -57,6 +61,7 @@ def small_models() -> list[str]:
     for file in sorted(RESULTS.glob("ptq_quality-*.json")):
         report = ptq_quality.Report.read(file)
         lines += [f"{ptq_quality.setup(report)}:", "", ptq_quality.matrix_table(report), ""]
+        lines += [ptq_quality.options_table(report), ""]
     return lines
 
 
