@@ -77,7 +77,12 @@ def options() -> dict[str, Setting]:
     few, a4 = {"inputs": "static", "step_bins": 5}, ("w4a4",)
     rows = (
         Setting("no split", {"split": "none"}, base="gptq"),
-        Setting("normal sampling", {"calibration.sampling": "normal"}, base="gptq"),
+        Setting("8 calls of a trajectory, uniform", {"calibration.max_calls": 8}, base="gptq"),
+        Setting(
+            "8 calls of a trajectory, normal",
+            {"calibration.max_calls": 8, "calibration.sampling": "normal"},
+            base="gptq",
+        ),
         Setting("5 tables of ranges, uniform", few, ("w8a8",), "gptq"),
         Setting("5 tables of ranges, by drift", {**few, "bins": "drift"}, ("w8a8",), "gptq"),
         Setting("5 tables of ranges, by log-SNR", {**few, "bins": "log_snr"}, ("w8a8",), "gptq"),
