@@ -46,11 +46,11 @@ def main(
     """Measure, write the JSON, print the table."""
     from dcomp.cachequant.planners import PLANNERS
     from dcomp.cachequant.prices import CallPrices
-    from dcomp.cachequant.zones import find_zones
+    from dcomp.cachequant.zones import find_zones, single_modules
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.recipes.bench import fill_prompts, record_calls
-    from dcomp.recipes.schedule import planning_task, useful_zones
+    from dcomp.recipes.schedule import planning_task
 
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None
@@ -59,24 +59,24 @@ def main(
     prompts = fill_prompts(found[::-1], samples)  # the search takes the first ones
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
-    prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    used = useful_zones(zones, prices)
+    every = (*zones, *single_modules(zones))
+    prices = CallPrices(pipeline.denoiser, args, kwargs, every)
     searched = range(FIRST_INDEX - SEARCHED, FIRST_INDEX)
-    task, trials = planning_task(pipeline, used, prices, found[:SEARCHED], searched, settings)
+    task, trials = planning_task(pipeline, zones, prices, found[:SEARCHED], searched, settings)
     seconds: dict[str, float] = {}
-    shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones}
-    judge = Judge(pipeline, zones, trials.timesteps, prompts, settings)
-    scout = Judge(pipeline, zones, trials.timesteps, prompts[-SCOUTED:], settings)
+    judge = Judge(pipeline, every, trials.timesteps, prompts, settings)
+    scout = Judge(pipeline, every, trials.timesteps, prompts[-SCOUTED:], settings)
     table: list[dict[str, Any]] = []
     for budget in BUDGETS:
         for planner in PLANNERS:
             started = time.perf_counter()
+            shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones_for(planner)}
             proposed = [one.rows for one in PLANNERS[planner](task, shares, task.calls / budget)]
             if not proposed:
                 continue
             rows = max(proposed, key=lambda rows: scout.rows(rows)["psnr"]) if len(proposed) > 1 else proposed[0]
             seconds[planner] = seconds.get(planner, 0.0) + time.perf_counter() - started
-            zone = " ".join(sorted({name for row in rows for name in row}))
+            zone = " ".join(sorted({name.rpartition(".")[2] for row in rows for name in row}))
             row = {"budget": budget, "planner": planner, "zone": zone, **judge.rows(rows)}
             cost = sum(prices.macs(list(row)) for row in rows) / prices.macs()
             table.append(row | {"macs": task.calls / cost, "speedup": speedup(prices, rows)})

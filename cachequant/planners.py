@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from dcomp.cachequant.blockwise import calls_of_modules
 from dcomp.cachequant.drift import Drift
 from dcomp.cachequant.dynamic import Schedule, best_schedules
 from dcomp.cachequant.gap_costs import GapCosts
 from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
-from dcomp.cachequant.zones import WHOLE
+from dcomp.cachequant.zones import SUBMODULES, WHOLE
 
 BEST = 3  # plans of a front that are proposed
 _INTERVALS = (2, 3, 4, 5)  # of the plans that evolution begins with
@@ -29,16 +30,19 @@ class PlanningTask:
     Attributes:
         calls: T.
         zones: that are cheap enough to be worth a plan.
+        modules: zones of one attention or feed-forward each, in the order in which they run.
         measure_costs: see `costs`.
-        measure_drifts: see `drifts`.
+        measure_drifts: see `drifts_of`.
         breed: makes plans of plans, at some prices; see `evolved`.
     """
 
     calls: int
     zones: tuple[str, ...]
+    modules: tuple[str, ...]
     measure_costs: Callable[[], GapCosts]
-    measure_drifts: Callable[[], Mapping[str, Drift]]
+    measure_drifts: Callable[[Sequence[str]], Mapping[str, Drift]]
     breed: Callable[[Mapping[str, float], Sequence[Sequence[Actions]]], list[Schedule]]
+    _drifts: dict[tuple[str, ...], Mapping[str, Drift]] = field(default_factory=dict)
     _fronts: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
     _bred: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
 
@@ -47,10 +51,15 @@ class PlanningTask:
         """What skipping does to the final latents."""
         return self.measure_costs()
 
-    @cached_property
-    def drifts(self) -> Mapping[str, Drift]:
-        """How far the tensors of each zone move from call to call."""
-        return self.measure_drifts()
+    def drifts_of(self, zones: tuple[str, ...]) -> Mapping[str, Drift]:
+        """Return how far the tensors of each of some zones move from call to call."""
+        if zones not in self._drifts:
+            self._drifts[zones] = self.measure_drifts(zones)
+        return self._drifts[zones]
+
+    def zones_for(self, planner: str) -> tuple[str, ...]:
+        """Return the zones that a planner makes use of."""
+        return self.modules if PLANNERS[planner] is blockwise else self.zones
 
     def front(self, prices: Mapping[str, float]) -> list[Schedule]:
         """Return all plans that no other one beats, cheapest first."""
@@ -138,6 +147,29 @@ def stage(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list
     return found
 
 
+def blockwise(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
+    """Each attention and feed-forward at times of its own, and volatile ones also with feed-forwards after them.
+
+    The union of these times computes more than was asked for, so that less is asked for until a plan can be afforded.
+
+    Source: Ji et al. 2026, Block-wise Adaptive Caching (BAC).
+    """
+    if not task.modules:
+        return []
+    saved = {zone: 1 - prices[zone] for zone in task.modules}
+    drifts = {zone: task.drifts_of(task.modules)[zone] for zone in task.modules}
+    feed_forwards = {zone for zone in task.modules if zone.rpartition(".")[2] in SUBMODULES["feed_forward"]}
+    for count in range(_affordable(task.calls, max(0.0, 1 - sum(saved.values())), limit), 0, -1):
+        computing = calls_of_modules(drifts, feed_forwards, count)
+        rows: list[Actions] = [
+            {zone: "reuse" for zone in task.modules if call not in computing[zone]} for call in range(task.calls)
+        ]
+        cost = sum(1 - sum(saved[zone] for zone in row) for row in rows)
+        if cost <= limit + 1e-9:
+            return [Schedule(tuple(rows), cost, None)]
+    return []
+
+
 def evolve(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
     """Bred from equal distances, each child judged by whole trajectories.
 
@@ -157,15 +189,16 @@ PLANNERS: dict[str, Planner] = {
     **{name: _by_rule(name) for name in SCHEDULES},
     **{name: _by_interval(predictor) for name, predictor in _FORECASTS.items()},
     "stage": stage,
+    "blockwise": blockwise,
     "evolve": evolve,
 }
-"""Name -> planner. `uniform` and `power` are DeepCache's, `partition` CacheQuant's, `cosine` DDT's, `taylor` that of
-TaylorSeer, `hermite` that of HiCache, `stage` Delta-DiT's, which is for transformers, and `evolve` ECAD's."""
+"""Name -> planner: `uniform` and `power` of DeepCache, `partition` of CacheQuant, `cosine` of DDT, `taylor` of
+TaylorSeer, `hermite` of HiCache, `evolve` of ECAD, and for transformers `stage` of Delta-DiT and `blockwise` of BAC."""
 
 
 def _reusable(task: PlanningTask, prices: Mapping[str, float]) -> Iterator[tuple[str, Drift, float]]:
     for zone in task.zones:
-        yield zone, task.drifts[zone], prices[zone]
+        yield zone, task.drifts_of(task.zones)[zone], prices[zone]
 
 
 def _affordable(calls: int, price: float, limit: float) -> int:

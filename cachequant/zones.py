@@ -123,6 +123,19 @@ def find_zones(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         return tuple(zone for zone in proposed if is_cut(denoiser, zone, args, kwargs))
 
 
+def single_modules(zones: Sequence[Zone]) -> tuple[Zone, ...]:
+    """Return zones of one module each for those that are all modules of a kind, in the order in which they run."""
+    kinds = [zone for zone in zones if zone.name in SUBMODULES]
+    blocks = dict.fromkeys(name.rpartition(".")[0] for zone in kinds for name in zone.predicted)
+    return tuple(
+        Zone(name, "output", (name,))
+        for block in blocks
+        for zone in kinds
+        for name in zone.predicted
+        if name.rpartition(".")[0] == block
+    )
+
+
 def is_cut(denoiser: nn.Module, zone: Zone, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the denoiser returns the same bits with the zone's tensors given and NaN for all that it skips."""
     kept: dict[str, Any] = {}

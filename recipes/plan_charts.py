@@ -62,8 +62,8 @@ def _draw_front(axes: Any, result: ScheduleResult) -> None:
 def _draw_timelines(axes: Any, plans: Sequence[MeasuredPlan]) -> None:
     from matplotlib.patches import Patch
 
-    zones = list(dict.fromkeys(zone for each in plans for row in each.plan.actions for zone in row))
-    colours = {zone: COLOURS[number % len(COLOURS)] for number, zone in enumerate(sorted(zones))}
+    labels = sorted({_label(zone) for each in plans for row in each.plan.actions for zone in row})
+    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
     for number, each in enumerate(plans):
         for call in range(each.plan.calls):
             for part, height, colour, hatch in _cells(each.plan, call, colours):
@@ -83,12 +83,23 @@ def _draw_timelines(axes: Any, plans: Sequence[MeasuredPlan]) -> None:
 
 
 def _cells(plan: CachePlan, call: int, colours: dict[str, str]) -> list[tuple[float, float, str, str]]:
-    """Return offset, height, colour and hatch of the parts of a call's cell, one for each zone that is predicted."""
+    """Return offset, height, colour and hatch of the parts of a call's cell, one for each zone that is predicted.
+
+    Args:
+        plan: what all calls do.
+        call: which of them.
+        colours: label of a zone -> colour.
+    """
     actions = plan.actions[call]
     if not actions:
         return [(0.0, 0.8, _COMPUTED, _REUSE)]
     height = 0.8 / len(actions)
     return [
-        (number * height, height, colours[zone], _FORECAST if kind_of(action) == "forecast" else _REUSE)
+        (number * height, height, colours[_label(zone)], _FORECAST if kind_of(action) == "forecast" else _REUSE)
         for number, (zone, action) in enumerate(sorted(actions.items()))
     ]
+
+
+def _label(zone: str) -> str:
+    """Return what a zone is called in the legend: of single modules, their name within a block."""
+    return zone.rpartition(".")[2] or zone

@@ -189,7 +189,8 @@ class PlanChoice:
 
     def add(self, budget: Budget, planner: str) -> None:
         """Choose a plan for a budget."""
-        task, prices = self._task, {zone: self._price(zone, budget.measure) for zone in self._task.zones}
+        task = self._task
+        prices = {zone: self._price(zone, budget.measure) for zone in task.zones_for(planner)}
         about = task.calls, self._prices.macs(), self._prices.whole_seconds if budget.measure == "seconds" else 1.0
         proposed = PLANNERS[planner](task, prices, budget.limit(*about))
         if not proposed:

@@ -24,7 +24,7 @@ from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.trials import Trials
-from dcomp.cachequant.zones import Zone, find_zones
+from dcomp.cachequant.zones import Zone, find_zones, single_modules
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
@@ -212,12 +212,12 @@ def _choose(
     """Search plans with the first half of the prompts and choose among them with the second."""
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
-    prices = CallPrices(pipeline.denoiser, args, kwargs, zones)
-    used, samples = useful_zones(zones, prices), len(prompts) // 2
+    prices = CallPrices(pipeline.denoiser, args, kwargs, (*zones, *single_modules(zones)))
+    samples = len(prompts) // 2
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    task, trials = planning_task(pipeline, used, prices, prompts[:samples], indices, settings, progress)
+    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress)
     held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
-    judge = PlanJudge(pipeline, used, trials, prompts[samples:], held_out, settings)
+    judge = PlanJudge(pipeline, (*zones, *single_modules(zones)), trials, prompts[samples:], held_out, settings)
     choice = PlanChoice(task, prices, judge)
     for number, budget in enumerate(budgets):
         choice.add(budget, planner)
@@ -256,7 +256,7 @@ def planning_task(
 
     Args:
         pipeline: the model that will run.
-        zones: that are worth a search.
+        zones: all that it has.
         prices: of its calls.
         prompts: of the pictures to measure on.
         indices: of their noise.
@@ -264,6 +264,7 @@ def planning_task(
         progress: called with a text, the count done and the total.
     """
     trials = Trials(pipeline, (), prompts, indices, settings)
+    used, modules = useful_zones(zones, prices), single_modules(zones)
 
     def measure_costs() -> GapCosts:
         # What an error becomes is asked of a model that rounds no inputs: rounding makes of a small error a large one.
@@ -273,11 +274,12 @@ def planning_task(
                 sensitivities = measure_sensitivities(smooth, progress=progress)
         few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
         window = reach(LONGEST_GAP)
-        with Trials(pipeline, zones, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
-            return measure_gap_costs(trials_of_zones, _gaps_of(zones, prices), sensitivities, progress=progress)
+        with Trials(pipeline, used, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
+            return measure_gap_costs(trials_of_zones, _gaps_of(used, prices), sensitivities, progress=progress)
 
-    def measure_drifts() -> Mapping[str, Drift]:
-        found = record_reference(pipeline, zones, prompts, indices, settings, window=WINDOW, progress=progress)
+    def measure_drifts(names: Sequence[str]) -> Mapping[str, Drift]:
+        watched = [zone for zone in (*used, *modules) if zone.name in names]
+        found = record_reference(pipeline, watched, prompts, indices, settings, window=WINDOW, progress=progress)
         return found.drifts
 
     def breed(shares: Mapping[str, float], seeds: Sequence[Sequence[Actions]]) -> list[Schedule]:
@@ -294,8 +296,8 @@ def planning_task(
 
         return evolve(len(trials.timesteps), shares, follow, seeds, evaluations=EVALUATIONS, progress=progress)
 
-    names = tuple(zone.name for zone in zones)
-    return PlanningTask(len(trials.timesteps), names, measure_costs, measure_drifts, breed), trials
+    useful, single = (tuple(zone.name for zone in group) for group in (used, modules))
+    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed), trials
 
 
 def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:

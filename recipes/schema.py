@@ -15,7 +15,9 @@ from dcomp.cachequant.budget import Budget
 
 Preset = Literal["w8a8", "w4a8", "w4a16", "w8a16", "w4a4", "float"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
-Planner = Literal["joint", "uniform", "power", "partition", "cosine", "taylor", "hermite", "stage", "evolve"]
+Planner = Literal[
+    "joint", "uniform", "power", "partition", "cosine", "taylor", "hermite", "stage", "blockwise", "evolve"
+]
 Pattern = Annotated[str, Field(min_length=1, max_length=500)]
 
 

@@ -9,7 +9,7 @@ def task(*zones: str, calls: int = 12) -> PlanningTask:
     def unasked() -> None:
         raise AssertionError("this planner measures nothing")
 
-    return PlanningTask(calls, zones, unasked, unasked, unasked)  # type: ignore[arg-type]
+    return PlanningTask(calls, zones, (), unasked, unasked, unasked)  # type: ignore[arg-type]
 
 
 def test_the_stage_rule_reuses_rear_blocks_first_and_front_blocks_then() -> None:

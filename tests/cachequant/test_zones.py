@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcomp.cachequant.zones import Zone, find_zones, is_cut
+from dcomp.cachequant.zones import Zone, find_zones, is_cut, single_modules
 
 BLOCK = "transformer_blocks.0"
 EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -100,6 +100,16 @@ def test_zones_of_an_architecture(name: str, recorded_call: Any) -> None:
     denoiser, args, kwargs = recorded_call(name)
     found = find_zones(denoiser, args, kwargs)
     assert {zone.name: (zone.predicted, zone.skipped) for zone in found} == EXPECTED[name]
+
+
+def test_single_modules_are_in_the_order_in_which_they_run(recorded_call: Any) -> None:
+    denoiser, args, kwargs = recorded_call("UNet2DConditionModel")
+    found = single_modules(find_zones(denoiser, args, kwargs))
+    blocks = [zone.name.rpartition(".")[0] for zone in found]
+    assert [zone.name.rpartition(".")[2] for zone in found] == ["attn1", "attn2", "ff"] * 4
+    assert [block.split(".")[0] for block in blocks[::3]] == ["down_blocks", "mid_block", "up_blocks", "up_blocks"]
+    assert all(zone.predicted == (zone.name,) for zone in found)
+    assert all(is_cut(denoiser, zone, args, kwargs) for zone in found)
 
 
 @pytest.mark.parametrize(

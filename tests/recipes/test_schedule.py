@@ -260,6 +260,26 @@ def test_rules_of_the_literature_make_plans_too(
     assert len(result.plans) + len(result.notes) == 1
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("DiTTransformer2DModel", 2), ("PixArtTransformer2DModel", 3)])
+def test_modules_of_a_transformer_have_schedules_of_their_own(
+    name: str, kinds: int, tiny_model: Models, tmp_path: Path
+) -> None:
+    file, model = tmp_path / "plans.json", tiny_model(name)
+    options: dict[str, Any] = {"output": file, "steps": STEPS, "samples": 1}
+    result = search_schedule(model, budgets=["1.4x", "1.2x"], planner="blockwise", **options)
+    assert [each.name for each in result.plans] == ["1.2x", "1.4x"], result.notes
+    pipeline = open_pipeline(model)
+    for each in result.plans:
+        assert each.speedup >= float(each.name[:-1])
+        assert len(each.plan.zones) == 2 * kinds
+        with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(each.plan)) as executor:
+            pipeline.run(["1"], [0], Generation(steps=STEPS), decode=False)
+        assert not executor.stats.fallbacks
+        for zone in each.plan.zones:
+            ran = {call for call, ran, _ in executor.stats.ran if ran == zone.name}
+            assert ran == {call for call in range(STEPS) if each.plan.computes(call, zone.name)}
+
+
 def test_budgets_that_save_nothing_and_planners_that_are_none_are_refused(tiny_model: Models, tmp_path: Path) -> None:
     model, file = tiny_model(UNET), tmp_path / "plans.json"
     with pytest.raises(UsageError, match="saves nothing"):
@@ -410,7 +430,8 @@ def test_two_proposals_are_followed_on_all_pictures_at_once() -> None:
 
 
 def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
-    task = PlanningTask(STEPS, (WHOLE,), lambda: GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS), dict, list)
+    costs = GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS)
+    task = PlanningTask(STEPS, (WHOLE,), (), lambda: costs, dict, lambda *_: [])
     proposed = PLANNERS["joint"](task, {WHOLE: 0.0}, 4.0)
     plain = [*PLANNERS["taylor"](task, {WHOLE: 0.0}, 4.0), *PLANNERS["hermite"](task, {WHOLE: 0.0}, 4.0)]
     assert len(plain) == 2
