@@ -13,7 +13,8 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Self
@@ -166,8 +167,8 @@ class StepClock:
             without both.
         max_distance: the largest distance of such a timestep from the nearest that is there, in timestep units.
 
-    Without a scheduler `trajectory`, `call`, `step` and `last_sample` keep their first values; `timestep`, `bin`,
-    `row_bins` and `row_timesteps` are right all the same.
+    Without a scheduler or `trajectory_by_hand`, `trajectory`, `call`, `step` and `last_sample` keep their first values;
+    `timestep`, `bin`, `row_bins` and `row_timesteps` are right all the same.
     """
 
     def __init__(self, bins: StepBins | None = None) -> None:
@@ -205,6 +206,16 @@ class StepClock:
         self._parameter = (parameters.index("timestep"), "timestep")
         hook = denoiser.register_forward_pre_hook(self._before_call, prepend=True, with_kwargs=True)
         return ClockHandle(hook.remove, None if scheduler is None else _listen(scheduler, self))
+
+    @contextmanager
+    def trajectory_by_hand(self) -> Iterator[Callable[[], None]]:
+        """Start a trajectory where there is no scheduler to listen to.
+
+        Yields:
+            What ends a step: to be called after its last call of the denoiser.
+        """
+        self._trajectory_started(None)
+        yield lambda: self._stepped(None)
 
     def read(self, timestep: Any) -> None:
         """Take the timestep of the next call: a number, or a tensor with one value or one per row."""
@@ -246,7 +257,7 @@ class StepClock:
         self.last_sample = None
         self._order = int(getattr(scheduler, "order", 1))
 
-    def _stepped(self, sample: Tensor) -> None:
+    def _stepped(self, sample: Tensor | None) -> None:
         self.last_sample = sample
         self.call += 1
         self.step = self.call // self._order

@@ -1,7 +1,12 @@
 """Let a pipeline follow a cache plan: in `dcomp generate`, or in Python until it is told to stop."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import nn
 
 from dcomp import UsageError
 from dcomp.cachequant.executor import CacheExecutor, CacheStats
@@ -10,8 +15,9 @@ from dcomp.cachequant.plan import PlanError
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
+from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline
-from dcomp.recipes.schedule import trajectory_of
+from dcomp.recipes.schedule import trajectory_of, weights_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -26,12 +32,12 @@ class FollowedPlan:
             otherwise, with the reason, and the most memory that kept tensors took.
     """
 
-    def __init__(self, plan: MeasuredPlan, pipeline: OpenPipeline) -> None:
+    def __init__(self, plan: MeasuredPlan, denoiser: nn.Module, scheduler: Any = None) -> None:
         self.plan = plan
-        clock = StepClock()
-        self._handle = clock.attach(pipeline.denoiser, pipeline.scheduler)
+        self._clock = StepClock()
+        self._handle = self._clock.attach(denoiser, scheduler)
         try:
-            self._executor = CacheExecutor(pipeline.denoiser, PlanGuide(plan.plan), clock)
+            self._executor = CacheExecutor(denoiser, PlanGuide(plan.plan), self._clock)
         except BaseException:
             self._handle.remove()
             raise
@@ -40,6 +46,15 @@ class FollowedPlan:
     def stats(self) -> CacheStats:
         """What was done so far."""
         return self._executor.stats
+
+    def trajectory(self) -> AbstractContextManager[Callable[[], None]]:
+        """Begin a trajectory of a denoiser that no scheduler of diffusers drives.
+
+        The `with` block gets a function to call after the last call of the denoiser of each step, so that several of
+        them, as guidance makes them one after the other, are known to belong together. The timesteps must be those of
+        the plan; calls at others compute.
+        """
+        return self._clock.trajectory_by_hand()
 
     def stop(self) -> None:
         """Let the pipeline compute every call again; nothing of the plan is left on it. Harmless when called again."""
@@ -53,45 +68,50 @@ class FollowedPlan:
         self.stop()
 
 
-def follow_plan(pipe: "DiffusionPipeline", name: str, folder: str | Path | None = None) -> FollowedPlan:
-    """Let an open diffusers pipeline follow one of its cache plans until `stop()`.
+def follow_plan(pipe: "DiffusionPipeline | nn.Module", name: str, folder: str | Path | None = None) -> FollowedPlan:
+    """Let an open diffusers pipeline, or a denoiser alone, follow one of its cache plans until `stop()`.
 
     A run with another number of steps than the plan's computes all calls, and counts them as fallbacks.
 
     Args:
-        pipe: opened from the folder that the plans were made for, with the same scheduler.
+        pipe: opened from the folder that the plans were made for, with the same scheduler; or its denoiser, whose
+            caller then says by `FollowedPlan.trajectory` when a picture begins and a step ends.
         name: of a plan, or a speed such as "2x", or `FILE.json:NAME` for plans that lie elsewhere.
-        folder: of the pipeline; default: where it says that it was opened from.
+        folder: of the pipeline; default: where it says that it was opened from. A denoiser needs it.
 
     Raises:
         PlanError: there is no such plan, it was made for something else, or the pipeline follows another one.
-        UsageError: the pipeline does not know its folder.
+        UsageError: the pipeline has no scheduler, or there is no folder.
     """
-    source = folder or getattr(pipe, "name_or_path", None)
+    alone = isinstance(pipe, nn.Module)
+    source = folder or (None if alone else getattr(pipe, "name_or_path", None))
     if not source:
-        raise UsageError("This pipeline does not know its folder", where="folder", remedy="Give the folder.")
-    opened = OpenPipeline(pipe, local_folder(source))
-    return FollowedPlan(plan_for(name, opened.source, opened), opened)
-
-
-def plan_for(name: str, folder: Path, pipeline: OpenPipeline) -> MeasuredPlan:
-    """Return a plan by its name, if it was made for this pipeline.
-
-    Args:
-        name: of a plan of the folder, or `FILE.json:NAME`.
-        folder: of the model.
-        pipeline: that will follow it.
-
-    Raises:
-        PlanError: there is no such plan, or it was made for something else.
-    """
-    file, last = plan_file(name, folder)
+        kind = "denoiser" if alone else "pipeline"
+        raise UsageError(f"This {kind} does not know its folder", where="folder", remedy="Give the folder.")
+    place = local_folder(source)
+    file, last = plan_file(name, place)
     plans = PlanSet.read(file)
-    own = trajectory_of(folder, pipeline, plans.trajectory.steps)
+    if isinstance(pipe, nn.Module):
+        own = replace(
+            plans.trajectory,
+            denoiser=type(pipe).__name__,
+            model=weights_hash(place, check_model_folder(place).denoiser_name),
+        )
+        parties: tuple[Any, ...] = (pipe,)
+    else:
+        if getattr(pipe, "scheduler", None) is None:
+            raise UsageError(
+                "This pipeline has no scheduler to tell steps by",
+                where=type(pipe).__name__,
+                remedy="Give its denoiser instead, and say by `with plan.trajectory() as end_step:` where steps end.",
+            )
+        opened = OpenPipeline(pipe, place)
+        own = trajectory_of(place, opened, plans.trajectory.steps)
+        parties = (opened.denoiser, opened.scheduler)
     difference = plans.trajectory.difference(own)
     if difference:
         raise made_for(difference, file)
-    return plans.choose(last)
+    return FollowedPlan(plans.choose(last), *parties)
 
 
 def made_for(difference: str, file: Path) -> PlanError:

@@ -80,7 +80,7 @@ def generate(
         ) from error
     files: list[str] = []
     started = time.perf_counter()
-    followed = FollowedPlan(chosen, pipeline) if chosen else None
+    followed = FollowedPlan(chosen, pipeline.denoiser, pipeline.scheduler) if chosen else None
     with followed or nullcontext():
         for first in range(0, len(prompts), settings.batch_size):
             if progress:

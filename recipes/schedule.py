@@ -230,7 +230,7 @@ def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajector
     config = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     text = json.dumps(config, sort_keys=True, default=str)
     return Trajectory(
-        _weights_hash(folder, pipeline.denoiser_name),
+        weights_hash(folder, pipeline.denoiser_name),
         type(pipeline.denoiser).__name__,
         type(pipeline.scheduler).__name__,
         hashlib.sha256(text.encode()).hexdigest(),
@@ -306,7 +306,7 @@ def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:
     return {zone.name: LONGEST_GAP if prices.macs([zone.name]) <= cheap else LONGEST_GAP // 2 for zone in zones}
 
 
-def _weights_hash(folder: Path, denoiser: str) -> str:
+def weights_hash(folder: Path, denoiser: str) -> str:
     """Hash what plans depend on; a manifest has the hashes of its files already."""
     if not (folder / MANIFEST).is_file():
         return hash_model(check_model_folder(folder)).sha256

@@ -124,7 +124,7 @@ def validate(
                 _check_comparable(sides[0], pipeline)
             if plan and sides:
                 fitted = fit_plan(plan, local_folder(model), pipeline, texts, settings, report)
-                followed = FollowedPlan(fitted.plan, pipeline) if fitted.plan else None
+                followed = FollowedPlan(fitted.plan, pipeline.denoiser, pipeline.scheduler) if fitted.plan else None
             facts = followed.plan.plan.to_dict() if followed else None
             folder = SampleFolder(root / name, pipeline, texts, settings, FIRST_INDEX, facts)
             with followed or nullcontext():

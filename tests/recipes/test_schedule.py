@@ -339,6 +339,47 @@ def test_an_open_pipeline_follows_a_plan_until_it_is_stopped(
         dcomp.follow_plan(pipe, f"{file}:1.6x")
 
 
+def test_a_denoiser_alone_follows_a_plan_when_its_caller_says_where_steps_end(
+    searched: tuple[Path, ScheduleResult], tiny_model: Models, tiny_checkpoint: Models
+) -> None:
+    file, _ = searched
+    pipeline = open_pipeline(tiny_model(UNET))
+    unet, scheduler = pipeline.denoiser, DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    noise = torch.randn(2, 1, unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def sample(x: torch.Tensor, end_step: Callable[[], None], contexts: int = 1) -> torch.Tensor:
+        for timestep in scheduler.timesteps:
+            with torch.no_grad():
+                found = [unet(x + context, timestep).sample for context in range(contexts)]
+            x = scheduler.step(found[0], timestep, x).prev_sample
+            end_step()
+        return x
+
+    whole = sample(noise[0], lambda: None)
+    plan = dcomp.follow_plan(unet, f"{file}:1.6x", pipeline.source)
+    with plan.trajectory() as end_step:
+        fast = sample(noise[0], end_step)
+    assert not torch.equal(fast, whole)
+    with plan.trajectory() as end_step:
+        sample(noise[1], end_step, contexts=2)
+    with plan.trajectory() as end_step:
+        assert torch.equal(sample(noise[0], end_step, contexts=2), fast)
+    assert not plan.stats.fallbacks
+    predicted = sum(bool(row) for row in plan.plan.plan.actions)
+    assert sum(plan.stats.predicted.values()) == predicted * (1 + 2 + 2)
+    plan.stop()
+    assert torch.equal(sample(noise[0], lambda: None), whole)
+    pipe = pipeline.pipe
+    pipe.scheduler = None
+    with pytest.raises(UsageError, match="no scheduler"):
+        dcomp.follow_plan(pipe, f"{file}:1.6x", pipeline.source)
+    with pytest.raises(UsageError, match="denoiser does not know its folder"):
+        dcomp.follow_plan(unet, f"{file}:1.6x")
+    with pytest.raises(PlanError, match="other weights"):
+        dcomp.follow_plan(unet, f"{file}:1.6x", tiny_checkpoint(UNET))
+
+
 def test_where_plans_cannot_go_is_said_before_the_search(tiny_model: Models, tmp_path: Path) -> None:
     for output in (tmp_path, tmp_path / "missing" / "plans.json"):
         with pytest.raises(UsageError, match="cannot be written"):
