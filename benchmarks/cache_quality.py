@@ -5,21 +5,30 @@
 All plans run through the same executor on the same model, prompts and noise, which no planner saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
 of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
-`joint` is ours, and has three proposals a budget.
-`speedup` is the measured time of the plan's calls against calls that compute everything, in turns in this process.
+`joint` is ours, and has three proposals a budget. Other packages (`cache_peers.py`) are measured on all settings of a
+grid on the same few pictures, and the best one that saves enough goes on; what they multiply is counted while they run.
+`speedup` is the measured time of the plan's calls against calls that compute everything, in turns in this process; of
+another package, of whole trajectories.
 
 The table is printed and written to `--out` as JSON.
 """
 
+import importlib.util
 import json
+import statistics
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
+from cache_peers import PEERS, CachePeer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +50,7 @@ def main(
     scheduler: Annotated[str | None, typer.Option(help="diffusers class; default: the pipeline's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Left out where the pipeline has none.")] = 4.0,
     samples: int = 32,
+    peers: Annotated[bool, typer.Option(help="Measure other packages too.")] = True,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_quality.json",
 ) -> None:
     """Measure, write the JSON, print the table."""
@@ -66,6 +76,7 @@ def main(
     seconds: dict[str, float] = {}
     judge = Judge(pipeline, every, trials.timesteps, prompts, settings)
     scout = Judge(pipeline, every, trials.timesteps, prompts[-SCOUTED:], settings)
+    tried, not_run = try_peers(pipeline, scout) if peers else ([], {})
     table: list[dict[str, Any]] = []
     for budget in BUDGETS:
         for planner in PLANNERS:
@@ -80,6 +91,11 @@ def main(
             row = {"budget": budget, "planner": planner, "zone": zone, **judge.rows(rows)}
             cost = sum(prices.macs(list(row)) for row in rows) / prices.macs()
             table.append(row | {"macs": task.calls / cost, "speedup": speedup(prices, rows)})
+        for each in best_of(tried, budget):
+            with each.attached(pipeline):
+                found_there = judge.made()
+            row = {"budget": budget, "planner": each.peer.name, "zone": each.label, **found_there}
+            table.append(row | {"macs": each.fewer, "speedup": wall_speedup(pipeline, prompts[:1], settings, each)})
         fewer = max(1, round(steps / budget))
         row = {"budget": budget, "planner": "fewer steps", "zone": f"{fewer} steps", **judge.steps(fewer)}
         table.append(row | {"macs": steps / fewer, "speedup": steps / fewer})
@@ -91,11 +107,87 @@ def main(
         "guidance": guidance,
         "samples": samples,
         "extractor": EXTRACTOR,
+        "not_run": not_run,
         "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
         "torch": torch.__version__,
     }
     out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
     print(f"Written to {out}")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A setting of another package's cache.
+
+    Attributes:
+        fewer: multiply-accumulates of calls that compute everything by those that it made.
+        psnr: of the scout's pictures in dB.
+    """
+
+    peer: CachePeer
+    setting: dict[str, Any]
+    fewer: float
+    psnr: float
+
+    @property
+    def label(self) -> str:
+        """The setting in words."""
+        return " ".join(f"{key} {value}" for key, value in self.setting.items() if key != "steps")
+
+    @contextmanager
+    def attached(self, pipeline: Any) -> Iterator[None]:
+        """Let the pipeline cache with it."""
+        with self.peer.attached(pipeline, self.setting):
+            yield
+
+
+def try_peers(pipeline: Any, scout: "Judge") -> tuple[list[Tried], dict[str, str]]:
+    """Return all settings of all packages that fit and run, and why others do not."""
+    from dcomp.calibrate.cost import counting_macs
+
+    tried: list[Tried] = []
+    reasons: dict[str, str] = {}
+    with counting_macs(pipeline.denoiser) as counted:
+        scout.made()
+        whole = counted().total
+    for peer in PEERS:
+        if not peer.fits(pipeline.denoiser):
+            continue
+        if importlib.util.find_spec(peer.package) is None:
+            reasons[peer.name] = f"{peer.package} is not installed"
+            continue
+        for setting in peer.settings(pipeline.denoiser):
+            setting = {**setting, "steps": scout.settings.steps}
+            try:
+                with peer.attached(pipeline, setting), counting_macs(pipeline.denoiser) as counted:
+                    psnr = scout.made()["psnr"]
+                tried.append(Tried(peer, setting, whole / counted().total, psnr))
+            except Exception as error:  # a setting that a package cannot run must not end the others
+                reasons[f"{peer.name} {setting}"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return tried, reasons
+
+
+def best_of(tried: Sequence[Tried], budget: float) -> list[Tried]:
+    """Return of each package the setting with the best pictures of those that save enough."""
+    found = []
+    for peer in PEERS:
+        able = [one for one in tried if one.peer is peer and one.fewer >= budget * 0.98]
+        found += [max(able, key=lambda one: one.psnr)] if able else []
+    return found
+
+
+def wall_speedup(pipeline: Any, prompts: Any, settings: Any, tried: Tried) -> float:
+    """Return the time of whole trajectories of one picture by that of trajectories with a package's cache."""
+    from dcomp.calibrate.timing import time_in_turns
+
+    def run() -> None:
+        pipeline.run(prompts, range(FIRST_INDEX, FIRST_INDEX + 1), settings, decode=False)
+
+    def cached() -> None:
+        with tried.attached(pipeline):
+            run()
+
+    return statistics.median(whole / fast for whole, fast in time_in_turns(run, cached, 3, min_seconds=0))
 
 
 class Judge:
@@ -119,6 +211,10 @@ class Judge:
             made = self._run(self.settings)
         assert not executor.stats.fallbacks, executor.stats.fallbacks
         return self._compare(made)
+
+    def made(self) -> dict[str, float]:
+        """Return what the pipeline does as it is."""
+        return self._compare(self._run(self.settings))
 
     def steps(self, steps: int) -> dict[str, float]:
         """Return the same of fewer scheduler steps."""

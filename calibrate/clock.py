@@ -197,6 +197,8 @@ class StepClock:
             UsageError: the denoiser's `forward` takes no `timestep`.
         """
         parameters = list(inspect.signature(denoiser.forward).parameters)
+        if "timestep" not in parameters:  # somebody may have put a function of any arguments in its place
+            parameters = list(inspect.signature(type(denoiser).forward).parameters)[1:]
         if "timestep" not in parameters:
             raise UsageError(
                 f"{type(denoiser).__name__} is no denoiser: its forward takes no argument `timestep`",

@@ -4,8 +4,8 @@ Bytes follow from shapes alone, so that a plan can be printed before a weight is
 of the buffers, not of file headers. Time is not measured here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -73,11 +73,22 @@ class Macs:
 
 
 def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Macs:
-    """Run one call and count; also works on meta tensors, where nothing is computed.
+    """Run one call and count; also works on meta tensors, where nothing is computed."""
+    with counting_macs(denoiser) as counted, torch.no_grad():
+        denoiser(*args, **kwargs)
+    return counted()
+
+
+@contextmanager
+def counting_macs(denoiser: nn.Module) -> Iterator[Callable[[], Macs]]:
+    """Count what all calls of a denoiser within a `with` block multiply, whatever a cache makes of them.
 
     Subclasses of linear and convolution layers count, so a quantized denoiser has the MACs of its original; the parts
     of a split layer do not count beside it, and neither does what is multiplied in float beside its weight, the product
     that takes directions out of an input excepted.
+
+    Yields:
+        What returns the sum so far.
     """
     layers: dict[str, int] = {}
 
@@ -88,14 +99,22 @@ def count_macs(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
         return add
 
     products = _Products()
-    with ExitStack() as stack, torch.no_grad(), products:
+
+    def begin(*_: Any) -> None:
+        products.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(*_: Any) -> None:
+        products.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    with ExitStack() as stack:
         within: set[nn.Module] = set()
         for name, module in denoiser.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module not in within:
                 within |= set(module.modules())
                 stack.callback(module.register_forward_hook(hook(name)).remove)
-        denoiser(*args, **kwargs)
-    return Macs(layers, products.macs)
+        stack.callback(denoiser.register_forward_pre_hook(begin).remove)
+        stack.callback(denoiser.register_forward_hook(end, always_call=True).remove)
+        yield lambda: Macs(dict(layers), products.macs)
 
 
 def macs_per_output(layer: nn.Linear | nn.Conv2d) -> int:

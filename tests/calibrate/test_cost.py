@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dcomp.calibrate.cost import count_macs, layer_bytes
+from dcomp.calibrate.cost import count_macs, counting_macs, layer_bytes
 from dcomp.calibrate.range_search import search_weight
 from dcomp.compress.layers import QuantConv2d, QuantLinear
 from dcomp.compress.scheme import QScheme
@@ -117,6 +117,21 @@ def test_macs_grow_with_the_batch_and_need_no_memory(name: str) -> None:
     assert time_only <= {n for n in one.layers if "time_emb" in n}
     assert three.attention == 3 * one.attention > 0
     assert set(one.layers) == {n for n, m in denoiser.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def test_all_calls_of_the_denoiser_are_counted_and_nothing_beside_them() -> None:
+    net, x = Attending(), torch.randn(5, 4, 8, 8)
+    one = count_macs(net, (x,), {"how": "matmul"})
+    with counting_macs(net) as counted:
+        assert counted().total == 0
+        for _ in range(2):
+            torch.matmul(net(x, how="matmul"), torch.randn(8, 3))
+        with pytest.raises(RuntimeError):
+            net(torch.randn(5, 3, 8, 8), how="matmul")
+        torch.matmul(torch.randn(7, 5), torch.randn(5, 3))
+    net(x, how="matmul")
+    assert counted().attention == 2 * one.attention
+    assert counted().layers == {name: 2 * macs for name, macs in one.layers.items()}
 
 
 def test_macs_of_a_model_without_memory() -> None:
