@@ -508,6 +508,13 @@ def search_schedule(
     scheduler: Scheduler = None,
     seed: Seed = None,
     samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 8,
+    unrounded_calls: Annotated[
+        bool,
+        typer.Option(
+            "--unrounded-calls",
+            help="Let calls leave inputs of quantized layers unrounded where that is worth its time.",
+        ),
+    ] = False,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -539,6 +546,7 @@ def search_schedule(
             scheduler=scheduler,
             seed=seed,
             samples=samples,
+            unrounded_calls=unrounded_calls,
             device=device,
             progress=progress,
         )

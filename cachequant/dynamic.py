@@ -1,13 +1,14 @@
 """Plans by dynamic programming: for every cost the least error that gaps and computing calls can add up to.
 
 A state is a pair of calls that compute one after the other, because a prediction may read both; what came before them
-is its cost and its error alone. Within a gap each call may predict another zone. Labels that another one of their state
+is its cost and its error alone. Within a gap each call may predict another zone, and the call before it may leave its
+inputs unrounded. Labels that another one of their state
 beats in both are dropped, and of those that are nearer in cost than can matter the better one is kept, so that the time
 is bounded. Letters: T calls, r, s and t as in `gap_costs`.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,19 +31,24 @@ class Schedule:
         rows: of the T calls.
         cost: sum of their prices, 1 for a call that computes everything.
         error: relative error of the final latents; None where a planner does not know it.
+        unrounded: calls in which quantized layers multiply their inputs as they are.
     """
 
     rows: tuple[Actions, ...]
     cost: float
     error: float | None
+    unrounded: frozenset[int] = frozenset()
 
 
-def best_schedules(costs: GapCosts, prices: Mapping[str, float], *, grid: float | None = None) -> list[Schedule]:
+def best_schedules(
+    costs: GapCosts, prices: Mapping[str, float], *, unrounded: float | None = None, grid: float | None = None
+) -> list[Schedule]:
     """Return the schedules that no other one beats in cost and expected error, cheapest first.
 
     Args:
         costs: of all gaps.
         prices: zone -> part of a call that is left where it is predicted.
+        unrounded: price of a call that computes everything without rounding of inputs; None: there are none.
         grid: labels of one state nearer in cost than this are one; 0 for an exact front.
     """
     grid, of_gap = (GRID, _GRID_OF_GAP) if grid is None else (grid, grid)
@@ -59,17 +65,23 @@ def best_schedules(costs: GapCosts, prices: Mapping[str, float], *, grid: float 
             for end, gaps in _gaps(costs, prices, before, start, of_gap):
                 grown = [
                     _Labels(
-                        own.cost + gap.cost + (end < total),
-                        own.loss + gap.error**2,
+                        own.cost + gap.cost + gap.surcharge + (end < total),
+                        own.loss + gap.error**2 + gap.rounding**2,
                         ids,
                         np.full(len(ids), history.gap(gap)),
                     )
-                    for gap in gaps
+                    for plain in gaps
+                    for gap in _both_precisions(plain, costs, start, end, unrounded)
                 ]
                 (waiting.setdefault((start, end), []) if end < total else ends).extend(grown)
     last = _joined(ends)
     return [
-        Schedule(history.rows(last.before[i], last.gap[i], total), float(last.cost[i]), float(last.loss[i]) ** 0.5)
+        Schedule(
+            history.rows(last.before[i], last.gap[i], total),
+            float(last.cost[i]),
+            float(last.loss[i]) ** 0.5,
+            history.unrounded(last.before[i], last.gap[i]),
+        )
         for i in _unbeaten(last.cost, last.loss, grid)
     ]
 
@@ -82,11 +94,17 @@ class _Gap:
         actions: call -> what it does.
         cost: of these calls.
         error: of these calls together.
+        rounding: error by rounding of inputs in the call before them, which they repeat.
+        unrounded: that call, if it does not round.
+        surcharge: what it costs more then.
     """
 
     actions: Mapping[int, Actions]
     cost: float
     error: float
+    rounding: float = 0.0
+    unrounded: int | None = None
+    surcharge: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -137,11 +155,29 @@ class _History:
 
     def rows(self, before: int, gap: int, total: int) -> tuple[Actions, ...]:
         """Return what all calls do on the way that ends with a gap after a label."""
-        actions = dict(self._gaps[gap].actions)
-        while before >= 0:
-            actions.update(self._gaps[self._gap[before]].actions)
-            before = self._before[before]
+        actions: dict[int, Actions] = {}
+        for each in self._way(before, gap):
+            actions.update(each.actions)
         return tuple(actions.get(call, {}) for call in range(total))
+
+    def unrounded(self, before: int, gap: int) -> frozenset[int]:
+        """Return the calls on that way that do not round their inputs."""
+        return frozenset(each.unrounded for each in self._way(before, gap) if each.unrounded is not None)
+
+    def _way(self, before: int, gap: int) -> Iterator[_Gap]:
+        yield self._gaps[gap]
+        while before >= 0:
+            yield self._gaps[self._gap[before]]
+            before = self._before[before]
+
+
+def _both_precisions(gap: _Gap, costs: GapCosts, start: int, end: int, price: float | None) -> Iterator[_Gap]:
+    """Yield a gap after a call that rounds its inputs, and after one that does not, if there are such."""
+    if price is None:
+        yield gap
+        return
+    yield replace(gap, rounding=costs.of_rounding(start, end))
+    yield replace(gap, unrounded=start, surcharge=price - 1)
 
 
 def _gaps(
@@ -172,7 +208,7 @@ def _joined(labels: list[_Labels]) -> _Labels:
 
 def _unbeaten(cost: Floats, loss: Floats, grid: float) -> Ints:
     """Return the places of what has less loss than all that cost less, in the order of cost."""
-    order = np.lexsort((loss, cost))
+    order = np.lexsort((loss, cost.round(9)))  # sums in another order are the same cost
     ranked = loss[order]
     order = order[np.r_[True, ranked[1:] < np.minimum.accumulate(ranked)[:-1]]]
     if grid:

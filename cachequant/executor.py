@@ -6,8 +6,8 @@ gradients) makes it forget what it kept, compute, and count it: it never reads a
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -21,12 +21,17 @@ from dcomp.cachequant.zone_hooks import Given, ZoneCall, ZoneHooks
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock
 
+Unrounded = Callable[[], AbstractContextManager[object]]
+"""Makes a `with` block in which quantized layers multiply their inputs as they are."""
+
 
 @contextmanager
-def following(denoiser: nn.Module, scheduler: Any, guide: Guide) -> Iterator["CacheExecutor"]:
+def following(
+    denoiser: nn.Module, scheduler: Any, guide: Guide, unrounded: Unrounded | None = None
+) -> Iterator["CacheExecutor"]:
     """Let a denoiser follow a guide on a scheduler's trajectories until the context ends."""
     clock = StepClock()
-    with clock.attach(denoiser, scheduler), CacheExecutor(denoiser, guide, clock) as executor:
+    with clock.attach(denoiser, scheduler), CacheExecutor(denoiser, guide, clock, unrounded) as executor:
         yield executor
 
 
@@ -38,12 +43,14 @@ class CacheStats:
         ran: (call, zone, context) -> how often the zone ran.
         predicted: the same for predictions.
         fallbacks: reason -> calls that computed although the plan has predictions for them, or that it does not know.
+        unrounded: call -> how often it ran without rounding of inputs.
         peak_bytes: most memory that kept tensors took at a time.
     """
 
     ran: Counter[tuple[int, str, int]] = field(default_factory=Counter)
     predicted: Counter[tuple[int, str, int]] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    unrounded: Counter[int] = field(default_factory=Counter)
     peak_bytes: int = 0
 
 
@@ -82,17 +89,19 @@ class CacheExecutor:
         guide: decides.
         clock: one that listens to the pipeline's scheduler. Without a scheduler, as when a caller drives the denoiser
             alone, a timestep that rises begins a new trajectory.
+        unrounded: for calls whose inputs the guide wants as they are; None for a float denoiser, which rounds none.
 
     Raises:
         PlanError: the denoiser lacks a module that a zone names, or diffusers' own cache is enabled on it.
     """
 
-    def __init__(self, denoiser: nn.Module, guide: Guide, clock: StepClock) -> None:
+    def __init__(self, denoiser: nn.Module, guide: Guide, clock: StepClock, unrounded: Unrounded | None = None) -> None:
         self.stats = CacheStats()
         self.clock = clock
         self.denoiser, self._guide = denoiser, guide
         self._contexts: dict[int, _Context] = {}
         self._running: _Context | None = None
+        self._unrounded, self._during = unrounded, ExitStack()
         self._order = CallOrder()
         self._call: int | None = None
         self._context = 0
@@ -104,6 +113,7 @@ class CacheExecutor:
 
     def detach(self) -> None:
         """Take every hook away and drop every tensor; harmless when called again."""
+        self._during.close()
         while self._undo:
             self._undo.pop()()
         self._contexts.clear()
@@ -139,6 +149,9 @@ class CacheExecutor:
         if context is not None and self._call is not None:
             given = {zone: self._given(zone, each, context) for zone, each in self._order.predictions.items()}
             self._hooks.running = ZoneCall(given, self._order.keep, context.forms)
+            if self._order.unrounded and self._unrounded is not None:
+                self._during.enter_context(self._unrounded())
+                self.stats.unrounded[self._call] += 1
 
     def _find_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out which call this is and what is to be done in it."""
@@ -203,6 +216,7 @@ class CacheExecutor:
         return tensors
 
     def _end(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._during.close()
         context, done = self._running, self._hooks.running
         if context is not None and output is None:  # it failed half-way
             context.forget()

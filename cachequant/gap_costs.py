@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dcomp.cachequant.executor import Unrounded
 from dcomp.cachequant.plan import Actions, Reads
 from dcomp.cachequant.trials import Branch, Trials
 from dcomp.cachequant.zones import WHOLE
@@ -50,12 +51,14 @@ class GapCosts:
         longest: calls of a gap, at most.
         skips: zone, then t, then the calls that are read (`(s,)` or `(r, s)`).
         sensitivities: of the T calls: relative error of the final latents by that of the prediction.
+        rounding: of the T calls: relative error of the prediction by rounding of inputs; None if it was not measured.
     """
 
     calls: int
     longest: int
     skips: Mapping[str, Sequence[Mapping[tuple[int, ...], Skip]]]
     sensitivities: tuple[float, ...] = field(repr=False)
+    rounding: tuple[float, ...] | None = field(default=None, repr=False)
 
     def of_call(self, zone: str, before: int | None, start: int, call: int) -> Skip | None:
         """Return the best prediction of a zone in a call; None if the gap would be too long for it.
@@ -70,9 +73,25 @@ class GapCosts:
         both = found.get((before, start)) if before is not None else None
         return both or found.get((start,))
 
+    def of_rounding(self, start: int, end: int) -> float:
+        """Return the error of the final latents by rounding of inputs in a call that others read.
+
+        They repeat its error, so that it adds up as within a gap.
+
+        Args:
+            start: the call that computes.
+            end: the next one that does.
+        """
+        return self.rounding[start] * sum(self.sensitivities[start:end]) if self.rounding else 0.0
+
 
 def measure_gap_costs(
-    trials: Trials, longest: Mapping[str, int], sensitivities: Sequence[float], *, progress: Progress = silent
+    trials: Trials,
+    longest: Mapping[str, int],
+    sensitivities: Sequence[float],
+    *,
+    unrounded: Unrounded | None = None,
+    progress: Progress = silent,
 ) -> GapCosts:
     """Measure all gaps.
 
@@ -80,23 +99,31 @@ def measure_gap_costs(
         trials: of the model that will run, with a window of `reach` of the longest gap.
         longest: zone -> calls of a gap up to whose end it may be predicted.
         sensitivities: of the T calls.
+        unrounded: makes a `with` block without rounding of inputs, to measure what that does; None: it is not asked.
         progress: called with a text, the calls done and their total.
     """
     total = len(trials.timesteps)
+    rounding: list[float] = []
     skips: dict[str, list[dict[tuple[int, ...], Skip]]] = {zone: [] for zone in longest}
     whole = Branch()
     for call in range(total):
         progress("costs of gaps", call, total)
         pairs = [(zone, node) for zone, gap in longest.items() for node in range(max(0, call - reach(gap)), call)]
         tries: list[tuple[Branch, Actions]] = [(whole, {}), *((whole, {zone: ((node, 1.0),)}) for zone, node in pairs)]
+        if unrounded is not None:
+            with unrounded():
+                (exact,) = trials.extend(tries[:1])
         whole, *replaced = trials.extend(tries)
+        if unrounded is not None:
+            rounding.append(float(trials.difference(whole, exact).square().sum(1).mean().sqrt()))
         off: dict[str, dict[int, Tensor]] = {zone: {} for zone in longest}
         for (zone, node), branch in zip(pairs, replaced, strict=True):
             off[zone][node] = trials.difference(branch, whole)
         for zone, gap in longest.items():
             skips[zone].append(_skips(off[zone], call, gap, sensitivities[call]))
     progress("costs of gaps", total, total)
-    return GapCosts(total, max(longest.values()), skips, tuple(sensitivities))
+    measured = tuple(rounding) if unrounded is not None else None
+    return GapCosts(total, max(longest.values()), skips, tuple(sensitivities), measured)
 
 
 def reach(longest: int) -> int:

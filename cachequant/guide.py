@@ -16,11 +16,13 @@ class CallOrder:
         predictions: zone -> what replaces it; all others run.
         keep: zones whose tensors will be read later.
         forget: (zone, call) that nothing reads after this call.
+        unrounded: whether quantized layers multiply their inputs as they are.
     """
 
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
     keep: frozenset[str] = frozenset()
     forget: tuple[tuple[str, int], ...] = ()
+    unrounded: bool = False
 
 
 class Guide(Protocol):
@@ -49,6 +51,7 @@ class PlanGuide:
                 plan.predictions[call],
                 frozenset(zone for zone, reads in plan.last_reads.items() if call in reads),
                 tuple(gone.get(call, ())),
+                call in plan.unrounded,
             )
             for call in range(plan.calls)
         ]

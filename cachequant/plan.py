@@ -55,6 +55,7 @@ class CachePlan:
         places: of the T calls on the axis of extrapolation, strictly monotonic, such as their log-SNR.
         actions: of the T calls. The first has none.
         contexts: denoiser calls that guidance makes at each of the T, one after another.
+        unrounded: calls in which quantized layers multiply their inputs as they are: slower, and nearer to float.
     """
 
     zones: tuple[Zone, ...]
@@ -62,6 +63,7 @@ class CachePlan:
     places: tuple[float, ...]
     actions: tuple[Actions, ...]
     contexts: int = 1
+    unrounded: frozenset[int] = frozenset()
     _by_name: dict[str, Zone] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,8 +138,15 @@ class CachePlan:
             "contexts": self.contexts,
             "zones": [zone.to_dict() for zone in self.zones],
             "calls": [
-                {"timestep": timestep, "place": place, **({"predict": dict(actions)} if actions else {})}
-                for timestep, place, actions in zip(self.timesteps, self.places, self.actions, strict=True)
+                {
+                    "timestep": timestep,
+                    "place": place,
+                    **({"predict": dict(actions)} if actions else {}),
+                    **({"unrounded": True} if call in self.unrounded else {}),
+                }
+                for call, (timestep, place, actions) in enumerate(
+                    zip(self.timesteps, self.places, self.actions, strict=True)
+                )
             ],
         }
 
@@ -154,15 +163,17 @@ class CachePlan:
         _require(isinstance(zones, list) and len(zones) <= MAX_ZONES, "the list of zones")
         _require(isinstance(calls, list) and 0 < len(calls) <= MAX_CALLS, "the list of calls")
         for number, call in enumerate(calls):
-            keys = {"timestep", "place", "predict"}
+            keys = {"timestep", "place", "predict", "unrounded"}
             _require(isinstance(call, dict) and {"timestep", "place"} <= set(call) <= keys, f"call {number}")
             _require(isinstance(call.get("predict", {}), dict), f"the predictions of call {number}")
+            _require(call.get("unrounded", True) is True, f"the inputs of call {number}")
         return cls(
             tuple(Zone.from_dict(zone) for zone in zones),
             tuple(call["timestep"] for call in calls),
             tuple(call["place"] for call in calls),
             tuple({zone: _action(action) for zone, action in call.get("predict", {}).items()} for call in calls),
             data["contexts"],
+            frozenset(number for number, call in enumerate(calls) if "unrounded" in call),
         )
 
     def to_json(self) -> str:
@@ -178,6 +189,7 @@ class CachePlan:
         _require(
             all(type(n) in (int, float) and math.isfinite(n) for n in numbers), "timesteps and places that are numbers"
         )
+        _require(self.unrounded <= {*range(self.calls)}, "the calls whose inputs are not rounded")
         _require(type(self.contexts) is int and 1 <= self.contexts <= 16, "1 to 16 contexts")
         _require(len(self._by_name) == len(self.zones) <= MAX_ZONES, "zones of different names")
         steps = [after - before for before, after in zip(self.places, self.places[1:], strict=False)]

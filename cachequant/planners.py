@@ -34,6 +34,7 @@ class PlanningTask:
         measure_costs: see `costs`.
         measure_drifts: see `drifts_of`.
         breed: makes plans of plans, at some prices; see `evolved`.
+        unrounded: returns the price of a call that computes everything and rounds no inputs; None: there are none.
     """
 
     calls: int
@@ -42,6 +43,7 @@ class PlanningTask:
     measure_costs: Callable[[], GapCosts]
     measure_drifts: Callable[[Sequence[str]], Mapping[str, Drift]]
     breed: Callable[[Mapping[str, float], Sequence[Sequence[Actions]]], list[Schedule]]
+    unrounded: Callable[[], float] | None = None
     _drifts: dict[tuple[str, ...], Mapping[str, Drift]] = field(default_factory=dict)
     _fronts: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
     _bred: dict[tuple[tuple[str, float], ...], list[Schedule]] = field(default_factory=dict)
@@ -65,7 +67,8 @@ class PlanningTask:
         """Return all plans that no other one beats, cheapest first."""
         key = tuple(sorted(prices.items()))
         if key not in self._fronts:
-            self._fronts[key] = best_schedules(self.costs, prices)
+            price = None if self.unrounded is None else self.unrounded()
+            self._fronts[key] = best_schedules(self.costs, prices, unrounded=price)
         return self._fronts[key]
 
     def evolved(self, prices: Mapping[str, float], seeds: Sequence[Sequence[Actions]]) -> list[Schedule]:

@@ -6,13 +6,14 @@ is a sum over its calls. What a prediction itself costs, a weighted sum of kept 
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from dcomp.cachequant.executor import CacheExecutor
+from dcomp.cachequant.executor import CacheExecutor, Unrounded
 from dcomp.cachequant.guide import CallOrder
 from dcomp.cachequant.plan import CachePlan, Prediction
 from dcomp.cachequant.zones import Zone
@@ -31,11 +32,18 @@ class CallPrices:
         args: positional arguments of a recorded call.
         kwargs: its keyword arguments.
         zones: that may be predicted.
+        unrounded: makes a `with` block without rounding of inputs; None for a float denoiser.
     """
 
     def __init__(
-        self, denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], zones: Sequence[Zone]
+        self,
+        denoiser: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        zones: Sequence[Zone],
+        unrounded: Unrounded | None = None,
     ) -> None:
+        self._unrounded_calls = unrounded
         self._denoiser, self._args, self._kwargs = denoiser, args, kwargs
         self._zones = tuple(zones)
         self._whole: float | None = None
@@ -69,6 +77,20 @@ class CallPrices:
             self._whole = self._whole or statistics.median(whole for whole, _ in pairs)
         return self._seconds[key]
 
+    @cached_property
+    def unrounded(self) -> float:
+        """Time of a call without rounding of inputs as a part of one with it, both computing everything; at least 1."""
+        if self._unrounded_calls is None:
+            return 1.0
+        unrounded = self._unrounded_calls
+
+        def run(exact: bool) -> None:
+            with unrounded() if exact else nullcontext(), torch.no_grad():
+                self._denoiser(*self._args, **self._kwargs)
+
+        pairs = time_in_turns(lambda: run(False), lambda: run(True), PAIRS, min_seconds=MIN_SECONDS)
+        return max(1.0, statistics.median(exact / whole for whole, exact in pairs))
+
     @property
     def whole_seconds(self) -> float:
         """Time of a call that computes everything."""
@@ -83,7 +105,8 @@ class CallPrices:
 
     def seconds_of(self, plan: CachePlan) -> float:
         """Return the time of a plan's calls as a part of that of calls that compute everything."""
-        return sum(self.seconds(actions) for actions in plan.actions) / plan.calls
+        surcharge = (self.unrounded - 1) * len(plan.unrounded) if plan.unrounded else 0.0
+        return (sum(self.seconds(actions) for actions in plan.actions) + surcharge) / plan.calls
 
     @contextmanager
     def _repeating(self, predicted: frozenset[str]) -> Iterator["_Repeating"]:

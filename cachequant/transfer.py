@@ -41,7 +41,8 @@ def carry_over(plan: CachePlan, timesteps: Sequence[float], places: Sequence[flo
         before = [other for other in sorted(chosen) if other < call]
         part = {zone: _part_of_slope(plan, model, zone) for zone in plan.actions[model]}
         rows.append({zone: _line(before, places, call, share) for zone, share in part.items()})
-    return CachePlan(plan.zones, tuple(timesteps), tuple(places), tuple(rows), plan.contexts)
+    unrounded = frozenset(call for call, place in enumerate(places) if _nearest(plan.places, place) in plan.unrounded)
+    return CachePlan(plan.zones, tuple(timesteps), tuple(places), tuple(rows), plan.contexts, unrounded)
 
 
 def _nearest(places: Sequence[float], place: float) -> int:

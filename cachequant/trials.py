@@ -90,16 +90,19 @@ class Trials:
         self._reference = own if reference is None else list(reference)
         self.places = places_of(pipeline.scheduler, self.timesteps)
 
-    def plan(self, rows: Sequence[Actions], zones: Sequence[Zone]) -> CachePlan:
+    def plan(
+        self, rows: Sequence[Actions], zones: Sequence[Zone], unrounded: frozenset[int] = frozenset()
+    ) -> CachePlan:
         """Return the plan for this trajectory in which each call does what its row says.
 
         Args:
             rows: of the T calls.
             zones: that rows may name.
+            unrounded: calls in which quantized layers multiply their inputs as they are.
         """
         named = {zone for row in rows for zone in row}
         used = tuple(zone for zone in zones if zone.name in named)
-        return CachePlan(used, self.timesteps, self.places, tuple(rows))
+        return CachePlan(used, self.timesteps, self.places, tuple(rows), unrounded=unrounded)
 
     def __enter__(self) -> "Trials":
         self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])

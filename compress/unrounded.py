@@ -5,7 +5,7 @@ difference in the picture. Without rounding it tells what a cause does by itself
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +29,13 @@ def unrounded(denoiser: nn.Module) -> Iterator[None]:
     held = not is_large(_FP32_BYTES * sum(layer.weight.shape.numel() for layer in layers))
     with answering({layer: _product(layer, held) for layer in layers}):
         yield
+
+
+def unrounded_calls(denoiser: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Return what does the same again and again, for single calls; float weights are made in each and not held."""
+    layers = quantized_layers(denoiser).values()
+    answers: dict[nn.Module, Callable[[Tensor], Tensor]] = {layer: _product(layer, held=False) for layer in layers}
+    return lambda: answering(answers)
 
 
 def _product(layer: Quantized, held: bool) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import OpenPipeline
+from dcomp.compress.unrounded import unrounded_calls
 from dcomp.recipes.schedule import trajectory_of, weights_hash
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class FollowedPlan:
         self._clock = StepClock()
         self._handle = self._clock.attach(denoiser, scheduler)
         try:
-            self._executor = CacheExecutor(denoiser, PlanGuide(plan.plan), self._clock)
+            unrounded = unrounded_calls(denoiser) if plan.plan.unrounded else None
+            self._executor = CacheExecutor(denoiser, PlanGuide(plan.plan), self._clock, unrounded)
         except BaseException:
             self._handle.remove()
             raise

@@ -10,7 +10,7 @@ from dcomp.recipes.error_curves import COLOURS
 from dcomp.recipes.picture_file import check_picture_file, new_figure, save_figure
 from dcomp.recipes.schedule import ScheduleResult
 
-_COMPUTED = "#40464f"
+_COMPUTED, _UNROUNDED = "#40464f", "#b3862b"
 _REUSE, _FORECAST = "", "////"  # hatches
 
 
@@ -18,8 +18,8 @@ def draw_plans(result: ScheduleResult, file: Path) -> None:
     """Write the picture of what a search found.
 
     On the left, PSNR over the measured speed of the calls, of plans and of as many fewer steps as take the same time.
-    On the right, a strip for each plan: dark where a call computes everything, else in the colour of the zone that is
-    predicted, hatched where more than one earlier call is read.
+    On the right, a strip for each plan: dark where a call computes everything, brown where it rounds no inputs either,
+    else in the colour of the zone that is predicted, hatched where more than one earlier call is read.
 
     Args:
         result: with at least one plan.
@@ -78,6 +78,8 @@ def _draw_timelines(axes: Any, plans: Sequence[MeasuredPlan]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
     patches = [Patch(color=_COMPUTED, label="computed"), *(Patch(color=c, label=z) for z, c in colours.items())]
+    if any(each.plan.unrounded for each in plans):
+        patches.insert(1, Patch(color=_UNROUNDED, label="computed, inputs unrounded"))
     patches.append(Patch(facecolor="white", edgecolor=_COMPUTED, hatch=_FORECAST, label="forecast"))
     axes.legend(handles=patches, ncols=min(5, len(patches)), frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
@@ -92,7 +94,7 @@ def _cells(plan: CachePlan, call: int, colours: dict[str, str]) -> list[tuple[fl
     """
     actions = plan.actions[call]
     if not actions:
-        return [(0.0, 0.8, _COMPUTED, _REUSE)]
+        return [(0.0, 0.8, _UNROUNDED if call in plan.unrounded else _COMPUTED, _REUSE)]
     height = 0.8 / len(actions)
     return [
         (number * height, height, colours[_label(zone)], _FORECAST if kind_of(action) == "forecast" else _REUSE)

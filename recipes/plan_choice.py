@@ -6,6 +6,7 @@ that take the same time here.
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dcomp.cachequant.budget import Budget, Measure
 from dcomp.cachequant.dynamic import Schedule
-from dcomp.cachequant.executor import following
+from dcomp.cachequant.executor import Unrounded, following
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import CachePlan
 from dcomp.cachequant.plan_set import MeasuredPlan
@@ -100,6 +101,8 @@ class PlanJudge:
         prompts: of the pictures.
         indices: of their noise.
         settings: as deployed.
+        unrounded: makes a `with` block without rounding of inputs, for plans with calls that do not round. All pictures
+            are then compared with those of a trajectory that does not either; None: of this model as it is.
 
     Attributes:
         whole: the pictures when everything is computed.
@@ -113,10 +116,13 @@ class PlanJudge:
         prompts: Sequence[str],
         indices: Sequence[int],
         settings: Generation,
+        unrounded: Unrounded | None = None,
     ) -> None:
+        self._unrounded = unrounded
         self._pipeline, self._zones, self._trials = pipeline, tuple(zones), trials
         self._prompts, self._indices, self._settings = prompts, indices, settings
-        self.whole = self._run(settings, range(len(prompts)))
+        with unrounded() if unrounded else nullcontext():
+            self.whole = self._run(settings, range(len(prompts)))
         self.of_steps = cache(self._of_steps)
 
     @property
@@ -136,11 +142,11 @@ class PlanJudge:
 
     def plan(self, schedule: Schedule) -> CachePlan:
         """Return the plan of a schedule."""
-        return self._trials.plan(schedule.rows, self._zones)
+        return self._trials.plan(schedule.rows, self._zones, schedule.unrounded)
 
     def follow(self, plan: CachePlan, places: range | None = None) -> Pictures:
         """Make the pictures, or some of them, with a plan."""
-        with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan)):
+        with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan), self._unrounded):
             return self._run(self._settings, places or range(self.samples))
 
     def judge(self, plan: CachePlan, places: range) -> Distance:

@@ -247,6 +247,7 @@ def _search(
         planner=stage.planner,
         against=original if stage.ladder else None,
         samples=stage.samples,
+        unrounded_calls=stage.unrounded_calls,
         device=device,
         progress=report,
     )

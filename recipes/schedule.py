@@ -16,7 +16,7 @@ from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.drift import Drift, record_reference
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.evolution import EVALUATIONS, evolve
-from dcomp.cachequant.executor import following
+from dcomp.cachequant.executor import Unrounded, following
 from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_sensitivities, reach
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import Actions
@@ -35,6 +35,7 @@ from dcomp.compress.checkpoint import hash_model
 from dcomp.compress.manifest import MANIFEST, read_manifest
 from dcomp.compress.split import quantized_layers
 from dcomp.compress.unrounded import unrounded
+from dcomp.compress.unrounded import unrounded_calls as repeatedly_unrounded
 from dcomp.recipes.bench import fill_prompts, record_calls
 from dcomp.recipes.ladder import Rung, climb
 from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
@@ -89,6 +90,7 @@ class ScheduleResult:
                     "speedup": each.speedup,
                     "measured_speedup": round(self.measured_speedups[each.name], 3),
                     "computed_calls": sum(not row for row in each.plan.actions),
+                    "unrounded_calls": len(each.plan.unrounded),
                     "expected_error": each.expected_error,
                     "error": each.error,
                     "psnr": each.psnr,
@@ -116,6 +118,7 @@ def search_schedule(
     scheduler: str | None = None,
     seed: int | None = None,
     samples: int = SAMPLES,
+    unrounded_calls: bool = False,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> ScheduleResult:
@@ -137,6 +140,8 @@ def search_schedule(
         scheduler: class to sample with; default: the checkpoint's.
         seed: base seed of the noise.
         samples: pictures of the search, and as many others to compare plans on.
+        unrounded_calls: let calls of a quantized model multiply their inputs as they are, where that is worth its time.
+            Plans are then compared with pictures of a trajectory in which all calls do so. For the planner joint.
         device: where to run.
         progress: called with a text, the count done and the total.
 
@@ -153,6 +158,12 @@ def search_schedule(
         )
     if planner not in PLANNERS:
         raise UsageError(f"There is no planner {planner!r}", where="--planner", remedy=f"Choose {', '.join(PLANNERS)}.")
+    if unrounded_calls and planner != "joint":
+        raise UsageError(
+            f"The planner {planner} knows nothing of rounding",
+            where="--unrounded-calls",
+            remedy="Use the planner joint, or leave this option out.",
+        )
     folder = local_folder(model)
     if output is None and not (folder / MANIFEST).is_file():
         raise UsageError(
@@ -177,7 +188,7 @@ def search_schedule(
     )
     prompts = fill_prompts(found, 2 * samples)
     pipeline.check(prompts, settings)
-    choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress)
+    choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, unrounded_calls)
     plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
     if plans:
         PlanSet(trajectory_of(folder, pipeline, settings.steps), plans).write(file)
@@ -208,16 +219,19 @@ def _choose(
     prompts: Sequence[str],
     settings: Generation,
     progress: Progress,
+    unrounded_calls: bool = False,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
+    rounds = unrounded_calls and bool(quantized_layers(pipeline.denoiser))
+    exact = repeatedly_unrounded(pipeline.denoiser) if rounds else None
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
-    prices = CallPrices(pipeline.denoiser, args, kwargs, (*zones, *single_modules(zones)))
+    prices = CallPrices(pipeline.denoiser, args, kwargs, (*zones, *single_modules(zones)), exact)
     samples = len(prompts) // 2
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress)
+    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress, exact)
     held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
-    judge = PlanJudge(pipeline, (*zones, *single_modules(zones)), trials, prompts[samples:], held_out, settings)
+    judge = PlanJudge(pipeline, (*zones, *single_modules(zones)), trials, prompts[samples:], held_out, settings, exact)
     choice = PlanChoice(task, prices, judge)
     for number, budget in enumerate(budgets):
         choice.add(budget, planner)
@@ -251,6 +265,7 @@ def planning_task(
     indices: Sequence[int],
     settings: Generation,
     progress: Progress = silent,
+    exact: Unrounded | None = None,
 ) -> tuple[PlanningTask, Trials]:
     """Return what planners may look at, measured when one asks for it, and the trials of its trajectories.
 
@@ -262,6 +277,7 @@ def planning_task(
         indices: of their noise.
         settings: of the trajectories, as deployed.
         progress: called with a text, the count done and the total.
+        exact: makes a `with` block without rounding of inputs, if plans may have calls that do not round; else None.
     """
     trials = Trials(pipeline, (), prompts, indices, settings)
     used, modules = useful_zones(zones, prices), single_modules(zones)
@@ -275,7 +291,8 @@ def planning_task(
         few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
         window = reach(LONGEST_GAP)
         with Trials(pipeline, used, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
-            return measure_gap_costs(trials_of_zones, _gaps_of(used, prices), sensitivities, progress=progress)
+            gaps = _gaps_of(used, prices)
+            return measure_gap_costs(trials_of_zones, gaps, sensitivities, unrounded=exact, progress=progress)
 
     def measure_drifts(names: Sequence[str]) -> Mapping[str, Drift]:
         watched = [zone for zone in (*used, *modules) if zone.name in names]
@@ -297,7 +314,8 @@ def planning_task(
         return evolve(len(trials.timesteps), shares, follow, seeds, evaluations=EVALUATIONS, progress=progress)
 
     useful, single = (tuple(zone.name for zone in group) for group in (used, modules))
-    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed), trials
+    price = None if exact is None else lambda: prices.unrounded
+    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed, price), trials
 
 
 def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:

@@ -159,6 +159,7 @@ class ScheduleStage(_Frozen):
         budgets: what the denoiser's calls for one picture may take together, such as `2x` or `800ms`.
         planner: `joint`, or a rule of the literature.
         samples: pictures of the search, and as many others to compare plans on.
+        unrounded_calls: let calls that compute leave the inputs of quantized layers unrounded where that pays.
         ladder: plan the original too, and show what bits and plans cost alone and together.
     """
 
@@ -171,6 +172,7 @@ class ScheduleStage(_Frozen):
     )
     planner: Planner = "joint"
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
+    unrounded_calls: bool = False
     ladder: bool = False
 
     @field_validator("budgets")

@@ -24,11 +24,15 @@ def costs(draw: st.DrawFn) -> GapCosts:
             for r in range(max(0, s - longest - 1), s):
                 if draw(st.booleans()):
                     skips[zone][t][r, s] = Skip(draw(value), ((r, -1.0), (s, 2.0)))
-    return GapCosts(calls, longest, skips, (1.0,) * calls)
+    sensitivities = tuple(draw(st.sampled_from([0.5, 1.0, 2.0])) for _ in range(calls))
+    rounding = tuple(draw(value) for _ in range(calls)) if draw(st.booleans()) else None
+    return GapCosts(calls, longest, skips, sensitivities, rounding)
 
 
-def every_schedule(given_costs: GapCosts, prices: dict[str, float]) -> Iterator[tuple[float, float]]:
-    """Cost and loss of all choices of calls that compute, each with all choices of zones for the others."""
+def every_schedule(
+    given_costs: GapCosts, prices: dict[str, float], unrounded: float | None = None
+) -> Iterator[tuple[float, float]]:
+    """Cost and loss of all choices of calls that compute, and at what precision, with all of zones for the others."""
     total = given_costs.calls
     for count in range(1, total + 1):
         for rest in itertools.combinations(range(1, total), count - 1):
@@ -43,8 +47,16 @@ def every_schedule(given_costs: GapCosts, prices: dict[str, float]) -> Iterator[
                     found = [given_costs.of_call(chosen[t], before, start, t) for t in range(start + 1, end)]
                     possible = possible and None not in found
                     loss += sum(skip.error for skip in found if skip) ** 2
-                if possible:
-                    yield count + sum(prices[zone] for zone in zones), loss
+                if not possible:
+                    continue
+                cost = count + sum(prices[zone] for zone in zones)
+                if unrounded is None:
+                    yield cost, loss
+                    continue
+                rounds = [given_costs.of_rounding(computing[i], computing[i + 1]) ** 2 for i in range(count)]
+                for exact in itertools.product((False, True), repeat=count):
+                    left = sum(error for error, is_exact in zip(rounds, exact, strict=True) if not is_exact)
+                    yield cost + sum(exact) * (unrounded - 1), loss + left
 
 
 def error_of(schedule: Schedule) -> float:
@@ -52,12 +64,12 @@ def error_of(schedule: Schedule) -> float:
     return schedule.error
 
 
-@given(costs(), st.sampled_from([0.0, 0.1, 0.5]))
+@given(costs(), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([None, 1.0, 1.3, 2.5]))
 @settings(max_examples=150, deadline=None)
-def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float) -> None:
+def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float, unrounded: float | None) -> None:
     prices = {"all": 0.0, "deep1": deep}
-    found = best_schedules(given_costs, prices, grid=0.0)
-    everything = list(every_schedule(given_costs, prices))
+    found = best_schedules(given_costs, prices, unrounded=unrounded, grid=0.0)
+    everything = list(every_schedule(given_costs, prices, unrounded))
     for one in found:
         least = min(loss for cost, loss in everything if cost <= one.cost + 1e-9)
         assert error_of(one) ** 2 == pytest.approx(least, abs=1e-12)
@@ -66,12 +78,15 @@ def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float) 
     assert [one.cost for one in found] == sorted({one.cost for one in found})
 
 
-@given(costs())
+@given(costs(), st.sampled_from([None, 1.4]))
 @settings(max_examples=60, deadline=None)
-def test_rows_say_what_was_paid_for(given_costs: GapCosts) -> None:
+def test_rows_say_what_was_paid_for(given_costs: GapCosts, unrounded: float | None) -> None:
     prices = {"all": 0.0, "deep1": 0.3}
-    for one in best_schedules(given_costs, prices):
-        assert one.cost == pytest.approx(sum(1.0 if not row else prices[next(iter(row))] for row in one.rows))
+    for one in best_schedules(given_costs, prices, unrounded=unrounded):
+        paid = sum(1.0 if not row else prices[next(iter(row))] for row in one.rows)
+        assert one.cost == pytest.approx(paid + (0.4 * len(one.unrounded) if unrounded else 0))
+        assert all(not one.rows[call] for call in one.unrounded)
+        assert unrounded or not one.unrounded
         assert len(one.rows) == given_costs.calls
         assert not one.rows[0]
         loss, computing = 0.0, [call for call, row in enumerate(one.rows) if not row]
@@ -85,6 +100,8 @@ def test_rows_say_what_was_paid_for(given_costs: GapCosts) -> None:
                 assert skip.reads == reads
                 gap += skip.error
             loss += gap**2
+            if unrounded and start not in one.unrounded:
+                loss += given_costs.of_rounding(start, end) ** 2
         assert error_of(one) ** 2 == pytest.approx(loss, abs=1e-12)
 
 
@@ -116,3 +133,16 @@ def test_each_call_of_a_gap_has_the_zone_that_is_worth_its_price() -> None:
         (3.0, [None, None, None]),
     ]
     assert error_of(front[1]) == pytest.approx(0.3)
+
+
+def test_a_call_whose_error_is_repeated_is_the_first_to_leave_its_inputs_unrounded() -> None:
+    skips = {"all": [{}, {}, {(1,): Skip(0.0, ((1, 1.0),))}, {(1,): Skip(0.0, ((1, 1.0),))}]}
+    costs = GapCosts(4, 2, skips, (1.0,) * 4, (0.1,) * 4)
+    front = best_schedules(costs, {"all": 0.0}, unrounded=1.5, grid=0.0)
+    assert [(round(one.cost, 6), sorted(one.unrounded)) for one in front if one.rows[2] and one.rows[3]] == [
+        (2.0, []),
+        (2.5, [1]),
+        (3.0, [0, 1]),
+    ]
+    assert error_of(front[0]) == pytest.approx((0.1**2 + 0.3**2) ** 0.5)
+    assert error_of(front[1]) == pytest.approx(0.1)

@@ -2,12 +2,14 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import Action, CachePlan, PlanError, nearest_call
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.zones import Zone, ZoneError
@@ -114,6 +116,8 @@ EDITS = {
     "two calls at one place": lambda d: d["calls"][1].update(place=d["calls"][0]["place"]),
     "places that turn round": lambda d: d["calls"][2].update(place=1e6),
     "an unknown key of a call": lambda d: d["calls"][0].update(skip=1),
+    "inputs that are rounded a little": lambda d: d["calls"][0].update(unrounded=0.5),
+    "inputs that are rounded in one word": lambda d: d["calls"][0].update(unrounded="yes"),
     "predictions as list": lambda d: d["calls"][2].update(predict=["deep1"]),
     "an unknown zone": lambda d: d["calls"][2].update(predict={"deep9": "reuse"}),
     "an unknown predictor": lambda d: d["calls"][2].update(predict={"deep1": "magic"}),
@@ -148,6 +152,15 @@ def test_an_edited_file_is_refused(edit: str) -> None:
     changed = EDITS[edit](data)
     with pytest.raises((PlanError, ZoneError)):
         CachePlan.from_dict(changed if changed == [] else data)
+
+
+def test_calls_without_rounding_survive_a_file_and_lie_within_the_plan() -> None:
+    plan = replace(plan_of({}, {}, {"deep1": "linear"}), unrounded=frozenset({1}))
+    assert CachePlan.from_dict(json.loads(plan.to_json())) == plan
+    assert PlanGuide(plan).order(1).unrounded
+    assert not PlanGuide(plan).order(0).unrounded
+    with pytest.raises(PlanError, match="not rounded"):
+        replace(plan, unrounded=frozenset({3}))
 
 
 def test_calls_are_found_by_their_timesteps() -> None:

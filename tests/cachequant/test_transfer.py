@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,6 +32,13 @@ def test_the_same_trajectory_gets_the_same_plan() -> None:
         for zone, prediction in row.items():
             assert same.predictions[call][zone].calls == prediction.calls
             assert same.predictions[call][zone].weights == pytest.approx(prediction.weights)
+
+
+def test_inputs_stay_unrounded_at_the_same_places() -> None:
+    plan = replace(plan_of({}, {WHOLE: "reuse"}, {}, {WHOLE: "reuse"}, {}), unrounded=frozenset({0, 2}))
+    assert carry_over(plan, plan.timesteps, plan.places).unrounded == {0, 2}
+    assert carry_over(plan, *trajectory(9, 4.0)).unrounded == {0, 1, 4, 5}  # places 0, 0.5 ... 4
+    assert carry_over(plan, *trajectory(3, 4.0)).unrounded == {0, 1}
 
 
 def test_half_the_steps_compute_at_the_same_places() -> None:

@@ -12,7 +12,7 @@ from dcomp.compress.layers import QuantConv2d, QuantLinear
 from dcomp.compress.loader import attach_clock
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import quantized_layers
-from dcomp.compress.unrounded import unrounded
+from dcomp.compress.unrounded import unrounded, unrounded_calls
 from tests.support.quantized import BINS, quantized_pipeline
 from tests.support.sweep import sweep
 from tests.support.tiny import FEW_NAMES, NAMES, denoiser_inputs, save_tiny_pipeline, tiny_denoiser
@@ -63,6 +63,20 @@ def test_layers_are_their_float_weights_and_come_back(name: str, tmp_path: Path)
     assert torch.allclose(found, predict(twin, name), rtol=0, atol=1e-5 * float(found.abs().max()))
     assert 0 < (found - rounded).norm() / found.norm() < 0.2
     assert torch.equal(predict(pipeline.denoiser, name), rounded)
+
+
+def test_single_calls_do_the_same_as_often_as_they_are_asked(tmp_path: Path) -> None:
+    name = "UNet2DModel"
+    denoiser = quantized_pipeline(save_tiny_pipeline(name, tmp_path / "model")).denoiser
+    rounded = predict(denoiser, name)
+    with unrounded(denoiser):
+        exact = predict(denoiser, name)
+    again = unrounded_calls(denoiser)
+    for _ in range(2):
+        with again():
+            assert torch.equal(predict(denoiser, name), exact)
+        assert torch.equal(predict(denoiser, name), rounded)
+    assert not torch.equal(exact, rounded)
 
 
 def test_small_errors_stay_small_without_rounding(tmp_path: Path) -> None:
