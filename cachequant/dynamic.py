@@ -48,7 +48,7 @@ def best_schedules(
     Args:
         costs: of all gaps.
         prices: zone -> part of a call that is left where it is predicted.
-        unrounded: price of a call that computes everything without rounding of inputs; None: there are none.
+        unrounded: price of a call that computes everything without rounding of inputs; None: all round them.
         grid: labels of one state nearer in cost than this are one; 0 for an exact front.
     """
     grid, of_gap = (GRID, _GRID_OF_GAP) if grid is None else (grid, grid)
@@ -173,11 +173,9 @@ class _History:
 
 def _both_precisions(gap: _Gap, costs: GapCosts, start: int, end: int, price: float | None) -> Iterator[_Gap]:
     """Yield a gap after a call that rounds its inputs, and after one that does not, if there are such."""
-    if price is None:
-        yield gap
-        return
     yield replace(gap, rounding=costs.of_rounding(start, end))
-    yield replace(gap, unrounded=start, surcharge=price - 1)
+    if price is not None:
+        yield replace(gap, unrounded=start, surcharge=price - 1)
 
 
 def _gaps(

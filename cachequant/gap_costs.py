@@ -90,7 +90,6 @@ def measure_gap_costs(
     longest: Mapping[str, int],
     sensitivities: Sequence[float],
     *,
-    unrounded: Unrounded | None = None,
     progress: Progress = silent,
 ) -> GapCosts:
     """Measure all gaps.
@@ -99,31 +98,39 @@ def measure_gap_costs(
         trials: of the model that will run, with a window of `reach` of the longest gap.
         longest: zone -> calls of a gap up to whose end it may be predicted.
         sensitivities: of the T calls.
-        unrounded: makes a `with` block without rounding of inputs, to measure what that does; None: it is not asked.
         progress: called with a text, the calls done and their total.
     """
     total = len(trials.timesteps)
-    rounding: list[float] = []
     skips: dict[str, list[dict[tuple[int, ...], Skip]]] = {zone: [] for zone in longest}
     whole = Branch()
     for call in range(total):
         progress("costs of gaps", call, total)
         pairs = [(zone, node) for zone, gap in longest.items() for node in range(max(0, call - reach(gap)), call)]
         tries: list[tuple[Branch, Actions]] = [(whole, {}), *((whole, {zone: ((node, 1.0),)}) for zone, node in pairs)]
-        if unrounded is not None:
-            with unrounded():
-                (exact,) = trials.extend(tries[:1])
         whole, *replaced = trials.extend(tries)
-        if unrounded is not None:
-            rounding.append(float(trials.difference(whole, exact).square().sum(1).mean().sqrt()))
         off: dict[str, dict[int, Tensor]] = {zone: {} for zone in longest}
         for (zone, node), branch in zip(pairs, replaced, strict=True):
             off[zone][node] = trials.difference(branch, whole)
         for zone, gap in longest.items():
             skips[zone].append(_skips(off[zone], call, gap, sensitivities[call]))
     progress("costs of gaps", total, total)
-    measured = tuple(rounding) if unrounded is not None else None
-    return GapCosts(total, max(longest.values()), skips, tuple(sensitivities), measured)
+    return GapCosts(total, max(longest.values()), skips, tuple(sensitivities))
+
+
+def measure_rounding(trials: Trials, unrounded: Unrounded) -> tuple[float, ...]:
+    """Return for each of the T calls how far rounding of inputs moves its prediction, relatively.
+
+    Args:
+        trials: of the quantized model.
+        unrounded: makes a `with` block in which it rounds no inputs.
+    """
+    whole, errors = Branch(), []
+    for _ in trials.timesteps:
+        with unrounded():
+            (exact,) = trials.extend([(whole, {})])
+        (whole,) = trials.extend([(whole, {})])
+        errors.append(float(trials.difference(whole, exact).square().sum(1).mean().sqrt()))
+    return tuple(errors)
 
 
 def reach(longest: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
@@ -138,6 +139,7 @@ class _ZoneHook(ModelHook):
         self._positions = {name: parameter_position(module, name) for name in names}
         return module
 
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator] # the module itself may be compiled
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Take the place of the module's forward."""
         call = self._hooks.running
@@ -146,30 +148,39 @@ class _ZoneHook(ModelHook):
             return forward(*args, **kwargs)
         for zone, number in self._roles:
             if zone.name in call.given:
-                if number == 0:
-                    call.replaced.append(zone.name)
                 return self._replacement(call, module, zone, number, args, kwargs)
-        entering = [(zone, number) for zone, number in self._roles if zone.streams and zone.name in call.keep]
-        for zone, number in entering:
-            if number == 0:
-                call.enter(zone, self._streams(zone, number, args, kwargs))
+        self._before(call, args, kwargs)
         output = forward(*args, **kwargs)
+        self._after(call, output)
+        return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before(self, call: ZoneCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for zone, number in self._roles:
+            if number == 0 and zone.streams and zone.name in call.keep:
+                call.enter(zone, self._streams(zone, number, args, kwargs))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after(self, call: ZoneCall, output: Any) -> None:
         if self._name not in call.forms:
             call.forms[self._name] = map_tensors(placeholder, output)
         for zone, number in self._roles:
             if number == 0:
                 call.ran.append(zone.name)
-            if zone.kind == "output" and number < len(zone.predicted) and zone.name in call.keep:
+            if zone.name not in call.keep:
+                continue
+            if zone.kind == "output" and number < len(zone.predicted):
                 call.store(zone, number, leaves(output))
-        for zone, number in entering:
-            if number == len(zone.predicted) - 1:
+            if zone.streams and number == len(zone.predicted) - 1:
                 call.leave(zone, {name: parts_of(output)[place] for name, place in zone.streams[number]})
-        return output
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _replacement(
         self, call: ZoneCall, module: nn.Module, zone: Zone, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         form = call.forms[self._name]
+        if number == 0:
+            call.replaced.append(zone.name)
         if zone.kind == "residual":
             return self._passed_on(call, form, zone, number, args, kwargs)
         if number >= len(zone.predicted):

@@ -101,8 +101,8 @@ class PlanJudge:
         prompts: of the pictures.
         indices: of their noise.
         settings: as deployed.
-        unrounded: makes a `with` block without rounding of inputs, for plans with calls that do not round. All pictures
-            are then compared with those of a trajectory that does not either; None: of this model as it is.
+        unrounded: makes a `with` block without rounding of inputs. All pictures are compared with those of such a
+            trajectory: rounding makes other pictures of any small difference. None for a float model.
 
     Attributes:
         whole: the pictures when everything is computed.

@@ -10,6 +10,7 @@ from dcomp.cachequant.transfer import carry_over
 from dcomp.cachequant.trials import Trials
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress, silent
+from dcomp.compress.split import quantized_layers
 from dcomp.compress.unrounded import unrounded_calls
 from dcomp.recipes.bench import record_calls
 from dcomp.recipes.follow import made_for, plan_file
@@ -73,7 +74,7 @@ def fit_plan(
     looked_at, indices = prompts[:PROBED], range(_INDEX, _INDEX + len(prompts[:PROBED]))
     settings = replace(settings, batch_size=PROBED)
     trials = Trials(pipeline, (), looked_at, indices, settings)
-    exact = unrounded_calls(pipeline.denoiser) if any(each.plan.unrounded for each in plans.plans) else None
+    exact = unrounded_calls(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
     judge = PlanJudge(pipeline, (), trials, looked_at, indices, settings, exact)
     notes = [f"The plan {chosen.name} was made for {difference}."]
     for number, each in enumerate(tried):

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.drift import Drift, record_reference
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.evolution import EVALUATIONS, evolve
-from dcomp.cachequant.executor import Unrounded, following
-from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_sensitivities, reach
+from dcomp.cachequant.executor import following
+from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_rounding, measure_sensitivities, reach
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
@@ -222,14 +222,15 @@ def _choose(
     unrounded_calls: bool = False,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
-    rounds = unrounded_calls and bool(quantized_layers(pipeline.denoiser))
-    exact = repeatedly_unrounded(pipeline.denoiser) if rounds else None
+    exact = repeatedly_unrounded(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
     prices = CallPrices(pipeline.denoiser, args, kwargs, (*zones, *single_modules(zones)), exact)
     samples = len(prompts) // 2
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress, exact)
+    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress)
+    if unrounded_calls and exact is not None:
+        task.unrounded = lambda: prices.unrounded
     held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
     judge = PlanJudge(pipeline, (*zones, *single_modules(zones)), trials, prompts[samples:], held_out, settings, exact)
     choice = PlanChoice(task, prices, judge)
@@ -265,7 +266,6 @@ def planning_task(
     indices: Sequence[int],
     settings: Generation,
     progress: Progress = silent,
-    exact: Unrounded | None = None,
 ) -> tuple[PlanningTask, Trials]:
     """Return what planners may look at, measured when one asks for it, and the trials of its trajectories.
 
@@ -277,22 +277,24 @@ def planning_task(
         indices: of their noise.
         settings: of the trajectories, as deployed.
         progress: called with a text, the count done and the total.
-        exact: makes a `with` block without rounding of inputs, if plans may have calls that do not round; else None.
     """
     trials = Trials(pipeline, (), prompts, indices, settings)
     used, modules = useful_zones(zones, prices), single_modules(zones)
 
     def measure_costs() -> GapCosts:
-        # What an error becomes is asked of a model that rounds no inputs: rounding makes of a small error a large one.
+        # A model that rounds no inputs is asked: rounding makes of small errors large ones, and of all errors the same.
+        quantized = bool(quantized_layers(pipeline.denoiser))
         with unrounded(pipeline.denoiser):
-            rounds = bool(quantized_layers(pipeline.denoiser))
-            with Trials(pipeline, (), prompts, indices, settings) if rounds else trials as smooth:
+            with Trials(pipeline, (), prompts, indices, settings) if quantized else trials as smooth:
                 sensitivities = measure_sensitivities(smooth, progress=progress)
-        few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
-        window = reach(LONGEST_GAP)
-        with Trials(pipeline, used, prompts[:few], indices[:few], settings, window=window) as trials_of_zones:
-            gaps = _gaps_of(used, prices)
-            return measure_gap_costs(trials_of_zones, gaps, sensitivities, unrounded=exact, progress=progress)
+            few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
+            about = pipeline, used, prompts[:few], indices[:few], settings
+            with Trials(*about, window=reach(LONGEST_GAP)) as of_zones:
+                costs = measure_gap_costs(of_zones, _gaps_of(used, prices), sensitivities, progress=progress)
+        if quantized:
+            with Trials(*about) as rounded:
+                costs = replace(costs, rounding=measure_rounding(rounded, repeatedly_unrounded(pipeline.denoiser)))
+        return costs
 
     def measure_drifts(names: Sequence[str]) -> Mapping[str, Drift]:
         watched = [zone for zone in (*used, *modules) if zone.name in names]
@@ -314,8 +316,7 @@ def planning_task(
         return evolve(len(trials.timesteps), shares, follow, seeds, evaluations=EVALUATIONS, progress=progress)
 
     useful, single = (tuple(zone.name for zone in group) for group in (used, modules))
-    price = None if exact is None else lambda: prices.unrounded
-    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed, price), trials
+    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed), trials
 
 
 def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:

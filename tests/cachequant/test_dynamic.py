@@ -50,13 +50,10 @@ def every_schedule(
                 if not possible:
                     continue
                 cost = count + sum(prices[zone] for zone in zones)
-                if unrounded is None:
-                    yield cost, loss
-                    continue
                 rounds = [given_costs.of_rounding(computing[i], computing[i + 1]) ** 2 for i in range(count)]
-                for exact in itertools.product((False, True), repeat=count):
+                for exact in itertools.product((False, True) if unrounded else (False,), repeat=count):
                     left = sum(error for error, is_exact in zip(rounds, exact, strict=True) if not is_exact)
-                    yield cost + sum(exact) * (unrounded - 1), loss + left
+                    yield cost + sum(exact) * ((unrounded or 1) - 1), loss + left
 
 
 def error_of(schedule: Schedule) -> float:
@@ -100,7 +97,7 @@ def test_rows_say_what_was_paid_for(given_costs: GapCosts, unrounded: float | No
                 assert skip.reads == reads
                 gap += skip.error
             loss += gap**2
-            if unrounded and start not in one.unrounded:
+            if start not in one.unrounded:
                 loss += given_costs.of_rounding(start, end) ** 2
         assert error_of(one) ** 2 == pytest.approx(loss, abs=1e-12)
 

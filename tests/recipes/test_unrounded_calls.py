@@ -99,7 +99,8 @@ def test_a_search_pays_for_calls_that_do_not_round(pipeline: OpenPipeline) -> No
     zones, exact = find_zones(pipeline.denoiser, args, kwargs), unrounded_calls(pipeline.denoiser)
     prices = CallPrices(pipeline.denoiser, args, kwargs, zones, exact)
     about = (["", ""], [1, 2], Generation(steps=STEPS))
-    task, trials = planning_task(pipeline, zones, prices, *about, exact=exact)
+    task, trials = planning_task(pipeline, zones, prices, *about)
+    task.unrounded = lambda: prices.unrounded
     assert task.costs.rounding is not None
     assert all(0 < error < 0.2 for error in task.costs.rounding)
     shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones}
