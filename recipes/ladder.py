@@ -43,7 +43,7 @@ def climb(
         plans_of_original: name -> plan.
         original: makes the same pictures with the original.
     """
-    bits_alone = original.whole.compare(compressed.whole).psnr
+    bits_alone = original.whole.compare(compressed.computed()).psnr
     rungs = []
     for own in plans:
         joint = original.whole.compare(compressed.follow(own.plan)).psnr

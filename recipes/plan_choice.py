@@ -5,6 +5,7 @@ that take the same time here.
 """
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -33,20 +34,28 @@ CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alo
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a pipeline made: final latents and pictures, `[N, ...]`."""
+    """What a pipeline made.
+
+    Attributes:
+        latents: final ones, `[N, ...]`.
+        images: `[N, ...]`.
+        seconds: that one picture took, without its first call and without decoding.
+    """
 
     latents: Tensor
     images: Tensor
+    seconds: float
 
     def part(self, places: range) -> "Pictures":
         """Return some of them."""
-        return Pictures(self.latents[places.start : places.stop], self.images[places.start : places.stop])
+        chosen = slice(places.start, places.stop)
+        return replace(self, latents=self.latents[chosen], images=self.images[chosen])
 
     def compare(self, other: "Pictures") -> "Distance":
         """Return how far another one's pictures are from these."""
         errors = relative_errors(self.latents, other.latents)
         psnr = decibels(mean_squared_errors(self.images, other.images))
-        return Distance(tuple(errors.tolist()), tuple(psnr.tolist()))
+        return Distance(tuple(errors.tolist()), tuple(psnr.tolist()), other.seconds)
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,12 @@ class Distance:
     Attributes:
         errors: relative errors of final latents, one a picture.
         decibels: PSNR of pictures in dB.
+        seconds: as in `Pictures`.
     """
 
     errors: tuple[float, ...]
     decibels: tuple[float, ...]
+    seconds: float = 0.0
 
     @property
     def error(self) -> float:
@@ -73,7 +84,9 @@ class Distance:
 
     def __add__(self, other: "Distance") -> "Distance":
         """Return that of the pictures of both."""
-        return Distance(self.errors + other.errors, self.decibels + other.decibels)
+        counts = len(self.errors), len(other.errors)
+        seconds = (counts[0] * self.seconds + counts[1] * other.seconds) / sum(counts)
+        return Distance(self.errors + other.errors, self.decibels + other.decibels, seconds)
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class PlanJudge:
             trajectory: rounding makes other pictures of any small difference. None for a float model.
 
     Attributes:
-        whole: the pictures when everything is computed.
+        whole: the pictures when everything is computed, and no input is rounded.
     """
 
     def __init__(
@@ -149,6 +162,10 @@ class PlanJudge:
         with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan), self._unrounded):
             return self._run(self._settings, places or range(self.samples))
 
+    def computed(self) -> Pictures:
+        """Make the pictures with everything computed, as the model runs."""
+        return self.whole if self._unrounded is None else self._run(self._settings, range(self.samples))
+
     def judge(self, plan: CachePlan, places: range) -> Distance:
         """Make some of the pictures with a plan and compare them with those of the whole trajectory."""
         return self.whole.part(places).compare(self.follow(plan, places))
@@ -159,9 +176,15 @@ class PlanJudge:
 
     def _run(self, settings: Generation, places: range) -> Pictures:
         chosen = slice(places.start, places.stop)
-        made = self._pipeline.run(self._prompts[chosen], self._indices[chosen], settings)
+        times: list[float] = []
+        made = self._pipeline.run(
+            self._prompts[chosen], self._indices[chosen], settings, on_step=lambda *_: times.append(time.perf_counter())
+        )
         assert made.images is not None
-        return Pictures(made.latents, made.images)
+        batches = math.ceil(len(places) / settings.batch_size)
+        calls = len(times) // batches
+        seconds = sum(times[(batch + 1) * calls - 1] - times[batch * calls] for batch in range(batches))
+        return Pictures(made.latents, made.images, seconds / len(places))
 
 
 class PlanChoice:
@@ -172,6 +195,7 @@ class PlanChoice:
         fewer_steps: name of a plan -> scheduler steps that take as long as its calls do here, and their PSNR in dB on
             the same pictures.
         faster: name of a plan -> time of calls that compute everything by that of its calls, here.
+        time_ratios: name of a plan -> time that its pictures took by what was expected, from calls of fewer steps.
         notes: why a budget has no plan.
     """
 
@@ -181,6 +205,7 @@ class PlanChoice:
         self.plans: list[MeasuredPlan] = []
         self.fewer_steps: dict[str, tuple[int, float]] = {}
         self.faster: dict[str, float] = {}
+        self.time_ratios: dict[str, float] = {}
         self.notes: list[str] = []
 
     @property
@@ -207,27 +232,32 @@ class PlanChoice:
                 why = f": with gaps of {task.costs.longest} calls {nearest.amount:.3g}{nearest.unit} is the nearest"
             self.notes.append(f"No plan keeps {budget.name}{why}.")
             return
-        best = self._best(budget.name, proposed)
+        best, seconds = self._best(budget.name, proposed)
         part = self._prices.seconds_of(best.plan)
         steps = max(1, math.ceil(self._judge.steps * part))
         if steps >= self._judge.steps:
             self.notes.append(f"At {budget.name} nothing is saved: its calls take {part:.2f} of the time, here.")
             return
-        psnr = self._judge.of_steps(steps).psnr
+        fewer = self._judge.of_steps(steps)
+        psnr = fewer.psnr
         if best.psnr <= psnr:
             beaten = f"the best plan {best.psnr:.1f} dB"
             self.notes.append(f"At {budget.name} {steps} steps are better ({psnr:.1f} dB, {beaten}).")
             return
         self.plans.append(best)
         self.fewer_steps[best.name], self.faster[best.name] = (steps, psnr), 1 / part
+        calls = self._judge.calls
+        of_one_call = fewer.seconds / max(1.0, calls * steps / self._judge.steps - 1)
+        if of_one_call and part * calls > 1:
+            self.time_ratios[best.name] = seconds / (of_one_call * (part * calls - 1))
 
     def _price(self, zone: str, measure: Measure) -> float:
         if measure == "calls":
             return 0.0
         return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
 
-    def _best(self, name: str, proposed: Sequence[Schedule]) -> MeasuredPlan:
-        """Return the proposal with the best pictures; all but a few are out after some of them."""
+    def _best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, float]:
+        """Return the proposal with the best pictures, and their seconds; all but a few are out after some of them."""
         plans = [(schedule, self._judge.plan(schedule)) for schedule in proposed]
         every = range(self._judge.samples)
         if len(proposed) > FINALISTS and len(every) > FIRST_ROUND:
@@ -241,4 +271,5 @@ class PlanChoice:
         self._expected += [(one.error, found.error) for one, _, found in ended if one.error is not None]
         # Errors of latents would be those of the one worst picture.
         schedule, plan, found = max(ended, key=lambda one: one[2].psnr)
-        return MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, found.error, found.psnr)
+        best = MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, found.error, found.psnr)
+        return best, found.seconds

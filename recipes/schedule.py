@@ -61,6 +61,7 @@ class ScheduleResult:
         fewer_steps: name of a plan -> scheduler steps that take as long as its calls do here, and their PSNR in dB on
             the same pictures.
         measured_speedups: name of a plan -> time of calls that compute everything by that of its calls, here.
+        time_ratios: name of a plan -> time that its pictures took by what was expected of its calls.
         calls: of a trajectory.
         additivity: whether expected errors were right; None if the planner expects none.
         ladder: what bits and cache cost alone and together; empty without an original.
@@ -72,6 +73,7 @@ class ScheduleResult:
     plans: tuple[MeasuredPlan, ...]
     fewer_steps: Mapping[str, tuple[int, float]]
     measured_speedups: Mapping[str, float]
+    time_ratios: Mapping[str, float]
     calls: int
     additivity: Additivity | None
     ladder: tuple[Rung, ...]
@@ -89,6 +91,7 @@ class ScheduleResult:
                     "name": each.name,
                     "speedup": each.speedup,
                     "measured_speedup": round(self.measured_speedups[each.name], 3),
+                    "time_ratio": _rounded(self.time_ratios.get(each.name)),
                     "computed_calls": sum(not row for row in each.plan.actions),
                     "unrounded_calls": len(each.plan.unrounded),
                     "expected_error": each.expected_error,
@@ -204,6 +207,7 @@ def search_schedule(
         plans,
         choice.fewer_steps,
         choice.faster,
+        choice.time_ratios,
         judge.calls,
         choice.additivity,
         rungs,
@@ -317,6 +321,10 @@ def planning_task(
 
     useful, single = (tuple(zone.name for zone in group) for group in (used, modules))
     return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed), trials
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
 
 
 def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:

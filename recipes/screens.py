@@ -104,6 +104,9 @@ def print_schedules(result: ScheduleResult) -> None:
             f"Note: over {result.additivity.plans} plans, expected and measured errors have a rank correlation of "
             f"{result.additivity.rank_correlation:.2f}, and a ratio of {result.additivity.median_ratio:.2f}."
         )
+    if result.time_ratios:
+        least, most = min(result.time_ratios.values()), max(result.time_ratios.values())
+        say(f"Note: these pictures took {least:.2f} to {most:.2f} of the time that was expected of their calls.")
     print(f"\nWritten to {result.file} in {time_text(result.seconds)}. Follow one with --plan {result.plans[-1].name}")
 
 

@@ -443,7 +443,7 @@ class MadeUpJudge:
 
     def choose(self, count: int) -> tuple[MeasuredPlan, Additivity | None]:
         choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), self)  # type: ignore[arg-type]
-        return choice._best("2x", [Schedule((), float(i), 0.1) for i in range(count)]), choice.additivity
+        return choice._best("2x", [Schedule((), float(i), 0.1) for i in range(count)])[0], choice.additivity
 
 
 def test_most_proposals_are_out_after_a_few_pictures() -> None:
