@@ -7,6 +7,7 @@ literature is placed by its own rule with as many computing calls as the budget 
 of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
 `joint` is ours, and has three proposals a budget. Other packages (`cache_peers.py`) are measured on all settings of a
 grid on the same few pictures, and the best one that saves enough goes on; what they multiply is counted while they run.
+Pictures of a quantized model are compared with those that it makes when nothing is skipped and no input is rounded.
 `speedup` is the measured time of the plan's calls against calls that compute everything, in turns in this process; of
 another package, of whole trajectories.
 
@@ -194,9 +195,12 @@ class Judge:
     """Follows plans on pictures that nobody else sees."""
 
     def __init__(self, pipeline: Any, zones: Sequence[Any], timesteps: Sequence[float], prompts: Any, settings: Any):
+        from dcomp.compress.unrounded import unrounded
+
         self.pipeline, self.zones, self.timesteps = pipeline, tuple(zones), tuple(timesteps)
         self.prompts, self.settings = prompts, settings
-        self.original = self._run(settings)
+        with unrounded(pipeline.denoiser):  # as searches do
+            self.original = self._run(settings)
 
     def rows(self, rows: Rows) -> dict[str, float]:
         """Return what a plan does to latents and pictures."""

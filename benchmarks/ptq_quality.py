@@ -570,14 +570,16 @@ def _names(row: dict[str, Any]) -> list[str]:
 
 
 def _change(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
-    """Return one cell: error over the base's error, and the gain in PSNR."""
+    """Return one cell: error over the base's error, the gain in PSNR, and bits a parameter if they differ."""
     if row is None or base is None:
         return ""
     if "not_run" in row or "not_run" in base:
         return "not run"
     if row.get("latent_error") is None or base.get("latent_error") is None:
         return "not finite"
-    return f"{row['latent_error'] / base['latent_error']:.2f} ({row['psnr_db'] - base['psnr_db']:+.1f} dB)"
+    bits = row["bits_per_param"] - base["bits_per_param"]
+    more = f", {bits:+.2f} bits" if abs(bits) >= 0.01 else ""
+    return f"{row['latent_error'] / base['latent_error']:.2f} ({row['psnr_db'] - base['psnr_db']:+.1f} dB{more})"
 
 
 def ladder_table(entry: dict[str, Any], report: Report) -> str:
