@@ -91,6 +91,7 @@ def options() -> dict[str, Setting]:
         Setting("no rotation", {"rotate": False}, a4, "gptq"),
         Setting("no directions", {"directions": 0}, a4, "gptq"),
         Setting("low-rank branch for directions", {"directions": 0, "rank": 16}, a4, "gptq"),
+        Setting("low-rank branch beside directions", {"rank": 16}, a4, "gptq"),
         Setting("tuned codes", {"tune": 200, "tune_rounding": True}, ("w4a8", "w4a4"), "default"),
     )
     known = methods()
