@@ -1,5 +1,6 @@
 """Let a pipeline follow a cache plan: in `dcomp generate`, or in Python until it is told to stop."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -73,7 +74,8 @@ class FollowedPlan:
 def follow_plan(pipe: "DiffusionPipeline | nn.Module", name: str, folder: str | Path | None = None) -> FollowedPlan:
     """Let an open diffusers pipeline, or a denoiser alone, follow one of its cache plans until `stop()`.
 
-    A run with another number of steps than the plan's computes all calls, and counts them as fallbacks.
+    A run with another number of steps than the plan's computes all calls, and counts them as fallbacks. Warns of
+    adapters, which plans do not know.
 
     Args:
         pipe: opened from the folder that the plans were made for, with the same scheduler; or its denoiser, whose
@@ -113,6 +115,12 @@ def follow_plan(pipe: "DiffusionPipeline | nn.Module", name: str, folder: str | 
     difference = plans.trajectory.difference(own)
     if difference:
         raise made_for(difference, file)
+    if getattr(parties[0], "peft_config", None):
+        warnings.warn(
+            f"The denoiser has adapters ({', '.join(parties[0].peft_config)}), and {file.name} was made without. "
+            "Compare some pictures with and without the plan, or fuse the adapters and search plans again.",
+            stacklevel=2,
+        )
     return FollowedPlan(plans.choose(last), *parties)
 
 

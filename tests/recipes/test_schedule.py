@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from peft import LoraConfig
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -26,7 +28,8 @@ from dcomp.cachequant.plan import PlanError
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
-from dcomp.cachequant.zones import WHOLE
+from dcomp.cachequant.trials import Trials
+from dcomp.cachequant.zones import WHOLE, Zone
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.calibrate.quality import decibels, mean_squared_errors
 from dcomp.compress.manifest import check_manifest
@@ -34,7 +37,7 @@ from dcomp.recipes.generate import generate
 from dcomp.recipes.plan_choice import Additivity, Distance, PlanChoice
 from dcomp.recipes.plan_fit import ALLOWED_LOSS, FittedPlan, fit_plan
 from dcomp.recipes.run import run_recipe
-from dcomp.recipes.schedule import ScheduleResult, search_schedule
+from dcomp.recipes.schedule import ScheduleResult, search_schedule, trajectory_of
 from dcomp.recipes.schema import ScheduleStage
 from dcomp.recipes.settings import generation_settings
 from dcomp.recipes.validate import validate
@@ -378,6 +381,21 @@ def test_a_denoiser_alone_follows_a_plan_when_its_caller_says_where_steps_end(
         dcomp.follow_plan(unet, f"{file}:1.6x")
     with pytest.raises(PlanError, match="other weights"):
         dcomp.follow_plan(unet, f"{file}:1.6x", tiny_checkpoint(UNET))
+
+
+def test_adapters_that_plans_do_not_know_are_named(tiny_model: Models, tmp_path: Path) -> None:
+    folder, file = tiny_model("UNet2DConditionModel"), tmp_path / "plans.json"
+    pipeline = open_pipeline(folder)
+    trials = Trials(pipeline, (), ["x"], [0], Generation(steps=4, height=16, width=16))
+    plan = trials.plan([{}, {WHOLE: "reuse"}, {}, {}], [Zone(WHOLE, "output", ("",))])
+    plans = (MeasuredPlan("2x", plan, 2.0, None, 0.1, 20.0),)
+    PlanSet(trajectory_of(folder, pipeline, 4), plans).write(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dcomp.follow_plan(pipeline.pipe, f"{file}:2x", folder).stop()
+    pipeline.pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "ink")
+    with pytest.warns(UserWarning, match=r"adapters \(ink\)"):
+        dcomp.follow_plan(pipeline.pipe, f"{file}:2x", folder).stop()
 
 
 def test_where_plans_cannot_go_is_said_before_the_search(tiny_model: Models, tmp_path: Path) -> None:
