@@ -515,6 +515,7 @@ def search_schedule(
             help="Let calls leave inputs of quantized layers unrounded where that is worth its time.",
         ),
     ] = False,
+    fresh: Fresh = False,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -547,6 +548,7 @@ def search_schedule(
             seed=seed,
             samples=samples,
             unrounded_calls=unrounded_calls,
+            fresh=fresh,
             device=device,
             progress=progress,
         )

@@ -16,6 +16,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +60,33 @@ class GapCosts:
     skips: Mapping[str, Sequence[Mapping[tuple[int, ...], Skip]]]
     sensitivities: tuple[float, ...] = field(repr=False)
     rounding: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the costs as JSON data."""
+
+        def rows(found: Mapping[tuple[int, ...], Skip]) -> list[Any]:
+            return [[[*nodes], skip.error, [[*read] for read in skip.reads]] for nodes, skip in found.items()]
+
+        return {
+            "calls": self.calls,
+            "longest": self.longest,
+            "skips": {zone: [rows(found) for found in calls] for zone, calls in self.skips.items()},
+            "sensitivities": [*self.sensitivities],
+            "rounding": None if self.rounding is None else [*self.rounding],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote, in this run or in one before it; no file of somebody else's."""
+
+        def found(rows: list[Any]) -> dict[tuple[int, ...], Skip]:
+            return {
+                tuple(nodes): Skip(error, tuple((c, weight) for c, weight in reads)) for nodes, error, reads in rows
+            }
+
+        skips = {zone: [found(rows) for rows in calls] for zone, calls in data["skips"].items()}
+        rounding = None if data["rounding"] is None else tuple(data["rounding"])
+        return cls(data["calls"], data["longest"], skips, tuple(data["sensitivities"]), rounding)
 
     def of_call(self, zone: str, before: int | None, start: int, call: int) -> Skip | None:
         """Return the best prediction of a zone in a call; None if the gap would be too long for it.

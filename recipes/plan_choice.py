@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import fmean
 
@@ -27,6 +27,7 @@ from dcomp.cachequant.trials import Trials
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
+from dcomp.recipes.kept_results import KeptResults, digest
 
 FIRST_ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many go on to the others
 CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
@@ -116,6 +117,7 @@ class PlanJudge:
         settings: as deployed.
         unrounded: makes a `with` block without rounding of inputs. All pictures are compared with those of such a
             trajectory: rounding makes other pictures of any small difference. None for a float model.
+        kept: distances that an interrupted run has found.
 
     Attributes:
         whole: the pictures when everything is computed, and no input is rounded.
@@ -130,8 +132,9 @@ class PlanJudge:
         indices: Sequence[int],
         settings: Generation,
         unrounded: Unrounded | None = None,
+        kept: KeptResults | None = None,
     ) -> None:
-        self._unrounded = unrounded
+        self._unrounded, self._kept = unrounded, kept or KeptResults()
         self._pipeline, self._zones, self._trials = pipeline, tuple(zones), trials
         self._prompts, self._indices, self._settings = prompts, indices, settings
         with unrounded() if unrounded else nullcontext():
@@ -168,11 +171,15 @@ class PlanJudge:
 
     def judge(self, plan: CachePlan, places: range) -> Distance:
         """Make some of the pictures with a plan and compare them with those of the whole trajectory."""
-        return self.whole.part(places).compare(self.follow(plan, places))
+        name = f"plan-{digest(plan.to_dict())}-{places.start}-{places.stop}"
+        found = self._kept.get(name, lambda: asdict(self.whole.part(places).compare(self.follow(plan, places))))
+        return Distance(tuple(found["errors"]), tuple(found["decibels"]), found["seconds"])
 
     def _of_steps(self, steps: int) -> Distance:
         """Compare the pictures of as many scheduler steps without a plan."""
-        return self.whole.compare(self._run(replace(self._settings, steps=steps), range(self.samples)))
+        settings, places = replace(self._settings, steps=steps), range(self.samples)
+        found = self._kept.get(f"steps-{steps}", lambda: asdict(self.whole.compare(self._run(settings, places))))
+        return Distance(tuple(found["errors"]), tuple(found["decibels"]), found["seconds"])
 
     def _run(self, settings: Generation, places: range) -> Pictures:
         chosen = slice(places.start, places.stop)

@@ -210,7 +210,9 @@ def run_recipe(
 
         def search(folder: Path) -> None:
             if recipe.schedule:
-                found.append(_search(recipe.schedule, folder, output, None if adapters else model, device, report))
+                found.append(
+                    _search(recipe.schedule, folder, output, work, None if adapters else model, device, report)
+                )
 
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
@@ -238,7 +240,13 @@ def run_recipe(
 
 
 def _search(
-    stage: ScheduleStage, folder: Path, output: Path, original: str | Path | None, device: str, report: Progress
+    stage: ScheduleStage,
+    folder: Path,
+    output: Path,
+    work: Path,
+    original: str | Path | None,
+    device: str,
+    report: Progress,
 ) -> ScheduleResult:
     """Search plans for a checkpoint that is written but for its name."""
     found = search_schedule(
@@ -249,6 +257,7 @@ def _search(
         samples=stage.samples,
         unrounded_calls=stage.unrounded_calls,
         device=device,
+        work=work,
         progress=report,
     )
     return replace(found, file=found.file and output / found.file.name)

@@ -3,14 +3,17 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+import dcomp
 from dcomp import UsageError
 from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.drift import Drift, record_reference
@@ -37,9 +40,11 @@ from dcomp.compress.split import quantized_layers
 from dcomp.compress.unrounded import unrounded
 from dcomp.compress.unrounded import unrounded_calls as repeatedly_unrounded
 from dcomp.recipes.bench import fill_prompts, record_calls
+from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.ladder import Rung, climb
 from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
 from dcomp.recipes.settings import calibration_of, generation_settings
+from dcomp.recipes.work_folder import work_folder
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
 FRONT = ("1.25x", "1.5x", "1.75x", "2x", "2.5x", "3x", "4x", "5x", "6x")
@@ -123,6 +128,8 @@ def search_schedule(
     samples: int = SAMPLES,
     unrounded_calls: bool = False,
     device: str = "cpu",
+    fresh: bool = False,
+    work: Path | None = None,
     progress: Progress = silent,
 ) -> ScheduleResult:
     """Find for each budget the cache plan with the least error in the final picture, and write them to a file.
@@ -146,6 +153,8 @@ def search_schedule(
         unrounded_calls: let calls of a quantized model multiply their inputs as they are, where that is worth its time.
             Plans are then compared with pictures of a trajectory in which all calls do so. For the planner joint.
         device: where to run.
+        fresh: throw away what an interrupted search has measured.
+        work: folder of what is measured, kept; default: one beside the plans, removed after success.
         progress: called with a text, the count done and the total.
 
     Raises:
@@ -191,17 +200,27 @@ def search_schedule(
     )
     prompts = fill_prompts(found, 2 * samples)
     pipeline.check(prompts, settings)
-    choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, unrounded_calls)
-    plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
-    if plans:
-        PlanSet(trajectory_of(folder, pipeline, settings.steps), plans).write(file)
+    trajectory = trajectory_of(folder, pipeline, settings.steps)
+    question = [dcomp.__version__, str(device), asdict(settings), prompts]
     rungs: tuple[Rung, ...] = ()
-    if against is not None and plans:
-        original = open_pipeline(against, scheduler=scheduler or type(pipeline.scheduler).__name__, device=device)
-        original.check(prompts, settings)
-        kept = [budget for budget in asked if budget.name in choice.fewer_steps]
-        alone = _choose(original, kept, planner, prompts, settings, progress)
-        rungs = climb(plans, judge, {plan.name: plan for plan in alone[0].plans}, alone[1])
+    with work_folder(file, fresh) if work is None else nullcontext(work) as root:
+        kept = KeptResults(root, [*question, asdict(trajectory)])
+        choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, kept, unrounded_calls)
+        plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
+        if plans:
+            PlanSet(trajectory, plans).write(file)
+        if against is not None and plans:
+            original = open_pipeline(against, scheduler=scheduler or type(pipeline.scheduler).__name__, device=device)
+            original.check(prompts, settings)
+            also = [budget for budget in asked if budget.name in choice.fewer_steps]
+            own = trajectory_of(local_folder(against), original, settings.steps)
+            kept = KeptResults(root, [*question, asdict(own)])
+            alone = _choose(original, also, planner, prompts, settings, progress, kept)
+            rungs = climb(plans, judge, {plan.name: plan for plan in alone[0].plans}, alone[1])
+        if work is None:
+            for entry in root.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
     return ScheduleResult(
         file if plans else None,
         plans,
@@ -223,20 +242,22 @@ def _choose(
     prompts: Sequence[str],
     settings: Generation,
     progress: Progress,
+    kept: KeptResults,
     unrounded_calls: bool = False,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
     exact = repeatedly_unrounded(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)
-    prices = CallPrices(pipeline.denoiser, args, kwargs, (*zones, *single_modules(zones)), exact)
+    every = (*zones, *single_modules(zones))
+    prices = CallPrices(pipeline.denoiser, args, kwargs, every, exact)
     samples = len(prompts) // 2
     indices = range(_FIRST_INDEX, _FIRST_INDEX + samples)
-    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress)
+    task, trials = planning_task(pipeline, zones, prices, prompts[:samples], indices, settings, progress, kept)
     if unrounded_calls and exact is not None:
         task.unrounded = lambda: prices.unrounded
     held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
-    judge = PlanJudge(pipeline, (*zones, *single_modules(zones)), trials, prompts[samples:], held_out, settings, exact)
+    judge = PlanJudge(pipeline, every, trials, prompts[samples:], held_out, settings, exact, kept)
     choice = PlanChoice(task, prices, judge)
     for number, budget in enumerate(budgets):
         choice.add(budget, planner)
@@ -270,6 +291,7 @@ def planning_task(
     indices: Sequence[int],
     settings: Generation,
     progress: Progress = silent,
+    kept: KeptResults | None = None,
 ) -> tuple[PlanningTask, Trials]:
     """Return what planners may look at, measured when one asks for it, and the trials of its trajectories.
 
@@ -281,7 +303,9 @@ def planning_task(
         indices: of their noise.
         settings: of the trajectories, as deployed.
         progress: called with a text, the count done and the total.
+        kept: what an interrupted run has measured.
     """
+    kept = kept or KeptResults()
     trials = Trials(pipeline, (), prompts, indices, settings)
     used, modules = useful_zones(zones, prices), single_modules(zones)
 
@@ -290,7 +314,7 @@ def planning_task(
         quantized = bool(quantized_layers(pipeline.denoiser))
         with unrounded(pipeline.denoiser):
             with Trials(pipeline, (), prompts, indices, settings) if quantized else trials as smooth:
-                sensitivities = measure_sensitivities(smooth, progress=progress)
+                sensitivities = kept.get("sensitivities", lambda: measure_sensitivities(smooth, progress=progress))
             few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
             about = pipeline, used, prompts[:few], indices[:few], settings
             with Trials(*about, window=reach(LONGEST_GAP)) as of_zones:
@@ -299,6 +323,10 @@ def planning_task(
             with Trials(*about) as rounded:
                 costs = replace(costs, rounding=measure_rounding(rounded, repeatedly_unrounded(pipeline.denoiser)))
         return costs
+
+    def known_costs() -> GapCosts:
+        # Which zones are worth how long gaps is part of the question: it follows from products alone.
+        return GapCosts.from_dict(kept.get("costs", lambda: measure_costs().to_dict()))
 
     def measure_drifts(names: Sequence[str]) -> Mapping[str, Drift]:
         watched = [zone for zone in (*used, *modules) if zone.name in names]
@@ -317,10 +345,14 @@ def planning_task(
             # Geometric, as in sensitivities: a picture that becomes another one must not decide alone.
             return float(errors.clamp(min=1e-9).log().mean().exp())
 
-        return evolve(len(trials.timesteps), shares, follow, seeds, evaluations=EVALUATIONS, progress=progress)
+        def known(rows: Sequence[Actions]) -> float:
+            plan = trials.plan(rows, zones)
+            return float(kept.get(f"bred-{digest(plan.to_dict())}", lambda: follow(rows)))
+
+        return evolve(len(trials.timesteps), shares, known, seeds, evaluations=EVALUATIONS, progress=progress)
 
     useful, single = (tuple(zone.name for zone in group) for group in (used, modules))
-    return PlanningTask(len(trials.timesteps), useful, single, measure_costs, measure_drifts, breed), trials
+    return PlanningTask(len(trials.timesteps), useful, single, known_costs, measure_drifts, breed), trials
 
 
 def _rounded(value: float | None) -> float | None:
