@@ -9,6 +9,7 @@ from dcomp.calibrate.model_files import check_model_folder
 from dcomp.compress.loader import DcompQuantizationConfig
 from dcomp.compress.manifest import MANIFEST, check_manifest
 from dcomp.compress.scheme import QScheme
+from dcomp.recipes.plan_summary import summaries
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Inspection:
         left_in_float: the layers among them that kept their float weights.
         step_bins: rows of each table over the steps; 0 without static inputs and corrections.
         quality: what `dcomp validate --record` measured, if it did.
+        plans: its cache plans, slowest first.
     """
 
     folder: str
@@ -70,6 +72,7 @@ class Inspection:
     timesteps: list[float]
     totals: dict[str, Any]
     quality: dict[str, Any] | None
+    plans: list[dict[str, Any]]
     layers: list[InspectedLayer]
 
     @property
@@ -105,6 +108,8 @@ class Inspection:
                     f"on {measured['samples']} samples"
                 ),
             )
+        if self.plans:
+            yield "cache plans", ", ".join(f"{plan['name']} ({plan['psnr_db']:.1f} dB)" for plan in self.plans)
         kept = [layer.name for layer in self.left_in_float]
         yield "layers in float", ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "") or "none"
 
@@ -141,6 +146,7 @@ def inspect(folder: str | Path) -> Inspection:
         timesteps=manifest.timesteps,
         totals=manifest.totals.model_dump(),
         quality=manifest.quality,
+        plans=[plan.model_dump() for plan in summaries(Path(folder))],
         layers=[
             InspectedLayer(name=name, **record.model_dump(), **_of_scheme(schemes.get(name)))
             for name, record in records

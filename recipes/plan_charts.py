@@ -8,6 +8,7 @@ from dcomp.cachequant.plan import Action, CachePlan
 from dcomp.cachequant.plan_set import MeasuredPlan
 from dcomp.recipes.error_curves import COLOURS
 from dcomp.recipes.picture_file import check_picture_file, new_figure, save_figure
+from dcomp.recipes.plan_summary import label_of
 from dcomp.recipes.schedule import ScheduleResult
 
 _COMPUTED, _UNROUNDED = "#40464f", "#b3862b"
@@ -62,7 +63,7 @@ def _draw_front(axes: Any, result: ScheduleResult) -> None:
 def _draw_timelines(axes: Any, plans: Sequence[MeasuredPlan]) -> None:
     from matplotlib.patches import Patch
 
-    labels = sorted({_label(zone) for each in plans for row in each.plan.actions for zone in row})
+    labels = sorted({label_of(zone) for each in plans for row in each.plan.actions for zone in row})
     colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(labels)}
     for number, each in enumerate(plans):
         for call in range(each.plan.calls):
@@ -97,11 +98,6 @@ def _cells(plan: CachePlan, call: int, colours: dict[str, str]) -> list[tuple[fl
         return [(0.0, 0.8, _UNROUNDED if call in plan.unrounded else _COMPUTED, _REUSE)]
     height = 0.8 / len(actions)
     return [
-        (number * height, height, colours[_label(zone)], _FORECAST if kind_of(action) == "forecast" else _REUSE)
+        (number * height, height, colours[label_of(zone)], _FORECAST if kind_of(action) == "forecast" else _REUSE)
         for number, (zone, action) in enumerate(sorted(actions.items()))
     ]
-
-
-def _label(zone: str) -> str:
-    """Return what a zone is called in the legend: of single modules, their name within a block."""
-    return zone.rpartition(".")[2] or zone

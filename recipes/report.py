@@ -83,6 +83,7 @@ def write_html(result: ValidationResult, folder: Path) -> Path:
         gain=_gain(result.pictures),
         charts=draw_charts(result),
         layers=_layers(result),
+        zones=sorted({label for plan in result.plans for call in plan.predicted for label in call}),
         command=reproduction(result),
         version=__version__,
     )

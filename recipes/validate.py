@@ -33,6 +33,7 @@ from dcomp.recipes.bench import fill_prompts, macs_of, tensor_bytes
 from dcomp.recipes.compare import Comparison, choose_pictures, compare
 from dcomp.recipes.follow import FollowedPlan
 from dcomp.recipes.plan_fit import FittedPlan, fit_plan
+from dcomp.recipes.plan_summary import summaries
 from dcomp.recipes.settings import calibration_of, generation_settings
 from dcomp.recipes.trajectories import SampleFolder
 from dcomp.recipes.verdict import ValidationResult, check, check_thresholds
@@ -101,6 +102,7 @@ def validate(
     if record:
         read_manifest(compressed)  # refuses what is no checkpoint before the work
     check_model_folder(local_folder(compressed), match_weights=False)  # before the original's pictures are made
+    plans = summaries(local_folder(compressed))
     extractor = quality.open_extractor(features) if features else None
     report = progress or silent
     settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch_size)
@@ -192,6 +194,7 @@ def validate(
         error_by_step=comparison.error_by_step,
         layers=layers,
         left_in_float=left,
+        plans=plans,
         settings={
             **asdict(settings),
             "scheduler": other.scheduler,

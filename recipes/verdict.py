@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr
 from dcomp import UsageError
 from dcomp.calibrate import quality
 from dcomp.recipes import console
+from dcomp.recipes.plan_summary import PlanSummary
 
 # threshold -> key of the result, relation, smallest and largest value that can be reached
 RULES: dict[str, tuple[str, Literal[">=", "<="], float, float]] = {
@@ -82,6 +83,7 @@ class ValidationResult(_Data):
         per_prompt: in sample order.
         error_by_step: over the first samples of the run.
         layers, left_in_float: what the checkpoint's manifest says; empty for other pipelines.
+        plans: cache plans of the checkpoint, slowest first.
         settings: all that the samples depend on, besides the two pipelines.
         speed: the whole `BenchResult`, if there was one.
     """
@@ -120,6 +122,7 @@ class ValidationResult(_Data):
     error_by_step: list[StepError]
     layers: list[dict[str, Any]]
     left_in_float: list[dict[str, Any]]
+    plans: list[PlanSummary]
     settings: dict[str, Any]
     speed: dict[str, Any] | None
     _pictures: list["PicturePair"] = PrivateAttr(default_factory=list)

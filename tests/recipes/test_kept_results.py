@@ -11,6 +11,7 @@ import pytest
 from dcomp.cachequant.plan_set import FILE
 from dcomp.cachequant.prices import CallPrices
 from dcomp.recipes import schedule
+from dcomp.recipes.inspect import inspect
 from dcomp.recipes.kept_results import KeptResults
 from dcomp.recipes.plan_choice import PlanJudge
 from dcomp.recipes.schedule import search_schedule
@@ -121,3 +122,7 @@ def test_plans_in_a_checkpoint_leave_nothing_else_there(tiny_checkpoint: Models,
     result = search_schedule(folder, budgets=("1.3x",), steps=STEPS, samples=2)
     assert result.plans, result.notes
     assert {path.name for path in folder.iterdir()} == before | {FILE}
+    (plan,) = inspect(folder).plans
+    assert plan["name"] == "1.3x"
+    assert sum(not call for call in plan["predicted"]) == sum(not row for row in result.plans[0].plan.actions)
+    assert ("cache plans", f"1.3x ({result.plans[0].psnr:.1f} dB)") in list(inspect(folder).facts())

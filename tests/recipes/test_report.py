@@ -16,6 +16,7 @@ from PIL import Image
 
 from dcomp import DcompError
 from dcomp.recipes import report
+from dcomp.recipes.plan_summary import PlanSummary
 from dcomp.recipes.verdict import Check, PicturePair, PromptResult, StepError, ValidationResult
 
 HOSTILE = (
@@ -79,6 +80,17 @@ def result_of(count: int = 3, *, passed: bool = True, **changes: Any) -> Validat
         "error_by_step": [StepError(step=i, mean=0.1 * i, low=0.0, high=0.2 * i) for i in range(4)],
         "layers": [layer, kept],
         "left_in_float": [{"name": HOSTILE, "role": "conv", "reason": HOSTILE}],
+        "plans": [
+            PlanSummary(
+                name="2x",
+                speedup=2.0,
+                expected_error=None,
+                error=0.1,
+                psnr_db=40.0,
+                predicted=[[], ["all"], [], [HOSTILE, "all"]],
+                unrounded=[2],
+            )
+        ],
         "settings": {
             "steps": 4,
             "guidance": 4.0,
@@ -300,3 +312,21 @@ def test_report_that_cannot_be_written_is_our_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DcompError, match="cannot be written"):
         report.write_html(result_of(), tmp_path / "file" / "page")
+
+
+def test_the_page_shows_what_each_call_of_a_plan_does(tmp_path: Path) -> None:
+    page = report.write_html(result_of(), tmp_path).read_text()
+    drawing = re.search(r'<svg class="calls".*?</svg>', page, re.S)
+    assert drawing is not None
+    cells = re.findall(r'<rect class="(\w+)" x="(\d)" y="([\d.]+)" width="0.9" height="([\d.]+)"/>', drawing[0])
+    zones = {"z0", "z1"}
+    assert [(name if name not in zones else "zone", at, y, h) for name, at, y, h in cells] == [
+        ("whole", "0", "0", "2"),
+        ("zone", "1", "0.0", "2.0"),
+        ("exact", "2", "0", "2"),
+        ("zone", "3", "0.0", "1.0"),
+        ("zone", "3", "1.0", "1.0"),
+    ]
+    assert "2 of 4 calls compute everything" in drawing[0]
+    assert "inputs unrounded" in page
+    assert "Cache plans" not in report.write_html(result_of(plans=[]), tmp_path).read_text()
