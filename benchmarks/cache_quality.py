@@ -255,6 +255,32 @@ def speedup(prices: Any, rows: Rows) -> float:
     return len(rows) / sum(prices.seconds(list(row)) for row in rows)
 
 
+def setup(report: dict[str, Any]) -> str:
+    """Return in words what all rows of a file share."""
+    guidance = "no guidance" if report["guidance"] is None else f"guidance {report['guidance']:g}"
+    return (
+        f"`{report['model']}`, {report['scheduler']}, {report['steps']} steps, {guidance}, {report['samples']} pictures"
+    )
+
+
+def grid(report: dict[str, Any]) -> str:
+    """Return a Markdown table of PSNR: a row for each planner or package, a column for each budget."""
+    budgets = sorted({row["budget"] for row in report["rows"]})
+    cells = {(row["planner"], row["budget"]): row["psnr"] for row in report["rows"]}
+    names = sorted({name for name, _ in cells}, key=lambda name: -sum(v for (n, _), v in cells.items() if n == name))
+    best = {budget: max(v for (_, b), v in cells.items() if b == budget) for budget in budgets}
+
+    def cell(name: str, budget: float) -> str:
+        value = cells.get((name, budget))
+        if value is None:
+            return "-"
+        return f"**{value:.1f}**" if value == best[budget] else f"{value:.1f}"
+
+    lines = [f"| PSNR in dB | {' | '.join(f'{budget:g}x' for budget in budgets)} |", f"|---|{'---:|' * len(budgets)}"]
+    lines += [f"| {name} | {' | '.join(cell(name, budget) for budget in budgets)} |" for name in names]
+    return "\n".join(lines)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, best first."""
     lines = ["| budget | planner | zone | fewer products | speedup | latent error | median | PSNR dB | FID |"]

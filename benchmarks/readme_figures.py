@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
 
+import cache_quality  # noqa: E402
 import cache_speed  # noqa: E402
 import precompute  # noqa: E402
 import ptq_quality  # noqa: E402
@@ -47,6 +48,7 @@ def main() -> None:
             *ahead(),
             "",
             *cached(),
+            *plans(),
             END,
         ]
     )
@@ -89,6 +91,20 @@ def cached() -> list[str]:
         "plan's:"
     )
     return [head, "", cache_speed.table(report)]
+
+
+def plans() -> list[str]:
+    """Return the tables of planners and other packages' caches."""
+    lines: list[str] = []
+    for file in sorted(RESULTS.glob("cache_quality*.json")):
+        report = json.loads(file.read_text())
+        lines += [
+            "",
+            f"{cache_quality.setup(report)}, at most as many products as stated:",
+            "",
+            cache_quality.grid(report),
+        ]
+    return lines
 
 
 if __name__ == "__main__":
