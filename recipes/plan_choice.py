@@ -79,6 +79,11 @@ class Distance:
         return fmean(self.errors)
 
     @property
+    def typical_error(self) -> float:
+        """Geometric mean of the errors, which is what planners expect: one picture that became another counts less."""
+        return math.exp(fmean(math.log(max(error, 1e-12)) for error in self.errors))
+
+    @property
     def psnr(self) -> float:
         """Mean of the decibels."""
         return fmean(self.decibels)
@@ -97,7 +102,7 @@ class Additivity:
     Attributes:
         plans: that were followed to the end.
         rank_correlation: Spearman's, of expected and measured errors; None for fewer than three plans.
-        median_ratio: of measured by expected errors.
+        median_ratio: of measured by expected errors, the measured ones as geometric means over pictures.
     """
 
     plans: int
@@ -275,7 +280,7 @@ class PlanChoice:
             ended = [(one, plan, found + self._judge.judge(plan, others)) for one, plan, found in ranked[:count]]
         else:
             ended = [(*each, self._judge.judge(each[1], every)) for each in plans]
-        self._expected += [(one.error, found.error) for one, _, found in ended if one.error is not None]
+        self._expected += [(one.error, found.typical_error) for one, _, found in ended if one.error is not None]
         # Errors of latents would be those of the one worst picture.
         schedule, plan, found = max(ended, key=lambda one: one[2].psnr)
         best = MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, found.error, found.psnr)
