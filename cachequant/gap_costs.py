@@ -15,7 +15,7 @@ whose rest of the denoiser is run. So the best slope of a line through r and s, 
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -91,8 +91,6 @@ class GapCosts:
     def of_call(self, zone: str, before: int | None, start: int, call: int) -> Skip | None:
         """Return the best prediction of a zone in a call; None if the gap would be too long for it.
 
-        A line reads a call more than once, and what rounding of inputs did to it as well: that counts as its error.
-
         Args:
             zone: its name.
             before: r; None if there is none.
@@ -101,16 +99,7 @@ class GapCosts:
         """
         found = self.skips[zone][call]
         both = found.get((before, start)) if before is not None else None
-        choices = [self._with_noise(skip, start, call) for skip in (both, found.get((start,))) if skip is not None]
-        return min(choices, key=lambda skip: skip.error, default=None)
-
-    def _with_noise(self, skip: Skip, start: int, call: int) -> Skip:
-        """Add to an error what rounding does to a prediction beyond what it does to one that repeats the last call."""
-        if self.rounding is None or skip.reads == ((start, 1.0),):
-            return skip
-        of_reads = sum((weight * self.rounding[node]) ** 2 for node, weight in skip.reads)
-        more = max(0.0, of_reads - self.rounding[start] ** 2) * self.sensitivities[call] ** 2
-        return replace(skip, error=math.sqrt(skip.error**2 + more))
+        return both or found.get((start,))
 
     def of_rounding(self, start: int, end: int) -> float:
         """Return the error of the final latents by rounding of inputs in a call that others read.

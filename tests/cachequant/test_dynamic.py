@@ -143,15 +143,3 @@ def test_a_call_whose_error_is_repeated_is_the_first_to_leave_its_inputs_unround
     ]
     assert error_of(front[0]) == pytest.approx((0.1**2 + 0.3**2) ** 0.5)
     assert error_of(front[1]) == pytest.approx(0.1)
-
-
-def test_much_rounding_makes_of_lines_reuse() -> None:
-    """A line reads the last call more than once, and what rounding did to it as well."""
-    reads = {(1,): ((1, 1.0),), (0, 1): ((0, -1.0), (1, 2.0))}
-    skips = [{}, {}, {(1,): Skip(0.1, reads[1,]), (0, 1): Skip(0.05, reads[0, 1])}]
-    for noise, chosen in ((0.0, (0, 1)), (0.02, (0, 1)), (0.2, (1,))):
-        costs = GapCosts(3, 1, {"all": skips}, (1.0,) * 3, (noise,) * 3)
-        (plan,) = [one for one in best_schedules(costs, {"all": 0.0}, grid=0.0) if one.rows[2] and not one.rows[1]]
-        assert plan.rows[2]["all"] == reads[chosen]
-        more = noise**2 * (sum(weight**2 for _, weight in reads[chosen]) - 1)
-        assert error_of(plan) ** 2 == pytest.approx(skips[2][chosen].error ** 2 + more + noise**2 + (2 * noise) ** 2)
