@@ -103,16 +103,22 @@ def test_an_interrupted_search_goes_on_where_it_stopped(
     # What the first budget needed was followed before the interruption.
     assert counted["followed"] - followed < once["followed"]
     assert not work.exists()
-    # Another seed is another question.
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_question_and_fresh_forgets(
+    tiny_checkpoint: Models, counted: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"budgets": ("1.3x",), "steps": STEPS, "samples": 1, "output": tmp_path / "plans.json"}
+
+    def stop(judge: PlanJudge, steps: int) -> Any:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(PlanJudge, "_of_steps", stop)
-    with pytest.raises(KeyboardInterrupt):
-        search_schedule(model, seed=5, **options)
-    with pytest.raises(KeyboardInterrupt):
-        search_schedule(model, seed=6, **options)
-    assert counted["costs"] == 4
-    with pytest.raises(KeyboardInterrupt):
-        search_schedule(model, seed=6, fresh=True, **options)
-    assert counted["costs"] == 5
+    for seed, fresh, measured in ((5, False, 1), (5, False, 1), (6, False, 2), (6, True, 3)):
+        with pytest.raises(KeyboardInterrupt):
+            search_schedule(tiny_checkpoint("UNet2DModel"), seed=seed, fresh=fresh, **options)
+        assert counted["costs"] == measured
 
 
 def test_plans_in_a_checkpoint_leave_nothing_else_there(tiny_checkpoint: Models, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from dcomp.recipes.schema import ScheduleStage
 from dcomp.recipes.settings import generation_settings
 from dcomp.recipes.validate import validate
 from tests.support.checkpoints import checked_in_a_fork, short_recipe
+from tests.support.sweep import slow
 
 Models = Callable[[str], Path]
 UNET = "UNet2DModel"
@@ -263,7 +264,7 @@ def test_rules_of_the_literature_make_plans_too(
     assert len(result.plans) + len(result.notes) == 1
 
 
-@pytest.mark.parametrize(("name", "kinds"), [("DiTTransformer2DModel", 2), ("PixArtTransformer2DModel", 3)])
+@pytest.mark.parametrize(("name", "kinds"), [("DiTTransformer2DModel", 2), slow("PixArtTransformer2DModel", 3)])
 def test_modules_of_a_transformer_have_schedules_of_their_own(
     name: str, kinds: int, tiny_model: Models, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_an_opened_checkpoint_follows_such_a_plan(planned: Path, pipeline: OpenP
     assert fitted.plan.psnr == pytest.approx(float(decibels(mean_squared_errors(exact, other)).mean()), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_search_asked_for_them_writes_what_it_found(tiny_checkpoint: Models, tmp_path: Path) -> None:
     file = tmp_path / "plans.json"
     options: dict[str, Any] = {"budgets": ("1.4x",), "steps": STEPS, "samples": 2, "unrounded_calls": True}
