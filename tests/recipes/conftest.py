@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -46,3 +46,17 @@ def _made(model: Path, name: str, shared: Path, inputs: str) -> Path:
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.made.lock"), checked_in_a_fork():
         return folder if folder.exists() else run_recipe(model, recipe, folder).output
+
+
+@pytest.fixture(scope="module")
+def time_goes_by_products() -> Iterator[pytest.MonkeyPatch]:
+    """Which plans are worth having depends on time; on a busy machine, tiny models have none that two runs agree on."""
+    from dcomp.cachequant.prices import CallPrices
+
+    def seconds(prices: CallPrices, predicted: Iterable[str]) -> float:
+        return prices.macs(predicted) / prices.macs()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CallPrices, "seconds", seconds)
+        patch.setattr(CallPrices, "whole_seconds", 0.01)
+        yield patch

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dcomp.cachequant.plan_set import FILE
-from dcomp.cachequant.prices import CallPrices
 from dcomp.recipes import schedule
 from dcomp.recipes.inspect import inspect
 from dcomp.recipes.kept_results import KeptResults
 from dcomp.recipes.plan_choice import PlanJudge
 from dcomp.recipes.schedule import search_schedule
 
+pytestmark = pytest.mark.usefixtures("time_goes_by_products")
 Models = Callable[[str], Path]
 STEPS = 8
 
@@ -44,15 +44,6 @@ def test_a_result_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:4])
     assert kept.get("name", lambda: {"x": 2}) == {"x": 2}
     assert json.loads(file.read_text()) == {"x": 2}
-
-
-@pytest.fixture(autouse=True)
-def time_goes_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(prices: CallPrices, predicted: Iterable[str]) -> float:
-        return prices.macs(predicted) / prices.macs()
-
-    monkeypatch.setattr(CallPrices, "seconds", seconds)
-    monkeypatch.setattr(CallPrices, "whole_seconds", 0.01)
 
 
 @pytest.fixture

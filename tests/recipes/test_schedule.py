@@ -3,7 +3,7 @@
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,6 @@ from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import PlanError
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
-from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.trials import Trials
 from dcomp.cachequant.zones import WHOLE, Zone
 from dcomp.calibrate.pipeline import Generation, open_pipeline
@@ -44,26 +43,16 @@ from dcomp.recipes.validate import validate
 from tests.support.checkpoints import checked_in_a_fork, short_recipe
 from tests.support.sweep import slow
 
+pytestmark = pytest.mark.usefixtures("time_goes_by_products")
 Models = Callable[[str], Path]
 UNET = "UNet2DModel"
 STEPS = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def time_goes_by_products() -> Iterator[None]:
-    """Which plans are worth having depends on time; on a busy machine, tiny models have none that two runs agree on."""
-
-    def seconds(prices: CallPrices, predicted: Iterable[str]) -> float:
-        return prices.macs(predicted) / prices.macs()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CallPrices, "seconds", seconds)
-        patch.setattr(CallPrices, "whole_seconds", 0.01)
-        yield
-
-
 @pytest.fixture(scope="module")
-def searched(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScheduleResult]:
+def searched(
+    time_goes_by_products: pytest.MonkeyPatch, tiny_model: Models, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ScheduleResult]:
     file = tmp_path_factory.mktemp("plans") / "plans.json"
     budgets = ("1.25x", "1.6x", "4calls", "50x")
     return file, search_schedule(tiny_model(UNET), budgets=budgets, output=file, steps=STEPS, samples=2)

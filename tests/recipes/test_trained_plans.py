@@ -13,13 +13,15 @@ from dcomp.recipes.demo import embedded_model
 from dcomp.recipes.generate import generate
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("time_goes_by_products")]
 STEPS, SAMPLES = 20, 3
 OPTIONS: dict[str, Any] = {"budgets": ("1.5x", "2x"), "steps": STEPS, "guidance": 4.0, "samples": SAMPLES}
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScheduleResult]:
+def searched(
+    time_goes_by_products: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ScheduleResult]:
     file = tmp_path_factory.mktemp("plans") / "plans.json"
     return file, search_schedule(embedded_model(), output=file, **OPTIONS)
 
@@ -29,7 +31,6 @@ def test_expected_errors_are_within_twice_the_measured_ones(searched: tuple[Path
     assert result.additivity is not None
     assert result.additivity.plans >= 2
     assert 0.5 < result.additivity.median_ratio < 2
-    assert all(0.5 < ratio < 2 for ratio in result.time_ratios.values())
 
 
 def test_plans_are_better_than_equal_distances_and_than_fewer_steps(

@@ -1,7 +1,7 @@
 """Plans in which some calls of a quantized model round no inputs, from the search to the picture."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,8 @@ def test_a_failure_in_such_a_call_leaves_rounding_as_it_was(pipeline: OpenPipeli
 
 
 @pytest.fixture(autouse=True, scope="module")
-def time_goes_by_products() -> Iterator[None]:
-    def seconds(prices: CallPrices, predicted: Iterable[str]) -> float:
-        return prices.macs(predicted) / prices.macs()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CallPrices, "seconds", seconds)
-        patch.setattr(CallPrices, "whole_seconds", 0.01)
-        patch.setattr(CallPrices, "unrounded", PRICE)
-        yield
+def price(time_goes_by_products: pytest.MonkeyPatch) -> None:
+    time_goes_by_products.setattr(CallPrices, "unrounded", PRICE)
 
 
 def test_a_search_pays_for_calls_that_do_not_round(pipeline: OpenPipeline) -> None:
