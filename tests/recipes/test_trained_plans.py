@@ -15,7 +15,7 @@ from dcomp.recipes.schedule import ScheduleResult, search_schedule
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("time_goes_by_products")]
 STEPS, SAMPLES = 20, 3
-OPTIONS: dict[str, Any] = {"budgets": ("1.5x", "2x"), "steps": STEPS, "guidance": 4.0, "samples": SAMPLES}
+OPTIONS: dict[str, Any] = {"budgets": ("1.5x",), "steps": STEPS, "guidance": 4.0, "samples": SAMPLES}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,6 @@ def searched(
 def test_expected_errors_are_within_twice_the_measured_ones(searched: tuple[Path, ScheduleResult]) -> None:
     _, result = searched
     assert result.additivity is not None
-    assert result.additivity.plans >= 2
     assert 0.5 < result.additivity.median_ratio < 2
 
 
@@ -42,16 +41,16 @@ def test_plans_are_better_than_equal_distances_and_than_fewer_steps(
     for each in result.plans:
         assert each.psnr > theirs.get(each.name, 0.0)
         assert each.psnr > result.fewer_steps[each.name][1] + 2
-    assert [each.name for each in result.plans] == ["1.5x", "2x"]
+    assert [each.name for each in result.plans] == ["1.5x"]
 
 
 def test_a_fresh_process_makes_the_same_pictures(searched: tuple[Path, ScheduleResult], tmp_path: Path) -> None:
     file, _ = searched
     here, there = tmp_path / "here", tmp_path / "there"
-    options: dict[str, Any] = {"plan": f"{file}:2x", "steps": STEPS, "guidance": 4.0, "seed": 3}
+    options: dict[str, Any] = {"plan": f"{file}:1.5x", "steps": STEPS, "guidance": 4.0, "seed": 3}
     made = generate(embedded_model(), ["a red heart"], here, **options)
     assert not made["notes"]
-    words = ["generate", str(embedded_model()), "a red heart", "--output", str(there), "--plan", f"{file}:2x"]
+    words = ["generate", str(embedded_model()), "a red heart", "--output", str(there), "--plan", f"{file}:1.5x"]
     words += ["--steps", str(STEPS), "--guidance", "4.0", "--seed", "3"]
     subprocess.run([sys.executable, "-P", "-m", "dcomp", *words], check=True, env=dict(os.environ), capture_output=True)
     (one,), (other,) = (sorted(folder.glob("*.png")) for folder in (here, there))
