@@ -34,8 +34,8 @@ def main() -> None:
             "",
             ptq_quality.matrix_table(measured),
             "",
-            "Single options: latent error over that of the method that they are on top of, and the change in PSNR. One picture "
-            "that becomes another one moves the mean a lot; differences of 0.3 dB are noise:",
+            "Single options: latent error over that of the method that they are on top of, and the change in PSNR. One "
+            "picture that becomes another one moves the mean a lot; what a calibration seed changes is in the ladder:",
             "",
             ptq_quality.options_table(measured),
             "",
