@@ -19,8 +19,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,11 +135,9 @@ class Tried:
         """The setting in words."""
         return " ".join(f"{key} {value}" for key, value in self.setting.items() if key != "steps")
 
-    @contextmanager
-    def attached(self, pipeline: Any) -> Iterator[None]:
-        """Let the pipeline cache with it."""
-        with self.peer.attached(pipeline, self.setting):
-            yield
+    def attached(self, pipeline: Any) -> AbstractContextManager[None]:
+        """Return a `with` block in which the pipeline caches with it."""
+        return self.peer.attached(pipeline, self.setting)
 
 
 def try_peers(pipeline: Any, scout: "Judge") -> tuple[list[Tried], dict[str, str]]:

@@ -2,9 +2,8 @@
 
 A state is a pair of calls that compute one after the other, because a prediction may read both; what came before them
 is its cost and its error alone. Within a gap each call may predict another zone, and the call before it may leave its
-inputs unrounded. Labels that another one of their state
-beats in both are dropped, and of those that are nearer in cost than can matter the better one is kept, so that the time
-is bounded. Letters: T calls, r, s and t as in `gap_costs`.
+inputs unrounded. Labels that another one of their state beats in both are dropped, and of those that are nearer in cost
+than can matter the better one is kept, so that the time is bounded. Letters: T calls, r, s and t as in `gap_costs`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -114,11 +114,7 @@ class GapCosts:
 
 
 def measure_gap_costs(
-    trials: Trials,
-    longest: Mapping[str, int],
-    sensitivities: Sequence[float],
-    *,
-    progress: Progress = silent,
+    trials: Trials, longest: Mapping[str, int], sensitivities: Sequence[float], *, progress: Progress = silent
 ) -> GapCosts:
     """Measure all gaps.
 

@@ -160,7 +160,7 @@ def blockwise(task: PlanningTask, prices: Mapping[str, float], limit: float) -> 
     if not task.modules:
         return []
     saved = {zone: 1 - prices[zone] for zone in task.modules}
-    drifts = {zone: task.drifts_of(task.modules)[zone] for zone in task.modules}
+    drifts = task.drifts_of(task.modules)
     feed_forwards = {zone for zone in task.modules if zone.rpartition(".")[2] in SUBMODULES["feed_forward"]}
     for count in range(_affordable(task.calls, max(0.0, 1 - sum(saved.values())), limit), 0, -1):
         computing = calls_of_modules(drifts, feed_forwards, count)

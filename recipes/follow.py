@@ -13,7 +13,7 @@ from dcomp import UsageError
 from dcomp.cachequant.executor import CacheExecutor, CacheStats
 from dcomp.cachequant.guide import PlanGuide
 from dcomp.cachequant.plan import PlanError
-from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet
+from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
@@ -95,33 +95,39 @@ def follow_plan(pipe: "DiffusionPipeline | nn.Module", name: str, folder: str | 
     place = local_folder(source)
     file, last = plan_file(name, place)
     plans = PlanSet.read(file)
-    if isinstance(pipe, nn.Module):
-        own = replace(
-            plans.trajectory,
-            denoiser=type(pipe).__name__,
-            model=weights_hash(place, check_model_folder(place).denoiser_name),
-        )
-        parties: tuple[Any, ...] = (pipe,)
-    else:
-        if getattr(pipe, "scheduler", None) is None:
-            raise UsageError(
-                "This pipeline has no scheduler to tell steps by",
-                where=type(pipe).__name__,
-                remedy="Give its denoiser instead, and say by `with plan.trajectory() as end_step:` where steps end.",
-            )
-        opened = OpenPipeline(pipe, place)
-        own = trajectory_of(place, opened, plans.trajectory.steps)
-        parties = (opened.denoiser, opened.scheduler)
+    denoiser, scheduler, own = _parties(pipe, place, plans.trajectory)
     difference = plans.trajectory.difference(own)
     if difference:
         raise made_for(difference, file)
-    if getattr(parties[0], "peft_config", None):
+    adapters: Any = getattr(denoiser, "peft_config", None)
+    if adapters:
         warnings.warn(
-            f"The denoiser has adapters ({', '.join(parties[0].peft_config)}), and {file.name} was made without. "
+            f"The denoiser has adapters ({', '.join(adapters)}), and {file.name} was made without. "
             "Compare some pictures with and without the plan, or fuse the adapters and search plans again.",
             stacklevel=2,
         )
-    return FollowedPlan(plans.choose(last), *parties)
+    return FollowedPlan(plans.choose(last), denoiser, scheduler)
+
+
+def _parties(pipe: Any, folder: Path, planned: Trajectory) -> tuple[nn.Module, Any, Trajectory]:
+    """Return the denoiser, its scheduler if it has one, and what plans for both are made for.
+
+    Args:
+        pipe: a pipeline, or a denoiser; nothing is known of the scheduler of one that is alone.
+        folder: that it was opened from.
+        planned: what the plans at hand were made for.
+    """
+    if isinstance(pipe, nn.Module):
+        weights = weights_hash(folder, check_model_folder(folder).denoiser_name)
+        return pipe, None, replace(planned, denoiser=type(pipe).__name__, model=weights)
+    if getattr(pipe, "scheduler", None) is None:
+        raise UsageError(
+            "This pipeline has no scheduler to tell steps by",
+            where=type(pipe).__name__,
+            remedy="Give its denoiser instead, and say by `with plan.trajectory() as end_step:` where steps end.",
+        )
+    opened = OpenPipeline(pipe, folder)
+    return opened.denoiser, opened.scheduler, trajectory_of(folder, opened, planned.steps)
 
 
 def made_for(difference: str, file: Path) -> PlanError:
