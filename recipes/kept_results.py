@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dcomp.calibrate.tree_file import replacing
+
+T = TypeVar("T")
+_MAX_BYTES = 256 << 20
 
 
 class KeptResults:
@@ -25,23 +28,29 @@ class KeptResults:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a result as JSON data: read, if it was kept, else made and kept.
+    def get(self, name: str, make: Callable[[], Any], read: Callable[[Any], T]) -> T:
+        """Return a result: read, if it was kept, else made and kept.
+
+        What cannot be read is made again, be it cut off by a full disk or somebody else's: a folder may have come with
+        the model.
 
         Args:
             name: that suits a file.
-            make: works it out.
+            make: works it out, as JSON data.
+            read: returns what the data stands for.
         """
         if self._folder is None:
-            return make()
+            return read(make())
         file = self._folder / f"{name}.json"
         try:
-            return json.loads(file.read_text())
-        except (OSError, ValueError):  # not there, or cut off by a full disk
-            value = make()
+            if file.stat().st_size <= _MAX_BYTES:
+                return read(json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            pass
+        data = make()
         with replacing(file) as partial:
-            partial.write_text(json.dumps(value))
-        return value
+            partial.write_text(json.dumps(data))
+        return read(data)
 
 
 def digest(data: Any) -> str:

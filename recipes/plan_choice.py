@@ -6,11 +6,12 @@ that take the same time here.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from statistics import fmean
+from typing import Any
 
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -177,14 +178,14 @@ class PlanJudge:
     def judge(self, plan: CachePlan, places: range) -> Distance:
         """Make some of the pictures with a plan and compare them with those of the whole trajectory."""
         name = f"plan-{digest(plan.to_dict())}-{places.start}-{places.stop}"
-        found = self._kept.get(name, lambda: asdict(self.whole.part(places).compare(self.follow(plan, places))))
-        return Distance(tuple(found["errors"]), tuple(found["decibels"]), found["seconds"])
+        compare = self.whole.part(places).compare
+        return self._kept.get(name, lambda: asdict(compare(self.follow(plan, places))), _distance)
 
     def _of_steps(self, steps: int) -> Distance:
         """Compare the pictures of as many scheduler steps without a plan."""
         settings, places = replace(self._settings, steps=steps), range(self.samples)
-        found = self._kept.get(f"steps-{steps}", lambda: asdict(self.whole.compare(self._run(settings, places))))
-        return Distance(tuple(found["errors"]), tuple(found["decibels"]), found["seconds"])
+        compare, run = self.whole.compare, self._run
+        return self._kept.get(f"steps-{steps}", lambda: asdict(compare(run(settings, places))), _distance)
 
     def _run(self, settings: Generation, places: range) -> Pictures:
         chosen = slice(places.start, places.stop)
@@ -197,6 +198,12 @@ class PlanJudge:
         calls = len(times) // batches
         seconds = sum(times[(batch + 1) * calls - 1] - times[batch * calls] for batch in range(batches))
         return Pictures(made.latents, made.images, seconds / len(places))
+
+
+def _distance(data: Mapping[str, Any]) -> Distance:
+    """Return what `asdict` made of a distance."""
+    errors, decibels = (tuple(float(value) for value in data[key]) for key in ("errors", "decibels"))
+    return Distance(errors, decibels, float(data["seconds"]))
 
 
 class PlanChoice:

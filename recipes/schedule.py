@@ -134,8 +134,9 @@ def search_schedule(
 ) -> ScheduleResult:
     """Find for each budget the cache plan with the least error in the final picture, and write them to a file.
 
-    Costs are measured on the model that will run, quantized if it is. Plans are compared on pictures that the search
-    did not see; one that is no better than fewer scheduler steps in the same time is not written.
+    Costs are measured on the weights that will run, quantized if they are. Plans are compared on pictures that the
+    search did not see, with those of a trajectory that computes everything and rounds no inputs; one that is no better
+    than fewer scheduler steps in the same time is not written.
 
     Args:
         model: a checkpoint of dcomp, or any pipeline folder or hub id.
@@ -150,8 +151,8 @@ def search_schedule(
         scheduler: class to sample with; default: the checkpoint's.
         seed: base seed of the noise.
         samples: pictures of the search, and as many others to compare plans on.
-        unrounded_calls: let calls of a quantized model multiply their inputs as they are, where that is worth its time.
-            Plans are then compared with pictures of a trajectory in which all calls do so. For the planner joint.
+        unrounded_calls: let calls of a quantized model multiply their inputs as they are, where that is worth its time;
+            for the planner joint.
         device: where to run.
         fresh: throw away what an interrupted search has measured.
         work: folder of what is measured, kept; default: one beside the plans, removed after success.
@@ -314,7 +315,11 @@ def planning_task(
         quantized = bool(quantized_layers(pipeline.denoiser))
         with unrounded(pipeline.denoiser):
             with Trials(pipeline, (), prompts, indices, settings) if quantized else trials as smooth:
-                sensitivities = kept.get("sensitivities", lambda: measure_sensitivities(smooth, progress=progress))
+                sensitivities = kept.get(
+                    "sensitivities",
+                    lambda: measure_sensitivities(smooth, progress=progress),
+                    lambda data: [float(value) for value in data],
+                )
             few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
             about = pipeline, used, prompts[:few], indices[:few], settings
             with Trials(*about, window=reach(LONGEST_GAP)) as of_zones:
@@ -325,8 +330,15 @@ def planning_task(
         return costs
 
     def known_costs() -> GapCosts:
-        # Which zones are worth how long gaps is part of the question: it follows from products alone.
-        return GapCosts.from_dict(kept.get("costs", lambda: measure_costs().to_dict()))
+        def read(data: Mapping[str, Any]) -> GapCosts:
+            costs = GapCosts.from_dict(data)
+            calls = len(trials.timesteps)
+            fits = costs.calls == len(costs.sensitivities) == calls and costs.skips.keys() == {z.name for z in used}
+            if not fits or any(len(row) != calls for row in costs.skips.values()):
+                raise ValueError("costs of something else")
+            return costs
+
+        return kept.get("costs", lambda: measure_costs().to_dict(), read)
 
     def measure_drifts(names: Sequence[str]) -> Mapping[str, Drift]:
         watched = [zone for zone in (*used, *modules) if zone.name in names]
@@ -347,7 +359,7 @@ def planning_task(
 
         def known(rows: Sequence[Actions]) -> float:
             plan = trials.plan(rows, zones)
-            return float(kept.get(f"bred-{digest(plan.to_dict())}", lambda: follow(rows)))
+            return kept.get(f"bred-{digest(plan.to_dict())}", lambda: follow(rows), float)
 
         return evolve(len(trials.timesteps), shares, known, seeds, evaluations=EVALUATIONS, progress=progress)
 

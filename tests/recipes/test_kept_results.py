@@ -28,22 +28,23 @@ def test_results_are_made_once_for_each_question(tmp_path: Path) -> None:
         return [0.1, float("inf")]
 
     for question, count in (("a", 1), ("a", 1), ({"b": [1]}, 2), ("a", 2)):
-        assert KeptResults(tmp_path, question).get("name", make) == [0.1, float("inf")]
+        assert KeptResults(tmp_path, question).get("name", make, list) == [0.1, float("inf")]
         assert len(made) == count
-    assert KeptResults(tmp_path, "a").get("other", make) == [0.1, float("inf")]
+    assert KeptResults(tmp_path, "a").get("other", make, list) == [0.1, float("inf")]
     assert len(made) == 3
-    KeptResults().get("name", make)
-    KeptResults().get("name", make)
+    KeptResults().get("name", make, list)
+    KeptResults().get("name", make, list)
     assert len(made) == 5
 
 
-def test_a_result_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+def test_a_result_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     kept = KeptResults(tmp_path, "a")
-    kept.get("name", lambda: {"x": 1})
+    kept.get("name", lambda: {"x": 1}, dict)
     (file,) = tmp_path.rglob("name.json")
-    file.write_text(file.read_text()[:4])
-    assert kept.get("name", lambda: {"x": 2}) == {"x": 2}
-    assert json.loads(file.read_text()) == {"x": 2}
+    for damaged in (file.read_text()[:4], "[]", '{"y": 1}', "1", "[" * 100_000):
+        file.write_text(damaged)
+        assert kept.get("name", lambda: {"x": 2}, lambda data: data["x"] + 1) == 3
+        assert json.loads(file.read_text()) == {"x": 2}
 
 
 @pytest.fixture
