@@ -16,6 +16,7 @@ import cache_quality  # noqa: E402
 import cache_speed  # noqa: E402
 import precompute  # noqa: E402
 import ptq_quality  # noqa: E402
+import ptq_tables  # noqa: E402
 import speed  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,17 +30,17 @@ def main() -> None:
     text = "\n".join(
         [
             BEGIN,
-            f"{ptq_quality.setup(measured)}. Every row has the same prompts and noise, which no calibration saw. Other "
+            f"{ptq_tables.setup(measured)}. Every row has the same prompts and noise, which no calibration saw. Other "
             "packages have their own defaults, on the layers that they support.",
             "",
-            ptq_quality.matrix_table(measured),
+            ptq_tables.matrix_table(measured),
             "",
             "Single options: latent error over that of the method that they are on top of, and the change in PSNR. One "
             "picture that becomes another one moves the mean a lot; what a calibration seed changes is in the ladder:",
             "",
-            ptq_quality.options_table(measured),
+            ptq_tables.options_table(measured),
             "",
-            *(line for entry in measured.ladders for line in (ptq_quality.ladder_table(entry, measured), "")),
+            *(line for entry in measured.ladders for line in (ptq_tables.ladder_table(entry, measured), "")),
             *small_models(),
             f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
             f"{timed['repeats']} rounds in turn, {timed['threads']} threads:",
@@ -63,8 +64,8 @@ def small_models() -> list[str]:
     lines: list[str] = []
     for file in sorted(RESULTS.glob("ptq_quality-*.json")):
         report = ptq_quality.Report.read(file)
-        lines += [f"{ptq_quality.setup(report)}:", "", ptq_quality.matrix_table(report), ""]
-        lines += [ptq_quality.options_table(report), ""]
+        lines += [f"{ptq_tables.setup(report)}:", "", ptq_tables.matrix_table(report), ""]
+        lines += [ptq_tables.options_table(report), ""]
     return lines
 
 
