@@ -1,11 +1,12 @@
 """Train two small pipelines to measure on: a class-conditional DiT and an unconditional U-Net.
 
-    python benchmarks/small_models.py models/ [--only dit] [--minutes 10] [--pictures 288] [--seed 0]
+    python benchmarks/small_models.py models/ [--only dit] [--steps 1500] [--pictures 288] [--seed 0]
 
 Both learn from pictures that the embedded pipeline makes of its own prompts, in three classes: face, animal and food.
 The DiT (diffusers' DiTTransformer2DModel) works on the latents of the embedded VAE, the U-Net (UNet2DModel) on the
 pictures at 32 x 32. `models/dit` and `models/unet` are diffusers pipelines; one that is there is left alone. They are
-test objects: small, with the layers and the timestep conditioning of their kinds, and no more.
+test objects: small, with the layers and the timestep conditioning of their kinds, and no more. Training has a number of
+steps and one thread, so that a processor makes the same model each time.
 """
 
 import json
@@ -37,7 +38,7 @@ NAMES = ("dit", "unet")
 def main(
     folder: Path,
     only: Annotated[str | None, typer.Option(help="One of dit and unet; default: both.")] = None,
-    minutes: Annotated[float, typer.Option(help="Training time of each model.")] = 10,
+    steps: Annotated[int, typer.Option(help="Training steps of each model.", min=1)] = 1500,
     pictures: Annotated[int, typer.Option(help="Training pictures, spread over the classes.")] = 288,
     seed: int = 0,
 ) -> None:
@@ -45,29 +46,30 @@ def main(
     if only is not None and only not in NAMES:
         raise typer.BadParameter(f"{only!r} is not one of {', '.join(NAMES)}")
     for name in [only] if only else NAMES:
-        print(make_model(name, folder, minutes=minutes, pictures=pictures, seed=seed))
+        print(make_model(name, folder, steps=steps, pictures=pictures, seed=seed))
 
 
-def make_model(name: str, folder: Path, *, minutes: float = 10, pictures: int = 288, seed: int = 0) -> Path:
+def make_model(name: str, folder: Path, *, steps: int = 1500, pictures: int = 288, seed: int = 0) -> Path:
     """Return the folder of a model, trained now if it is not there."""
     output = folder / name
     if (output / "model_index.json").is_file():
         return output
     latents, images, labels, scaling_factor = training_pictures(folder / "pictures", pictures)
     torch.manual_seed(seed)
+    torch.set_num_threads(1)  # which decides the order of sums
     started = time.perf_counter()
     if name == "dit":
         model: Any = make_dit()
-        losses = train(model, _dit_batches(latents, labels), minutes)
+        losses = train(model, _dit_batches(latents, labels), steps)
         pipe = _dit_pipeline(model, scaling_factor)
     else:
         model = make_unet()
         small = F.interpolate(images, size=(SIDE, SIDE), mode="area") * 2 - 1
-        losses = train(model, _unet_batches(small), minutes)
+        losses = train(model, _unet_batches(small), steps)
         pipe = _unet_pipeline(model)
     facts = {
         "minutes": round((time.perf_counter() - started) / 60, 2),
-        "steps": len(losses),
+        "steps": steps,
         "seed": seed,
         "pictures": len(images),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -146,7 +148,7 @@ def make_unet() -> Any:
     )
 
 
-def train(model: nn.Module, batches: Batch, minutes: float) -> list[float]:
+def train(model: nn.Module, batches: Batch, steps: int) -> list[float]:
     """Train to predict the noise, with min-SNR weights; leave the averaged weights in the model, return the losses."""
     from diffusers import DDPMScheduler
 
@@ -159,9 +161,9 @@ def train(model: nn.Module, batches: Batch, minutes: float) -> list[float]:
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
     losses: list[float] = []
-    started = time.perf_counter()
-    while (done := (time.perf_counter() - started) / (60 * minutes)) < 1 or not losses:
-        warm_up, decay = min(1, (len(losses) + 1) / 100), 0.51 + 0.49 * math.cos(math.pi * done)
+    for step in range(steps):
+        done = step / steps
+        warm_up, decay = min(1, (step + 1) / 100), 0.51 + 0.49 * math.cos(math.pi * done)
         optimizer.param_groups[0]["lr"] = 1e-3 * warm_up * decay
         clean, conditions = batches()
         t = torch.randint(0, len(weight), (len(clean),))

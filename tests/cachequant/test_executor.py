@@ -1,5 +1,6 @@
 """Plans that run: against the pipeline without one, and against a run in which nothing is skipped but replaced."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from dcomp.cachequant.plan import CachePlan, PlanError
 from dcomp.cachequant.tensors import leaves, like, map_tensors, parts_of, with_leaves
 from dcomp.cachequant.zones import Zone, find_zones
 from dcomp.calibrate.clock import StepClock
-from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
+from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline, picture_generator
 from tests.cachequant.conftest import prompts_of, settings_of
 from tests.support.sweep import sweep
 
@@ -179,6 +180,62 @@ def test_every_scheduler_with_a_plan_that_computes_everything_and_one_that_does_
     # Weights 1 and 2 - 1: the sums of both are the same sums.
     assert torch.equal(latents, expected)
     assert not torch.equal(latents, before)
+
+
+class Told(nn.Module):
+    """A denoiser whose prediction is a known function of the latents, the timestep and the text."""
+
+    def __init__(self, denoiser: Any) -> None:
+        super().__init__()
+        self.config, self.add_embedding = denoiser.config, None
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.calls = 0
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+
+    def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, **_: Any) -> Any:
+        self.calls += 1
+        text = encoder_hidden_states.mean((1, 2), keepdim=True)[..., None]
+        return (torch.sin(sample * 1.7 + text) * self.scale + timestep / 1000,)
+
+
+def sampled(pipeline: OpenPipeline, plan: CachePlan, prompt: str) -> Tensor:
+    """A sampler in plain words that shares nothing with the executor, its clock or the pipeline's own loop."""
+    pipe, scheduler, settings = pipeline.pipe, pipeline.scheduler, settings_of(pipeline, STEPS)
+    generator = picture_generator(settings.seed, 0)
+    asked, empty = pipe.encode_prompt(prompt, "cpu", 1, True, negative_prompt="")
+    scheduler.set_timesteps(STEPS)
+    shape = (1, pipeline.denoiser.config.in_channels, *[settings.height // pipe.vae_scale_factor] * 2)
+    x = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+    drawn = "generator" in inspect.signature(scheduler.step).parameters
+    told: list[Tensor] = []
+    for call, t in enumerate(scheduler.timesteps):
+        if "all" in plan.actions[call]:
+            weights = plan.predictions[call]["all"]
+            both = sum(w * told[c] for c, w in zip(weights.calls, weights.weights, strict=True))
+        else:
+            both = pipeline.denoiser(scheduler.scale_model_input(torch.cat([x, x]), t), t, torch.cat([empty, asked]))[0]
+        told.append(both)
+        without, wanted = both.chunk(2)
+        guided = without + pipe.guidance_scale * (wanted - without)
+        x = scheduler.step(guided, t, x, **({"generator": [generator]} if drawn else {})).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@torch.no_grad()
+def test_a_sampler_in_plain_words_makes_the_same_latents(scheduler: str, opened: Any, zones_of: Any) -> None:
+    pipeline, zone = opened(SD), zones_of(SD)["all"]
+    pipeline.pipe.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+    pipeline.pipe.unet = denoiser = Told(pipeline.denoiser)
+    calls = len(timesteps_of(pipeline))
+    rows = {call: {"all": "reuse" if call % 3 == 1 else "linear"} for call in range(2, calls) if call % 3}
+    plan = plan_of(pipeline, [zone], rows)
+    denoiser.calls = 0
+    latents, stats = made(pipeline, plan, count=1)
+    assert denoiser.calls == calls - len(rows)
+    assert not stats.fallbacks
+    expected = sampled(pipeline, plan, prompts_of(pipeline, 1)[0])
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # weighted sums in another order
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

