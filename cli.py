@@ -515,6 +515,12 @@ def search_schedule(
             help="Let calls leave inputs of quantized layers unrounded where that is worth its time.",
         ),
     ] = False,
+    correct: Annotated[
+        str | None,
+        typer.Option(
+            help="affine (each channel) or scale: correct what is predicted, where that helps other pictures."
+        ),
+    ] = None,
     fresh: Fresh = False,
     device: Device = "cpu",
     json: Json = False,
@@ -548,6 +554,7 @@ def search_schedule(
             seed=seed,
             samples=samples,
             unrounded_calls=unrounded_calls,
+            correct=correct,
             fresh=fresh,
             device=device,
             progress=progress,

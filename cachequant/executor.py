@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcomp.cachequant.guide import CallOrder, Guide
 from dcomp.cachequant.plan import Prediction
-from dcomp.cachequant.tensors import leaves, weighted
+from dcomp.cachequant.tensors import leaves
 from dcomp.cachequant.zone_hooks import Given, ZoneCall, ZoneHooks
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock
@@ -211,7 +211,7 @@ class CacheExecutor:
     def _given(self, zone: str, prediction: Prediction, context: _Context) -> Given:
         def tensors(module: int) -> list[Tensor]:
             nodes = [context.kept[zone][call][module] for call in prediction.calls]
-            return [weighted(each, prediction.weights) for each in zip(*nodes, strict=True)]
+            return [prediction.of(each) for each in zip(*nodes, strict=True)]
 
         return tensors
 

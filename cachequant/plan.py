@@ -8,12 +8,16 @@ be checked before a tensor exists, and every schedule of the literature is one. 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
+from torch import Tensor
+
 from dcomp import UsageError
+from dcomp.cachequant.correction import Correction
 from dcomp.cachequant.predict import PREDICTORS
+from dcomp.cachequant.tensors import weighted
 from dcomp.cachequant.zones import Zone
 
 Reads = tuple[tuple[int, float], ...]
@@ -39,10 +43,17 @@ class Prediction:
     Attributes:
         calls: whose tensors are read, ascending.
         weights: of these.
+        correction: of their sum.
     """
 
     calls: tuple[int, ...]
     weights: tuple[float, ...]
+    correction: Correction | None = None
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return what stands for a tensor, from those of the calls."""
+        total = weighted(tensors, self.weights)
+        return total if self.correction is None else self.correction.apply(total)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class CachePlan:
         actions: of the T calls. The first has none.
         contexts: denoiser calls that guidance makes at each of the T, one after another.
         unrounded: calls in which quantized layers multiply their inputs as they are: slower, and nearer to float.
+        corrections: (call, zone) -> what is done to what is predicted there.
     """
 
     zones: tuple[Zone, ...]
@@ -64,6 +76,7 @@ class CachePlan:
     actions: tuple[Actions, ...]
     contexts: int = 1
     unrounded: frozenset[int] = frozenset()
+    corrections: Mapping[tuple[int, str], Correction] = field(default_factory=dict)
     _by_name: dict[str, Zone] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +101,9 @@ class CachePlan:
         for call, actions in enumerate(self.actions):
             row = {}
             for zone, action in actions.items():
-                row[zone] = self._prediction(action, computed[zone], call)
+                row[zone] = replace(
+                    self._prediction(action, computed[zone], call), correction=self.corrections.get((call, zone))
+                )
             found.append(row)
             for zone in computed:
                 if self.computes(call, zone):
@@ -133,6 +148,9 @@ class CachePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data."""
+        corrections: dict[int, dict[str, Any]] = {}
+        for (call, zone), correction in self.corrections.items():
+            corrections.setdefault(call, {})[zone] = correction.to_dict()
         return {
             "version": VERSION,
             "contexts": self.contexts,
@@ -142,6 +160,7 @@ class CachePlan:
                     "timestep": timestep,
                     "place": place,
                     **({"predict": dict(actions)} if actions else {}),
+                    **({"correct": corrections[call]} if call in corrections else {}),
                     **({"unrounded": True} if call in self.unrounded else {}),
                 }
                 for call, (timestep, place, actions) in enumerate(
@@ -163,9 +182,10 @@ class CachePlan:
         _require(isinstance(zones, list) and len(zones) <= MAX_ZONES, "the list of zones")
         _require(isinstance(calls, list) and 0 < len(calls) <= MAX_CALLS, "the list of calls")
         for number, call in enumerate(calls):
-            keys = {"timestep", "place", "predict", "unrounded"}
+            keys = {"timestep", "place", "predict", "correct", "unrounded"}
             _require(isinstance(call, dict) and {"timestep", "place"} <= set(call) <= keys, f"call {number}")
             _require(isinstance(call.get("predict", {}), dict), f"the predictions of call {number}")
+            _require(isinstance(call.get("correct", {}), dict), f"the corrections of call {number}")
             _require(call.get("unrounded", True) is True, f"the inputs of call {number}")
         return cls(
             tuple(Zone.from_dict(zone) for zone in zones),
@@ -174,6 +194,11 @@ class CachePlan:
             tuple({zone: _action(action) for zone, action in call.get("predict", {}).items()} for call in calls),
             data["contexts"],
             frozenset(number for number, call in enumerate(calls) if "unrounded" in call),
+            {
+                (number, zone): _correction(data, number)
+                for number, call in enumerate(calls)
+                for zone, data in call.get("correct", {}).items()
+            },
         )
 
     def to_json(self) -> str:
@@ -190,6 +215,9 @@ class CachePlan:
             all(type(n) in (int, float) and math.isfinite(n) for n in numbers), "timesteps and places that are numbers"
         )
         _require(self.unrounded <= {*range(self.calls)}, "the calls whose inputs are not rounded")
+        for call, zone in self.corrections:
+            known = 0 <= call < self.calls and zone in self.actions[call]
+            _require(known, f"a prediction of {str(zone)[:40]!r} in call {call}, which has a correction")
         _require(type(self.contexts) is int and 1 <= self.contexts <= 16, "1 to 16 contexts")
         _require(len(self._by_name) == len(self.zones) <= MAX_ZONES, "zones of different names")
         steps = [after - before for before, after in zip(self.places, self.places[1:], strict=False)]
@@ -234,6 +262,13 @@ def _check_action(action: Any, computed: Sequence[int], what: str) -> None:
 def _action(data: Any) -> Any:
     """Return what stands in a file as an action; what is none is found by the plan's check."""
     return tuple(tuple(read) if isinstance(read, list) else read for read in data) if isinstance(data, list) else data
+
+
+def _correction(data: Any, call: int) -> Correction:
+    try:
+        return Correction.from_dict(data)
+    except ValueError as error:
+        raise PlanError(f"A correction of call {call} in the cache plan is none: {error}", remedy=_RESTART) from error
 
 
 def _require(good: bool, what: str) -> None:

@@ -1,6 +1,6 @@
 """Tensors in what modules return: tensors, tuples, and diffusers' outputs alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def own_memory(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
-def weighted(tensors: tuple[Tensor, ...], weights: tuple[float, ...]) -> Tensor:
+def weighted(tensors: Sequence[Tensor], weights: tuple[float, ...]) -> Tensor:
     """Return the weighted sum, in float32 where the tensors are shorter; one tensor of weight 1 is itself."""
     if weights == (1.0,):
         return tensors[0]

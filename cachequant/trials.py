@@ -17,9 +17,10 @@ import torch
 from diffusers.hooks.hooks import ModelHook
 from torch import Tensor, nn
 
-from dcomp.cachequant.plan import Actions, CachePlan
+from dcomp.cachequant.correction import Correction
+from dcomp.cachequant.plan import Actions, CachePlan, Prediction
 from dcomp.cachequant.predict import PREDICTORS
-from dcomp.cachequant.tensors import leaves, map_tensors, weighted, with_leaves
+from dcomp.cachequant.tensors import leaves, map_tensors, with_leaves
 from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
 from dcomp.cachequant.zones import WHOLE, Zone
 from dcomp.calibrate.clock import StepClock, log_snr_function
@@ -50,6 +51,10 @@ class Branch:
     def nodes(self, zone: str) -> list[int]:
         """Return the last calls that computed a zone, ascending."""
         return sorted(self._kept.get(zone, {}))
+
+    def tensors(self, zone: str, call: int) -> list[list[Tensor]]:
+        """Return what a zone computed in a call: for each guidance context, its tensors."""
+        return [[tensor for module in modules for tensor in module] for modules in self._kept[zone][call]]
 
 
 class Trials:
@@ -131,15 +136,18 @@ class Trials:
         guided: Tensor = contexts.mean(0)
         return guided
 
-    def extend(self, tries: Sequence[tuple[Branch, Actions]]) -> list[Branch]:
+    def extend(
+        self, tries: Sequence[tuple[Branch, Actions]], corrections: Mapping[str, Correction] | None = None
+    ) -> list[Branch]:
         """Let the next call of each history do something, and return the histories that come of it.
 
         Args:
             tries: histories of the same number of calls, each with what its next call predicts.
+            corrections: zone -> what is done to what is predicted for it.
         """
         call = len(tries[0][0].rows)
         clock = StepClock()
-        self._answer.begin(clock, call, tries)
+        self._answer.begin(clock, call, tries, corrections or {})
         count = len(tries)
         latents: list[Tensor] = []
 
@@ -187,8 +195,15 @@ class _Answer(ModelHook):
         self._names = list(inspect.signature(module.forward).parameters)
         return module
 
-    def begin(self, clock: StepClock, call: int, tries: Sequence[tuple[Branch, Actions]]) -> None:
+    def begin(
+        self,
+        clock: StepClock,
+        call: int,
+        tries: Sequence[tuple[Branch, Actions]],
+        corrections: Mapping[str, Correction],
+    ) -> None:
         """Get ready for a run in which call `call` is tried."""
+        self._corrections = corrections
         self._clock, self._call, self._tries = clock, call, tries
         self._moment, self._context = -1, 0
         self._answers: list[list[list[Tensor]]] = [[] for _ in tries]
@@ -309,10 +324,11 @@ class _Answer(ModelHook):
             weights = rule.weights([axis[node] for node in nodes], axis[self._call])
         else:
             nodes, weights = [node for node, _ in action], tuple(weight for _, weight in action)
+        prediction = Prediction(tuple(nodes), weights, self._corrections.get(zone))
 
         def tensors(module: int) -> list[Tensor]:
             kept = [branch._kept[zone][node][context][module] for node in nodes]
-            return [weighted(each, weights) for each in zip(*kept, strict=True)]
+            return [prediction.of(each) for each in zip(*kept, strict=True)]
 
         return tensors
 

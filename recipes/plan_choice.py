@@ -6,7 +6,7 @@ that take the same time here.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -29,6 +29,8 @@ from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
 from dcomp.recipes.kept_results import KeptResults, digest
+
+Correct = Callable[[CachePlan], CachePlan]
 
 FIRST_ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many go on to the others
 CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
@@ -209,6 +211,12 @@ def _distance(data: Mapping[str, Any]) -> Distance:
 class PlanChoice:
     """Follows what a planner proposes for each budget, and keeps the best that beats fewer steps.
 
+    Args:
+        task: what planners may look at.
+        prices: of calls.
+        judge: follows plans.
+        correct: returns a plan with corrections; it is followed too, and kept if its pictures are better.
+
     Attributes:
         plans: that were kept.
         fewer_steps: name of a plan -> scheduler steps that take as long as its calls do here, and their PSNR in dB on
@@ -218,8 +226,10 @@ class PlanChoice:
         notes: why a budget has no plan.
     """
 
-    def __init__(self, task: PlanningTask, prices: CallPrices, judge: PlanJudge) -> None:
-        self._task, self._prices, self._judge = task, prices, judge
+    def __init__(
+        self, task: PlanningTask, prices: CallPrices, judge: PlanJudge, correct: Correct | None = None
+    ) -> None:
+        self._task, self._prices, self._judge, self._correct = task, prices, judge, correct
         self._expected: list[tuple[float, float]] = []
         self.plans: list[MeasuredPlan] = []
         self.fewer_steps: dict[str, tuple[int, float]] = {}
@@ -252,6 +262,8 @@ class PlanChoice:
             self.notes.append(f"No plan keeps {budget.name}{why}.")
             return
         best, seconds = self._best(budget.name, proposed)
+        if self._correct is not None:
+            best, seconds = self._corrected(self._correct, best, seconds)
         part = self._prices.seconds_of(best.plan)
         steps = max(1, math.ceil(self._judge.steps * part))
         if steps >= self._judge.steps:
@@ -269,6 +281,16 @@ class PlanChoice:
         of_one_call = fewer.seconds / max(1.0, calls * steps / self._judge.steps - 1)
         if of_one_call and part * calls > 1:
             self.time_ratios[best.name] = seconds / (of_one_call * (part * calls - 1))
+
+    def _corrected(self, correct: Correct, plain: MeasuredPlan, seconds: float) -> tuple[MeasuredPlan, float]:
+        """Return the plan with corrections if its pictures are better, else as it is."""
+        plan = correct(plain.plan)
+        found = self._judge.judge(plan, range(self._judge.samples))
+        if found.psnr > plain.psnr:
+            return replace(plain, plan=plan, error=found.error, psnr=found.psnr), found.seconds
+        compared = f"{found.psnr:.1f} dB, {plain.psnr:.1f} dB without them"
+        self.notes.append(f"At {plain.name} corrections make pictures no better ({compared}), and are left out.")
+        return plain, seconds
 
     def _price(self, zone: str, measure: Measure) -> float:
         if measure == "calls":

@@ -17,6 +17,7 @@ class PlanSummary(BaseModel):
         error, psnr_db: measured by the search, on pictures that it had not seen.
         predicted: for each call what is predicted in it; empty for a call that computes everything.
         unrounded: calls that round no inputs.
+        corrected: calls in which what is predicted is corrected.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,6 +29,7 @@ class PlanSummary(BaseModel):
     psnr_db: float
     predicted: list[list[str]]
     unrounded: list[int]
+    corrected: list[int]
 
     @property
     def computed_calls(self) -> int:
@@ -45,6 +47,7 @@ def summary_of(plan: MeasuredPlan) -> PlanSummary:
         psnr_db=plan.psnr,
         predicted=[sorted({label_of(zone) for zone in row}) for row in plan.plan.actions],
         unrounded=sorted(plan.plan.unrounded),
+        corrected=sorted({call for call, _ in plan.plan.corrections}),
     )
 
 

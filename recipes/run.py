@@ -256,6 +256,7 @@ def _search(
         against=original if stage.ladder else None,
         samples=stage.samples,
         unrounded_calls=stage.unrounded_calls,
+        correct=stage.correct,
         device=device,
         work=work,
         progress=report,

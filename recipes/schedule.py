@@ -16,13 +16,14 @@ from torch import Tensor
 import dcomp
 from dcomp import UsageError
 from dcomp.cachequant.budget import Budget
+from dcomp.cachequant.correction_fit import FITS, fit_corrections
 from dcomp.cachequant.drift import Drift, record_reference
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.evolution import EVALUATIONS, evolve
 from dcomp.cachequant.executor import following
 from dcomp.cachequant.gap_costs import GapCosts, measure_gap_costs, measure_rounding, measure_sensitivities, reach
 from dcomp.cachequant.guide import PlanGuide
-from dcomp.cachequant.plan import Actions
+from dcomp.cachequant.plan import Actions, CachePlan
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
@@ -99,6 +100,7 @@ class ScheduleResult:
                     "time_ratio": _rounded(self.time_ratios.get(each.name)),
                     "computed_calls": sum(not row for row in each.plan.actions),
                     "unrounded_calls": len(each.plan.unrounded),
+                    "corrected_calls": len(each.plan.corrections),
                     "expected_error": each.expected_error,
                     "error": each.error,
                     "psnr": each.psnr,
@@ -127,6 +129,7 @@ def search_schedule(
     seed: int | None = None,
     samples: int = SAMPLES,
     unrounded_calls: bool = False,
+    correct: str | None = None,
     device: str = "cpu",
     fresh: bool = False,
     work: Path | None = None,
@@ -153,6 +156,8 @@ def search_schedule(
         samples: pictures of the search, and as many others to compare plans on.
         unrounded_calls: let calls of a quantized model multiply their inputs as they are, where that is worth its time;
             for the planner joint.
+        correct: key of `FITS`: predictions are corrected as they were wrong in the search's pictures, where that makes
+            other pictures better.
         device: where to run.
         fresh: throw away what an interrupted search has measured.
         work: folder of what is measured, kept; default: one beside the plans, removed after success.
@@ -177,6 +182,8 @@ def search_schedule(
             where="--unrounded-calls",
             remedy="Use the planner joint, or leave this option out.",
         )
+    if correct is not None and correct not in FITS:
+        raise UsageError(f"There is no correction {correct!r}", where="--correct", remedy=f"Use {' or '.join(FITS)}.")
     folder = local_folder(model)
     if output is None and not (folder / MANIFEST).is_file():
         raise UsageError(
@@ -206,7 +213,7 @@ def search_schedule(
     rungs: tuple[Rung, ...] = ()
     with work_folder(file, fresh) if work is None else nullcontext(work) as root:
         kept = KeptResults(root, [*question, asdict(trajectory)])
-        choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, kept, unrounded_calls)
+        choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, kept, unrounded_calls, correct)
         plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
         if plans:
             PlanSet(trajectory, plans).write(file)
@@ -245,6 +252,7 @@ def _choose(
     progress: Progress,
     kept: KeptResults,
     unrounded_calls: bool = False,
+    correct: str | None = None,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
     exact = repeatedly_unrounded(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
@@ -259,7 +267,15 @@ def _choose(
         task.unrounded = lambda: prices.unrounded
     held_out = range(_HELD_OUT_INDEX, _HELD_OUT_INDEX + samples)
     judge = PlanJudge(pipeline, every, trials, prompts[samples:], held_out, settings, exact, kept)
-    choice = PlanChoice(task, prices, judge)
+
+    def corrected(plan: CachePlan) -> CachePlan:
+        def fit() -> dict[str, Any]:
+            with Trials(pipeline, plan.zones, prompts[:samples], indices, settings) as on_plan:
+                return fit_corrections(plan, on_plan, str(correct), progress=progress).to_dict()
+
+        return kept.get(f"corrected-{correct}-{digest(plan.to_dict())}", fit, CachePlan.from_dict)
+
+    choice = PlanChoice(task, prices, judge, corrected if correct else None)
     for number, budget in enumerate(budgets):
         choice.add(budget, planner)
         progress("plans followed to the end", number + 1, len(budgets))

@@ -160,6 +160,7 @@ class ScheduleStage(_Frozen):
         planner: `joint`, or a rule of the literature.
         samples: pictures of the search, and as many others to compare plans on.
         unrounded_calls: let calls that compute leave the inputs of quantized layers unrounded where that pays.
+        correct: correct predictions for each channel, or by one scale, where that makes pictures better.
         ladder: plan the original too, and show what bits and plans cost alone and together.
     """
 
@@ -173,6 +174,7 @@ class ScheduleStage(_Frozen):
     planner: Planner = "joint"
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
     unrounded_calls: bool = False
+    correct: Literal["affine", "scale"] | None = None
     ladder: bool = False
 
     @field_validator("budgets")

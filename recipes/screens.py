@@ -84,7 +84,8 @@ def print_schedules(result: ScheduleResult) -> None:
             f"{each.speedup:.2f}x",
             f"{result.measured_speedups[each.name]:.2f}x",
             f"{sum(not row for row in each.plan.actions)} of {result.calls}"
-            + (f", {len(each.plan.unrounded)} unrounded" if each.plan.unrounded else ""),
+            + (f", {len(each.plan.unrounded)} unrounded" if each.plan.unrounded else "")
+            + (f", {len(each.plan.corrections)} corrected" if each.plan.corrections else ""),
             "" if each.expected_error is None else f"{each.expected_error:.4f}",
             f"{each.error:.4f}",
             f"{each.psnr:.1f} dB",

@@ -34,7 +34,7 @@ from dcomp.compress.quantize_layer import quantize_layer
 from dcomp.compress.scheme import QScheme, SchemeError
 from dcomp.compress.scheme_check import WeightError
 from dcomp.compress.split import is_quantized, parts_of, quantized_layers
-from tests.support.sweep import sweep
+from tests.support.sweep import slow, sweep
 from tests.support.tiny import NAMES, save_tiny_pipeline
 
 INTEGERS = ["w8a8", "w4a8", "w4a16", "w8a16", "w4a4"]
@@ -222,8 +222,7 @@ def step_by_step(case: Case, schemes: dict[str, QScheme], order: list[str]) -> n
     return denoiser
 
 
-@pytest.mark.parametrize("preset", sweep(["w4a8", "w4a4"], ["w4a8"]))
-@pytest.mark.parametrize("name", sweep(["UNet2DModel", "DiTTransformer2DModel"], ["UNet2DModel"]))
+@pytest.mark.parametrize(("name", "preset"), [("UNet2DModel", "w4a8"), slow("DiTTransformer2DModel", "w4a4")])
 def test_each_layer_is_quantized_on_what_the_quantized_layers_before_it_say(
     name: str, preset: str, cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
@@ -370,11 +369,10 @@ def stop_at(text: str, done: int) -> Callable[[str, int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("name", sweep(["UNet2DModel", "DiTTransformer2DModel"], ["DiTTransformer2DModel"]))
 def test_a_run_that_is_killed_at_every_layer_gives_the_same_bits(
-    name: str, cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = cases(name)
+    case = cases("DiTTransformer2DModel")
     whole, errors = case.quantized("w4a4", tmp_path / "whole", FULL)
     work, schemes = tmp_path / "work", case.schemes("w4a4", FULL)
     made: list[str] = []

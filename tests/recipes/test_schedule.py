@@ -478,6 +478,28 @@ def test_two_proposals_are_followed_on_all_pictures_at_once() -> None:
     assert judge.followed == [(0, range(8)), (1, range(8))]
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_corrections_are_kept_where_pictures_that_they_were_not_fitted_to_are_better(better: bool) -> None:
+    judge = MadeUpJudge({0: [30.0] * 8, 7: [30.5 if better else 29.5] * 8})
+    prices = SimpleNamespace(macs_of=lambda _: 0.5, seconds_of=lambda _: 0.5)
+    choice = PlanChoice(None, prices, judge, lambda plan: 7)  # type: ignore[arg-type, return-value]
+    plain, seconds = choice._best("2x", [Schedule((), 0.0, 0.1)])
+    kept, _ = choice._corrected(lambda plan: 7, plain, seconds)  # type: ignore[arg-type, return-value]
+    assert (kept.plan, kept.psnr, kept.error) == ((7, 30.5, pytest.approx(0.7)) if better else (0, 30.0, 0.0))
+    notes = ["At 2x corrections make pictures no better (29.5 dB, 30.0 dB without them), and are left out."]
+    assert choice.notes == ([] if better else notes)
+
+
+@pytest.mark.slow
+def test_a_search_asked_for_corrections_has_them_or_says_why_not(tiny_model: Models, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"budgets": ("1.5x",), "steps": 6, "samples": 2, "output": tmp_path / "plans.json"}
+    result = search_schedule(tiny_model("UNet2DModel"), correct="scale", **options)
+    (plan,) = result.to_dict()["plans"]
+    assert (plan["corrected_calls"] > 0) != any("corrections make" in note for note in result.notes)
+    (read,) = PlanSet.read(tmp_path / "plans.json").plans
+    assert len(read.plan.corrections) == plan["corrected_calls"]
+
+
 def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
     costs = GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS)
     task = PlanningTask(STEPS, (WHOLE,), (), lambda: costs, dict, lambda *_: [])
