@@ -521,6 +521,13 @@ def search_schedule(
             help="affine (each channel) or scale: correct what is predicted, where that helps other pictures."
         ),
     ] = None,
+    guidance_difference: Annotated[
+        bool,
+        typer.Option(
+            "--guidance-difference",
+            help="Let calls run one of guidance's two contexts, and predict how far the other one is from it.",
+        ),
+    ] = False,
     fresh: Fresh = False,
     device: Device = "cpu",
     json: Json = False,
@@ -555,6 +562,7 @@ def search_schedule(
             samples=samples,
             unrounded_calls=unrounded_calls,
             correct=correct,
+            guidance_difference=guidance_difference,
             fresh=fresh,
             device=device,
             progress=progress,

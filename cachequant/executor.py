@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dcomp.cachequant.guide import CallOrder, Guide
 from dcomp.cachequant.plan import Prediction
+from dcomp.cachequant.rows import count_rows
 from dcomp.cachequant.tensors import leaves
 from dcomp.cachequant.zone_hooks import Given, ZoneCall, ZoneHooks
 from dcomp.cachequant.zones import Zone
@@ -181,6 +182,10 @@ class CacheExecutor:
             self._order = self._without(order, "other shapes than in the call before" if known else "")
         elif order.predictions and self._needs_gradients(args, kwargs):
             self._order = self._without(order, "gradients are asked for")
+        elif any(zone.kind == "guidance" and zone.name in order.predictions for zone in self._guide.zones) and (
+            self.clock.last_sample is None or count_rows(args, kwargs) != 2 * len(self.clock.last_sample)
+        ):
+            self._order = self._without(order, "no batch of two guidance contexts")
         else:
             self._order = self._possible(order, context)
 

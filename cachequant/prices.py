@@ -16,6 +16,7 @@ from torch import nn
 from dcomp.cachequant.executor import CacheExecutor, Unrounded
 from dcomp.cachequant.guide import CallOrder
 from dcomp.cachequant.plan import CachePlan, Prediction
+from dcomp.cachequant.rows import count_rows
 from dcomp.cachequant.zones import Zone
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.cost import count_macs
@@ -112,6 +113,7 @@ class CallPrices:
     def _repeating(self, predicted: frozenset[str]) -> Iterator["_Repeating"]:
         """Within a `with` block, let each call predict zones from what a first call computed."""
         guide, clock = _Repeating(self._zones, predicted), StepClock()
+        clock.last_sample = torch.empty(count_rows(self._args, self._kwargs) // 2)  # for zones of half a batch
         with clock.attach(self._denoiser), CacheExecutor(self._denoiser, guide, clock), torch.no_grad():
             self._denoiser(*self._args, **self._kwargs)
             yield guide

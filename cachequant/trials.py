@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from dcomp.cachequant.correction import Correction
 from dcomp.cachequant.plan import Actions, CachePlan, Prediction
 from dcomp.cachequant.predict import PREDICTORS
+from dcomp.cachequant.rows import count_rows, halves_apart, joined_halves, second_half, take_rows
 from dcomp.cachequant.tensors import leaves, map_tensors, with_leaves
 from dcomp.cachequant.zone_hooks import ZoneCall, ZoneHooks, hook_module
-from dcomp.cachequant.zones import WHOLE, Zone
+from dcomp.cachequant.zones import GUIDANCE, WHOLE, Zone
 from dcomp.calibrate.clock import StepClock, log_snr_function
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.quality import relative_errors
-from dcomp.calibrate.replay import map_leaves
-from dcomp.calibrate.structure import POSITIONS
 
 _ROWS = 32  # of one forward of the denoiser: more of them gain nothing on a CPU, and take memory
 _HOOK = "dcomp_trials"
@@ -110,7 +109,8 @@ class Trials:
         return CachePlan(used, self.timesteps, self.places, tuple(rows), unrounded=unrounded)
 
     def __enter__(self) -> "Trials":
-        self._hooks = ZoneHooks(self._pipeline.denoiser, [zone for zone in self.zones if zone.name != WHOLE])
+        within = [zone for zone in self.zones if zone.name not in (WHOLE, GUIDANCE)]  # `_Answer` itself does these
+        self._hooks = ZoneHooks(self._pipeline.denoiser, within)
         self._answer = _Answer(self._hooks, self.zones, len(self._prompts), self.places, self._window)
         self._unhook = hook_module(self._pipeline.denoiser, self._answer, _HOOK)
         return self
@@ -187,6 +187,7 @@ class _Answer(ModelHook):
         self._hooks, self._zones, self._pictures, self._places = hooks, tuple(zones), pictures, places
         # A residual zone keeps one change, whatever the number of its blocks.
         self._modules = {zone.name: 1 if zone.streams else len(zone.predicted) for zone in zones}
+        self._halves = any(zone.kind == "guidance" for zone in zones)
         self._forms: dict[str, Any] = {}  # of a forward with so many rows:
         self._form_rows = 0
 
@@ -252,7 +253,7 @@ class _Answer(ModelHook):
         same: dict[tuple[str, ...], list[int]] = {}
         for number, (_, actions) in enumerate(self._tries):
             same.setdefault(tuple(sorted(actions)), []).append(number)
-        batch = len(max(leaves((args, kwargs)), key=lambda leaf: leaf.ndim))
+        batch = count_rows(args, kwargs)
         rows = batch // count
         answers: list[list[Tensor]] = [[] for _ in self._tries]
         for numbers in same.values():
@@ -279,15 +280,14 @@ class _Answer(ModelHook):
         """Run the denoiser on the rows of some tries that do the same."""
         rows = batch // len(self._tries)
         places = torch.arange(batch).view(rows // self._pictures, len(self._tries), self._pictures)
-        own = torch.cat([places[:, number].flatten() for number in numbers])
-
-        def taken(path: tuple[str | int, ...], leaf: Any) -> Any:
-            name = self._names[path[0]] if isinstance(path[0], int) else path[0]
-            has_rows = isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == batch and name not in POSITIONS
-            return leaf[own] if has_rows else leaf
-
-        own_args, own_kwargs = map_leaves(args, kwargs, taken)
+        # Contexts first within a try; where only one of them will run, tries first within contexts.
+        parts = [places[:, number] for number in numbers]
+        own = torch.cat(parts, 1).flatten() if GUIDANCE in self._tries[numbers[0]][1] else torch.cat(parts).flatten()
+        own_args, own_kwargs = take_rows(self._names, args, kwargs, own)
         actions = self._tries[numbers[0]][1]
+        if GUIDANCE in actions:
+            self._compute_half(numbers, own_args, own_kwargs, answers)
+            return
         given = {zone: _joined([self._predicted(number, zone) for number in numbers], rows) for zone in actions}
         call = ZoneCall(given, frozenset(zone.name for zone in self._zones), self._forms_for(len(own)))
         self._hooks.running = call
@@ -309,9 +309,22 @@ class _Answer(ModelHook):
                 return tensor[block].clone() if tensor.ndim and len(tensor) == len(own) else tensor
 
             answers[number] = [part(tensor) for tensor in leaves(output)]
+            own_kept = {zone: [[part(t) for t in module] for module in modules] for zone, modules in kept.items()}
             self._computed[number].append(
-                {zone: [[part(t) for t in module] for module in modules] for zone, modules in kept.items()}
+                own_kept | ({GUIDANCE: [halves_apart(answers[number])]} if self._halves else {})
             )
+
+    def _compute_half(
+        self, numbers: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any], answers: list[list[Tensor]]
+    ) -> None:
+        """Run the denoiser on the second guidance context of some tries, and predict how far the first is from it."""
+        forward: Any = self.fn_ref.original_forward
+        found = leaves(second_half(self._names, forward, args, kwargs))
+        for place, number in enumerate(numbers):
+            block = slice(place * self._pictures, (place + 1) * self._pictures)
+            apart = self._predicted(number, GUIDANCE)(0)
+            answers[number] = joined_halves([tensor[block] for tensor in found], apart)
+            self._computed[number].append({})
 
     def _predicted(self, number: int, zone: str) -> Callable[[int], list[Tensor]]:
         """Return what a try predicts for a zone."""

@@ -4,6 +4,7 @@ What is to be done in a call of the denoiser is a `ZoneCall`, which whoever driv
 reads after it. The hooks themselves decide nothing and remember nothing from call to call.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from diffusers.hooks.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from dcomp.cachequant.plan import PlanError
+from dcomp.cachequant.rows import halves_apart, joined_halves, second_half
 from dcomp.cachequant.tensors import leaves, like, map_tensors, own_memory, parts_of, placeholder, with_leaves
 from dcomp.cachequant.zones import Zone, parameter_position
 
@@ -137,6 +139,7 @@ class _ZoneHook(ModelHook):
         """Find out where the module's forward takes the streams of residual zones."""
         names = {name for zone, number in self._roles if zone.streams for name, _ in zone.streams[number]}
         self._positions = {name: parameter_position(module, name) for name in names}
+        self._parameters = [*inspect.signature(module.forward).parameters]
         return module
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator] # the module itself may be compiled
@@ -147,6 +150,8 @@ class _ZoneHook(ModelHook):
         if call is None:
             return forward(*args, **kwargs)
         for zone, number in self._roles:
+            if zone.name in call.given and zone.kind == "guidance":
+                return self._half(call, zone, forward, args, kwargs)
             if zone.name in call.given:
                 return self._replacement(call, module, zone, number, args, kwargs)
         self._before(call, args, kwargs)
@@ -169,6 +174,8 @@ class _ZoneHook(ModelHook):
                 call.ran.append(zone.name)
             if zone.name not in call.keep:
                 continue
+            if zone.kind == "guidance":
+                call.store(zone, 0, halves_apart(output))
             if zone.kind == "output" and number < len(zone.predicted):
                 call.store(zone, number, leaves(output))
             if zone.streams and number == len(zone.predicted) - 1:
@@ -188,6 +195,19 @@ class _ZoneHook(ModelHook):
         tensors = call.given[zone.name](number)
         # Whoever called the denoiser may change what it returned.
         return with_leaves(form, [t.clone() for t in tensors] if module is self._hooks.denoiser else tensors)
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _half(
+        self, call: ZoneCall, zone: Zone, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what the denoiser makes of the second half of its rows, and what is given for how far the first is."""
+        call.replaced.append(zone.name)
+        self._hooks.running = None  # nothing of half a batch is kept
+        try:
+            second = leaves(second_half(self._parameters, forward, args, kwargs))
+        finally:
+            self._hooks.running = call
+        return with_leaves(call.forms[self._name], joined_halves(second, call.given[zone.name](0)))
 
     def _streams(self, zone: Zone, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         return {

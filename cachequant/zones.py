@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dcomp import UsageError
+from dcomp.cachequant.rows import halves_apart, joined_halves, second_half
 from dcomp.cachequant.tensors import leaves, like, map_tensors, parts_of, placeholder
 
 SUBMODULES = {"attention": ("attn", "attn1"), "cross_attention": ("attn2",), "feed_forward": ("ff", "ff_context")}
 WHOLE = "all"  # name of the zone that is the denoiser itself
+GUIDANCE = "guidance"  # name of the zone that is one of two guidance contexts in a batch
 MAX_MODULES = 10_000
+_ROUNDING = 1e-2  # 8-bit codes of a row may differ with the batch that it is in
 _SENTENCE = 200  # characters of a name in a file
 
 Streams = tuple[tuple[str, int], ...]  # of a block: parameter and position in its output, for each stream through it
@@ -37,15 +40,16 @@ class Zone:
 
     Attributes:
         name: in plans.
-        kind: what is kept of a computed call: `output` of the modules, or the `residual` that a chain of blocks adds
-            to the streams that pass through it.
+        kind: what is kept of a computed call: `output` of the modules, the `residual` that a chain of blocks adds to
+            the streams that pass through it, or of `guidance` how far the predictions of its two contexts are apart:
+            then the denoiser runs on the second half of its rows alone.
         predicted: modules whose output is predicted; the denoiser itself is "". Blocks of a residual zone, in order.
         skipped: modules that nothing but predicted ones read, and that do not run either.
         streams: of each predicted block of a residual zone.
     """
 
     name: str
-    kind: Literal["output", "residual"]
+    kind: Literal["output", "residual", "guidance"]
     predicted: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     streams: tuple[Streams, ...] = ()
@@ -87,7 +91,8 @@ class Zone:
         good = (
             isinstance(data, dict)
             and sorted(data) == sorted(fields)
-            and data["kind"] in ("output", "residual")
+            and data["kind"] in ("output", "residual", "guidance")
+            and (data["kind"] != "guidance" or (data["predicted"], data["skipped"]) == ([""], []))
             and all(isinstance(data[key], list) and len(data[key]) <= MAX_MODULES for key in fields[2:])
             and all(isinstance(name, str) and len(name) <= _SENTENCE for name in (data["name"], *_names(data)))
             and len(data["predicted"]) > 0
@@ -106,15 +111,20 @@ class Zone:
         return cls(data["name"], data["kind"], tuple(data["predicted"]), tuple(data["skipped"]), streams)
 
 
-def find_zones(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Zone, ...]:
+def find_zones(
+    denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, guidance: bool = False
+) -> tuple[Zone, ...]:
     """Propose the zones that a denoiser may have, and return those that pass the cut test, widest first.
 
     Args:
         denoiser: in eval mode.
         args: positional arguments of a recorded call.
         kwargs: its keyword arguments.
+        guidance: the rows of the call are those of two contexts of guidance, and how far these are apart is a zone too.
+
+    Source of the zone `guidance`: Lv et al. 2025, FasterCache, section 3.3, without its split by frequencies.
     """
-    proposed = [Zone(WHOLE, "output", ("",))]
+    proposed = [Zone(WHOLE, "output", ("",)), *([Zone(GUIDANCE, "guidance", ("",))] if guidance else [])]
     if all(hasattr(denoiser, name) for name in ("down_blocks", "mid_block", "up_blocks")):
         proposed += [*_branches(denoiser), *_encoder(denoiser)]
     with torch.no_grad():
@@ -137,7 +147,17 @@ def single_modules(zones: Sequence[Zone]) -> tuple[Zone, ...]:
 
 
 def is_cut(denoiser: nn.Module, zone: Zone, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the denoiser returns the same bits with the zone's tensors given and NaN for all that it skips."""
+    """Whether the denoiser returns the same bits with the zone's tensors given and NaN for all that it skips.
+
+    Of half of the rows they are the same up to the order of sums.
+    """
+    if zone.kind == "guidance":
+        whole = denoiser(*args, **kwargs)
+        names = [*inspect.signature(denoiser.forward).parameters]
+        second = leaves(second_half(names, denoiser, tuple(args), dict(kwargs)))
+        found = joined_halves(second, halves_apart(whole))
+        pairs = zip(leaves(whole), found, strict=True)
+        return all(bool((one - other).norm() <= _ROUNDING * one.norm()) for one, other in pairs)
     kept: dict[str, Any] = {}
     modules = {name: denoiser.get_submodule(name) for name in zone.modules}
     calls = dict.fromkeys(modules, 0)

@@ -257,6 +257,7 @@ def _search(
         samples=stage.samples,
         unrounded_calls=stage.unrounded_calls,
         correct=stage.correct,
+        guidance_difference=stage.guidance_difference,
         device=device,
         work=work,
         progress=report,

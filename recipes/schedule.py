@@ -27,8 +27,10 @@ from dcomp.cachequant.plan import Actions, CachePlan
 from dcomp.cachequant.plan_set import FILE, MeasuredPlan, PlanSet, Trajectory
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
+from dcomp.cachequant.rows import count_rows
 from dcomp.cachequant.trials import Trials
 from dcomp.cachequant.zones import Zone, find_zones, single_modules
+from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
@@ -130,6 +132,7 @@ def search_schedule(
     samples: int = SAMPLES,
     unrounded_calls: bool = False,
     correct: str | None = None,
+    guidance_difference: bool = False,
     device: str = "cpu",
     fresh: bool = False,
     work: Path | None = None,
@@ -158,6 +161,7 @@ def search_schedule(
             for the planner joint.
         correct: key of `FITS`: predictions are corrected as they were wrong in the search's pictures, where that makes
             other pictures better.
+        guidance_difference: let calls run one of guidance's two contexts, and predict how far the other one is from it.
         device: where to run.
         fresh: throw away what an interrupted search has measured.
         work: folder of what is measured, kept; default: one beside the plans, removed after success.
@@ -213,7 +217,9 @@ def search_schedule(
     rungs: tuple[Rung, ...] = ()
     with work_folder(file, fresh) if work is None else nullcontext(work) as root:
         kept = KeptResults(root, [*question, asdict(trajectory)])
-        choice, judge = _choose(pipeline, asked, planner, prompts, settings, progress, kept, unrounded_calls, correct)
+        about = planner, prompts, settings, progress
+        more: dict[str, Any] = {"correct": correct, "guidance_difference": guidance_difference}
+        choice, judge = _choose(pipeline, asked, *about, kept, unrounded_calls=unrounded_calls, **more)
         plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
         if plans:
             PlanSet(trajectory, plans).write(file)
@@ -223,7 +229,7 @@ def search_schedule(
             also = [budget for budget in asked if budget.name in choice.fewer_steps]
             own = trajectory_of(local_folder(against), original, settings.steps)
             kept = KeptResults(root, [*question, asdict(own)])
-            alone = _choose(original, also, planner, prompts, settings, progress, kept)
+            alone = _choose(original, also, *about, kept, **more)
             rungs = climb(plans, judge, {plan.name: plan for plan in alone[0].plans}, alone[1])
         if work is None:
             for entry in root.iterdir():
@@ -251,13 +257,22 @@ def _choose(
     settings: Generation,
     progress: Progress,
     kept: KeptResults,
+    *,
     unrounded_calls: bool = False,
     correct: str | None = None,
+    guidance_difference: bool = False,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
     exact = repeatedly_unrounded(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
-    zones = find_zones(pipeline.denoiser, args, kwargs)
+    pairs = guidance_difference and runs_pairs(pipeline, prompts[0], settings)
+    if guidance_difference and not pairs:
+        raise UsageError(
+            "Guidance does not run two contexts in one batch here",
+            where=f"{type(pipeline.pipe).__name__}, guidance {settings.guidance}",
+            remedy="Leave out --guidance-difference, or set --guidance above 1.",
+        )
+    zones = find_zones(pipeline.denoiser, args, kwargs, guidance=pairs)
     every = (*zones, *single_modules(zones))
     prices = CallPrices(pipeline.denoiser, args, kwargs, every, exact)
     samples = len(prompts) // 2
@@ -293,6 +308,22 @@ def trajectory_of(folder: Path, pipeline: OpenPipeline, steps: int) -> Trajector
         hashlib.sha256(text.encode()).hexdigest(),
         steps,
     )
+
+
+def runs_pairs(pipeline: OpenPipeline, prompt: str, settings: Generation) -> bool:
+    """Return whether guidance makes two rows of each picture, of which the scheduler gets one."""
+    clock = StepClock()
+    rows: list[int] = []
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(count_rows(args, kwargs))
+
+    hook = pipeline.denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        pipeline.run([prompt], [0], replace(settings, steps=2), decode=False, clock=clock)
+    finally:
+        hook.remove()
+    return clock.last_sample is not None and {*rows} == {2 * len(clock.last_sample)}
 
 
 def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:

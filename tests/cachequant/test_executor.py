@@ -1,6 +1,7 @@
 """Plans that run: against the pipeline without one, and against a run in which nothing is skipped but replaced."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from dcomp.cachequant.tensors import leaves, like, map_tensors, parts_of, with_l
 from dcomp.cachequant.zones import Zone, find_zones
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline, picture_generator
+from dcomp.recipes.bench import record_calls
 from tests.cachequant.conftest import prompts_of, settings_of
 from tests.support.sweep import sweep
 
@@ -387,6 +389,40 @@ def test_contexts_that_run_one_after_the_other_have_tensors_of_their_own(opened:
     assert torch.equal(both_b, alone_b)
     assert not stats.fallbacks
     assert {context for *_, context in stats.predicted} == {0, 1}
+
+
+@pytest.mark.parametrize("name", [SD, "PixArtTransformer2DModel", "SD3Transformer2DModel"])
+def test_one_context_of_guidance_runs_and_the_other_one_is_as_far_away_as_before(name: str, opened: Any) -> None:
+    pipeline = opened(name)
+    args, kwargs = record_calls(pipeline, prompts_of(pipeline), settings_of(pipeline, 2))[0]
+    (zone,) = (z for z in find_zones(pipeline.denoiser, args, kwargs, guidance=True) if z.kind == "guidance")
+    plan = plan_of(pipeline, [zone], {1: {zone.name: "reuse"}, 3: {zone.name: "linear"}})
+    seen: list[Tensor] = []
+    rows: list[int] = []
+    block = next(m for m in pipeline.denoiser.modules() if isinstance(m, nn.Linear))
+    hooks = [
+        block.register_forward_hook(lambda module, args, output: rows.append(len(output))),
+        pipeline.denoiser.register_forward_hook(lambda module, args, output: seen.append(leaves(output)[0])),
+    ]
+    latents, stats = made(pipeline, plan)
+    for hook in hooks:
+        hook.remove()
+    assert not stats.fallbacks
+    assert stats.predicted == Counter({(1, zone.name, 0): 1, (3, zone.name, 0): 1})
+    assert not torch.equal(latents, made(pipeline))
+    assert {len(output) for output in seen} == {4}
+    apart = [second - first for first, second in (output.chunk(2) for output in seen)]
+    torch.testing.assert_close(apart[1], apart[0], rtol=1e-4, atol=1e-5)
+    slope = (plan.places[3] - plan.places[2]) / (plan.places[2] - plan.places[0])
+    torch.testing.assert_close(apart[3], apart[2] + slope * (apart[2] - apart[0]), rtol=1e-4, atol=1e-5)
+    assert [2 * count == max(rows) for count in rows] == [call in (1, 3) for call in range(STEPS)]
+    # The same plan where the rows are two pictures and no contexts: everything computes, and it is counted.
+    settings = settings_of(pipeline, STEPS, guidance=1.0)
+    alone = pipeline.run(prompts_of(pipeline), range(2), settings, decode=False).latents
+    with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(plan)) as executor:
+        other = pipeline.run(prompts_of(pipeline), range(2), settings, decode=False).latents
+    assert torch.equal(other, alone)
+    assert executor.stats.fallbacks == Counter({"no batch of two guidance contexts": 2})
 
 
 def test_a_scheduler_that_is_not_there_leaves_timesteps_to_go_by(opened: Any, zones_of: Any) -> None:

@@ -34,6 +34,12 @@ def test_a_zone_saves_the_products_of_what_it_skips(name: str, recorded_call: An
     assert prices.macs(names) == 0
 
 
+def test_one_of_two_contexts_costs_half(recorded_call: Any) -> None:
+    denoiser, args, kwargs = recorded_call("UNet2DConditionModel")
+    prices = CallPrices(denoiser, args, kwargs, find_zones(denoiser, args, kwargs, guidance=True))
+    assert prices.macs(["guidance"]) * 2 == prices.macs()
+
+
 class Denoiser(nn.Module):
     """A chain of two blocks between two layers."""
 

@@ -26,7 +26,8 @@ STEPS = 4
 def trials_of(pipeline: OpenPipeline, names: list[str], steps: int = STEPS) -> Trials:
     prompts = prompts_of(pipeline)
     args, kwargs = record_calls(pipeline, prompts, settings_of(pipeline, 2))[0]
-    zones = [zone for zone in find_zones(pipeline.denoiser, args, kwargs) if zone.name in names]
+    found = find_zones(pipeline.denoiser, args, kwargs, guidance="guidance" in names)
+    zones = [zone for zone in found if zone.name in names]
     assert len(zones) == len(names)
     return Trials(pipeline, zones, prompts, [3, 5], settings_of(pipeline, steps))
 
@@ -58,6 +59,9 @@ def alone(pipeline: OpenPipeline, trials: Trials, branch: Branch) -> list[float]
         slow(SD, [{"all": "linear"}, {"deep2": "reuse"}], "DPMSolverMultistepScheduler"),
         slow(SD, [{"all": "reuse"}, {"deep1": "reuse"}], "EulerAncestralDiscreteScheduler"),
         (SD, [{"all": "reuse"}], "HeunDiscreteScheduler"),
+        (SD, [{"guidance": "reuse"}, {"guidance": "linear"}, {"deep1": "reuse"}], None),
+        slow("PixArtTransformer2DModel", [{"guidance": "reuse"}, {"all": "linear"}], None),
+        slow("SD3Transformer2DModel", [{"guidance": "linear"}, {"blocks[0:2]": "reuse"}], None),
         slow(UNET, [{"deep1": "reuse"}, {"encoder": "reuse"}], None),
         ("DiTTransformer2DModel", [{"blocks[0:1]": "reuse"}, {"all": "quadratic"}, {"attention": "reuse"}], None),
         ("PixArtTransformer2DModel", [{"blocks[0:2]": "linear"}, {"cross_attention": "reuse"}], None),

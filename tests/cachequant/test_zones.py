@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcomp.cachequant.zones import Zone, find_zones, is_cut, single_modules
+from dcomp.cachequant.zones import Zone, ZoneError, find_zones, is_cut, single_modules
 
 BLOCK = "transformer_blocks.0"
 EXPECTED: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -134,6 +134,24 @@ def test_streams_through_blocks(name: str, order: tuple[int, ...], recorded_call
 )
 def test_what_others_still_read_cannot_be_skipped(zone: Zone, recorded_call: Any) -> None:
     assert not is_cut(*(lambda d, a, k: (d, zone, a, k))(*recorded_call("UNet2DConditionModel")))
+
+
+class Mixed(nn.Module):
+    """Compares the samples of a batch with each other: half of them are not what they are among all."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_contexts_that_need_each_other_are_no_zone(recorded_call: Any) -> None:
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    assert "guidance" not in [zone.name for zone in find_zones(Mixed(), (x, torch.tensor(1)), {}, guidance=True)]
+    denoiser, args, kwargs = recorded_call("UNet2DConditionModel")
+    found = {zone.name: zone for zone in find_zones(denoiser, args, kwargs, guidance=True)}
+    assert Zone.from_dict(found["guidance"].to_dict()) == found["guidance"]
+    assert found["guidance"].silences(found["deep1"])
+    with pytest.raises(ZoneError):
+        Zone.from_dict(found["guidance"].to_dict() | {"predicted": ["mid_block"]})
 
 
 class Twice(nn.Module):
