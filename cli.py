@@ -44,6 +44,7 @@ GuidanceAgain = Annotated[float | None, typer.Option(min=0, help="Guidance scale
 Scheduler = Annotated[str | None, typer.Option(help="diffusers scheduler class, e.g. DPMSolverMultistepScheduler.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Base seed; every sample's seed follows from it and its number.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures that are made together.")]
+Along = Annotated[str | None, typer.Option(help="Cache plan FILE.json:2x: calibrate on the trajectory it makes.")]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Fresh = Annotated[
@@ -225,6 +226,7 @@ def quantize(
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    along: Along = None,
     calibration: Annotated[Path | None, typer.Option(help="A calibration set that `dcomp calibrate` recorded.")] = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Use a calibration set of other weights or settings all the same.")
@@ -268,6 +270,7 @@ def quantize(
             "calibration.scheduler": scheduler,
             "calibration.seed": seed,
             "calibration.batch_size": batch_size,
+            "calibration.along": along,
         },
     )
     _compress(
@@ -370,6 +373,7 @@ def calibrate(
     scheduler: Scheduler = None,
     seed: Seed = None,
     batch_size: BatchSize = None,
+    along: Along = None,
     lora: Lora = None,
     device: Device = "cpu",
     low_memory: LowMemory = None,
@@ -389,6 +393,7 @@ def calibrate(
         "scheduler": scheduler,
         "seed": seed,
         "batch_size": batch_size,
+        "along": along,
     }
     recipe = load_recipe("float", (), {"lora": lora} | {f"calibration.{key}": v for key, v in options.items()})
     with console.progress() as progress:

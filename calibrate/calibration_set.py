@@ -185,6 +185,7 @@ def _consistent(index: Mapping[str, Any]) -> bool:
         and len(index["chunks"]) > 0
         and all(isinstance(text, str) for text in (*index["prompts"], *index["notes"]))
         and _is_sampling(index)
+        and isinstance(index.get("along", ""), str)
         and _are_components(index.get("components", {}))
         and all(type(t) in (int, float) and math.isfinite(t) for t in index["timesteps"])
         and all(type(call) is int and 0 <= call < len(index["timesteps"]) for call in index["kept_calls"])

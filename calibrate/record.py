@@ -9,6 +9,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.mismatch import describe_components
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, prediction_of
 from dcomp.calibrate.sampling import Sampling, spread
+from dcomp.calibrate.shortened import Shortened
 from dcomp.calibrate.tree_file import (
     encode,
     file_sha256,
@@ -53,6 +55,7 @@ def record_calibration_set(
     max_calls: int = 25,
     max_bytes: int = 2 << 30,
     sampling: Sampling | None = None,
+    along: Shortened | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationSet:
     """Run the pipeline on all prompts and keep some calls of the trajectory, the same for every prompt.
@@ -65,6 +68,7 @@ def record_calibration_set(
         max_calls: most call indices kept of one trajectory.
         max_bytes: most bytes on disk. Calls, then whole batches, are left out evenly to stay below; `notes` says so.
         sampling: which calls; None spreads them evenly, with the first and the last.
+        along: what shortens the trajectories, and leaves calls to choose from; None: all calls run.
         progress: called with denoiser calls done and their total.
 
     Raises:
@@ -81,7 +85,8 @@ def record_calibration_set(
         lock = FileLock(folder / ".lock", timeout=0)
         with lock:
             how = sampling or Sampling()
-            return _record(pipeline, list(prompts), settings, folder, max_calls, max_bytes, how, progress)
+            with along.attached() if along else nullcontext():
+                return _record(pipeline, list(prompts), settings, folder, max_calls, max_bytes, how, along, progress)
     except Timeout as error:
         raise CalibrationError(
             "Another process is recording this calibration set",
@@ -102,11 +107,13 @@ def _record(
     max_calls: int,
     max_bytes: int,
     sampling: Sampling,
+    along: Shortened | None,
     progress: Callable[[int, int], None] | None,
 ) -> CalibrationSet:
     model = pipeline.fingerprint()
-    # Sets of the usual sampling are those of versions that knew no other.
-    other = {} if sampling.kind == "uniform" else {"sampling": sampling.to_dict()}
+    # Sets of the usual sampling and of whole trajectories are those of versions that knew no others.
+    other: dict[str, Any] = {} if sampling.kind == "uniform" else {"sampling": sampling.to_dict()}
+    other |= {"along": along.hash} if along else {}
     fingerprint = sha256_of_json([SCHEMA, model, asdict(settings), prompts, max_calls, max_bytes, *other.values()])
     index = read_index(folder)
     if index is not None and index["fingerprint"] != fingerprint:
@@ -121,7 +128,7 @@ def _record(
         first = _Recorder(
             pipeline,
             prompts[: settings.batch_size],
-            lambda total: sampling.choose(total, max_calls, settings.seed),
+            lambda total: _chosen(along.calls if along else range(total), sampling, max_calls, settings.seed),
         )
         first.run(range(len(first.prompts)), settings, _part(progress, 0, count))
         kept, numbers, notes = _plan(first, count, max_bytes, folder)
@@ -167,6 +174,10 @@ def _record(
         total = len(plan["chunks"]) * len(plan["timesteps"])
         progress(total, total)
     return CalibrationSet.open(folder)
+
+
+def _chosen(calls: Sequence[int], sampling: Sampling, max_calls: int, seed: int) -> list[int]:
+    return [calls[place] for place in sampling.choose(len(calls), max_calls, seed)]
 
 
 class _Recorder:

@@ -30,6 +30,7 @@ from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreig
 from dcomp.compress.manifest import LayerRecord, Manifest
 from dcomp.compress.quantize import LayerErrors
 from dcomp.compress.time_table import Absent, TimeTable
+from dcomp.recipes.along import along_plan
 from dcomp.recipes.bit_budget import check_budget
 from dcomp.recipes.console import value_text
 from dcomp.recipes.load import load_recipe
@@ -193,7 +194,9 @@ def run_recipe(
         if on_plan:
             on_plan(plan)
         schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
-        work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", *prompts)
+        along = recipe.calibration.along
+        of_plan = along_plan(along, pipeline, recipe.calibration.steps).hash if along else ""
+        work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", of_plan, *prompts)
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
         result = StageResult(plan.decisions)
@@ -300,6 +303,8 @@ def _open(
     if len(prompts) < options.samples:
         notes = (f"There are only {len(prompts)} prompts; {options.samples} samples were asked for.",)
     pipeline.check(prompts, generation_of(options))
+    if options.along:
+        along_plan(options.along, pipeline, options.steps)  # a plan that cannot be followed is refused now
     adapters = fuse_lora(pipeline.pipe, recipe.lora)
     if adapters and fused and device == "cpu":
         nbytes = sum(parameter.nbytes for parameter in pipeline.denoiser.parameters())
@@ -328,6 +333,7 @@ def _record(
         max_bytes=options.max_megabytes << 20,
         progress=(lambda done, total: progress("calibration set", done, total)) if progress else None,
         sampling=Sampling(options.sampling, options.mu, options.sigma),
+        along=along_plan(options.along, pipeline, options.steps) if options.along else None,
     )
 
 

@@ -38,6 +38,7 @@ class Calibration(_Frozen):
         height, width: picture size in pixels; none: the pipeline's default.
         sampling: which calls are kept: `uniform` over the trajectory, or `normal`, drawn around `mu` with `sigma`, both
             as parts of the trajectory from the picture (0) to the noise (1).
+        along: cache plan that the trajectories follow, `FILE.json:NAME`; none: every call is computed.
         max_calls: denoiser calls kept of each trajectory.
         max_megabytes: bound of the set on disk.
     """
@@ -55,6 +56,7 @@ class Calibration(_Frozen):
     sampling: Literal["uniform", "normal"] = "uniform"
     mu: Annotated[float, Field(ge=0, le=1)] = 0.4
     sigma: Annotated[float, Field(gt=0, le=10)] = 0.4
+    along: str | None = None
     max_calls: Annotated[int, Field(ge=1, le=1_000)] = 25
     max_megabytes: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
 
