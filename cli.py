@@ -526,10 +526,10 @@ def search_schedule(
             help="affine (each channel) or scale: correct what is predicted, where that helps other pictures."
         ),
     ] = None,
-    guidance_difference: Annotated[
+    one_context: Annotated[
         bool,
         typer.Option(
-            "--guidance-difference",
+            "--one-context",
             help="Let calls run one of guidance's two contexts, and predict how far the other one is from it.",
         ),
     ] = False,
@@ -567,7 +567,7 @@ def search_schedule(
             samples=samples,
             unrounded_calls=unrounded_calls,
             correct=correct,
-            guidance_difference=guidance_difference,
+            one_context=one_context,
             fresh=fresh,
             device=device,
             progress=progress,

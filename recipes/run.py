@@ -260,7 +260,7 @@ def _search(
         samples=stage.samples,
         unrounded_calls=stage.unrounded_calls,
         correct=stage.correct,
-        guidance_difference=stage.guidance_difference,
+        one_context=stage.one_context,
         device=device,
         work=work,
         progress=report,

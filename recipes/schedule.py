@@ -132,7 +132,7 @@ def search_schedule(
     samples: int = SAMPLES,
     unrounded_calls: bool = False,
     correct: str | None = None,
-    guidance_difference: bool = False,
+    one_context: bool = False,
     device: str = "cpu",
     fresh: bool = False,
     work: Path | None = None,
@@ -161,7 +161,7 @@ def search_schedule(
             for the planner joint.
         correct: key of `FITS`: predictions are corrected as they were wrong in the search's pictures, where that makes
             other pictures better.
-        guidance_difference: let calls run one of guidance's two contexts, and predict how far the other one is from it.
+        one_context: let calls run one of guidance's two contexts, and predict how far the other one is from it.
         device: where to run.
         fresh: throw away what an interrupted search has measured.
         work: folder of what is measured, kept; default: one beside the plans, removed after success.
@@ -218,7 +218,7 @@ def search_schedule(
     with work_folder(file, fresh) if work is None else nullcontext(work) as root:
         kept = KeptResults(root, [*question, asdict(trajectory)])
         about = planner, prompts, settings, progress
-        more: dict[str, Any] = {"correct": correct, "guidance_difference": guidance_difference}
+        more: dict[str, Any] = {"correct": correct, "one_context": one_context}
         choice, judge = _choose(pipeline, asked, *about, kept, unrounded_calls=unrounded_calls, **more)
         plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
         if plans:
@@ -260,17 +260,17 @@ def _choose(
     *,
     unrounded_calls: bool = False,
     correct: str | None = None,
-    guidance_difference: bool = False,
+    one_context: bool = False,
 ) -> tuple[PlanChoice, PlanJudge]:
     """Search plans with the first half of the prompts and choose among them with the second."""
     exact = repeatedly_unrounded(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
-    pairs = guidance_difference and runs_pairs(pipeline, prompts[0], settings)
-    if guidance_difference and not pairs:
+    pairs = one_context and runs_pairs(pipeline, prompts[0], settings)
+    if one_context and not pairs:
         raise UsageError(
             "Guidance does not run two contexts in one batch here",
             where=f"{type(pipeline.pipe).__name__}, guidance {settings.guidance}",
-            remedy="Leave out --guidance-difference, or set --guidance above 1.",
+            remedy="Leave out --one-context, or set --guidance above 1.",
         )
     zones = find_zones(pipeline.denoiser, args, kwargs, guidance=pairs)
     every = (*zones, *single_modules(zones))

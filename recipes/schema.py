@@ -163,7 +163,7 @@ class ScheduleStage(_Frozen):
         samples: pictures of the search, and as many others to compare plans on.
         unrounded_calls: let calls that compute leave the inputs of quantized layers unrounded where that pays.
         correct: correct predictions for each channel, or by one scale, where that makes pictures better.
-        guidance_difference: let calls run one of guidance's two contexts, and predict how far the other one is from it.
+        one_context: let calls run one of guidance's two contexts, and predict how far the other one is from it.
         ladder: plan the original too, and show what bits and plans cost alone and together.
     """
 
@@ -178,7 +178,7 @@ class ScheduleStage(_Frozen):
     samples: Annotated[int, Field(ge=1, le=1_000)] = 8
     unrounded_calls: bool = False
     correct: Literal["affine", "scale"] | None = None
-    guidance_difference: bool = False
+    one_context: bool = False
     ladder: bool = False
 
     @field_validator("budgets")

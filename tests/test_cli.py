@@ -502,7 +502,7 @@ def test_plans_are_searched_and_followed(checkpoint: Path, models: dict[str, Pat
     assert_one_screen(*run(*search, "--budget", "40mm"), code_wanted=2, words="is no budget")
     assert_one_screen(*run(*search, "--planner", "magic"), code_wanted=2, words="no planner 'magic'")
     assert_one_screen(*run(*search, "--correct", "magic"), code_wanted=2, words="no correction 'magic'")
-    assert_one_screen(*run(*search, "--guidance-difference"), code_wanted=2, words="does not run two contexts")
+    assert_one_screen(*run(*search, "--one-context"), code_wanted=2, words="does not run two contexts")
     nothing = run(*search, "--budget", "99x", "--planner", "uniform", "--json")
     assert nothing[0] == 3
     assert json.loads(nothing[1])["file"] is None
