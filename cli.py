@@ -512,7 +512,7 @@ def search_schedule(
     guidance: GuidanceAgain = None,
     scheduler: Scheduler = None,
     seed: Seed = None,
-    samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 8,
+    samples: Annotated[int, typer.Option(min=1, help="Pictures of the search, and as many others to judge by.")] = 6,
     unrounded_calls: Annotated[
         bool,
         typer.Option(

@@ -27,7 +27,7 @@ from dcomp.cachequant.trials import Branch, Trials
 from dcomp.cachequant.zones import WHOLE
 from dcomp.calibrate.progress import Progress, silent
 
-_PROBES, _LAST = 12, 5  # calls whose sensitivity is measured, spread and at the end; that of the others lies between
+_PROBES, _LAST = 8, 5  # calls whose sensitivity is measured, spread and at the end; that of the others lies between
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
 from dcomp.cachequant.zones import SUBMODULES, WHOLE
 
-BEST = 3  # plans of a front that are proposed
+BEST = 2  # plans of a front that are proposed
 _INTERVALS = (2, 3, 4, 5)  # of the plans that evolution begins with
 _FORECASTS = {"taylor": "taylor1", "hermite": "hermite1"}  # planner -> predictor
 
@@ -68,7 +68,8 @@ class PlanningTask:
         key = tuple(sorted(prices.items()))
         if key not in self._fronts:
             price = None if self.unrounded is None else self.unrounded()
-            self._fronts[key] = best_schedules(self.costs, prices, unrounded=price)
+            measured = {zone: prices[zone] for zone in prices if zone in self.costs.skips}
+            self._fronts[key] = best_schedules(self.costs, measured, unrounded=price)
         return self._fronts[key]
 
     def evolved(self, prices: Mapping[str, float], seeds: Sequence[Sequence[Actions]]) -> list[Schedule]:

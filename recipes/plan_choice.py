@@ -32,8 +32,9 @@ from dcomp.recipes.kept_results import KeptResults, digest
 
 Correct = Callable[[CachePlan], CachePlan]
 
-FIRST_ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many go on to the others
+ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many are on as many more
 CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
+TRUSTED = 2.0  # times the expected error: a plan that is no further off was planned with costs that hold
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,33 @@ def _distance(data: Mapping[str, Any]) -> Distance:
     return Distance(errors, decibels, float(data["seconds"]))
 
 
+@dataclass(frozen=True)
+class _Followed:
+    """A proposal, and the pictures that it made so far."""
+
+    schedule: Schedule
+    plan: CachePlan
+    distance: Distance | None = None
+
+    @property
+    def found(self) -> Distance:
+        assert self.distance is not None
+        return self.distance
+
+    @property
+    def pictures(self) -> int:
+        return len(self.distance.errors) if self.distance else 0
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the error is not much larger than the planner said."""
+        return self.schedule.error is not None and self.found.typical_error <= TRUSTED * self.schedule.error
+
+    def on(self, more: Distance) -> "_Followed":
+        """Return it with more pictures."""
+        return replace(self, distance=more if self.distance is None else self.distance + more)
+
+
 class PlanChoice:
     """Follows what a planner proposes for each budget, and keeps the best that beats fewer steps.
 
@@ -298,19 +326,38 @@ class PlanChoice:
         return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
 
     def _best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, float]:
-        """Return the proposal with the best pictures, and their seconds; all but a few are out after some of them."""
-        plans = [(schedule, self._judge.plan(schedule)) for schedule in proposed]
+        """Return the proposal with the best pictures, and their seconds.
+
+        All are followed on a few pictures, two on a few more, and one on the rest. Those that expect no error are left
+        out where the error of the best of the others is about what it expected: then there is no need to guess.
+        """
         every = range(self._judge.samples)
-        if len(proposed) > FINALISTS and len(every) > FIRST_ROUND:
-            first, others = every[:FIRST_ROUND], every[FIRST_ROUND:]
-            ranked = [(*each, self._judge.judge(each[1], first)) for each in plans]
-            ranked.sort(key=lambda one: -one[2].psnr)
-            count = 1 if ranked[0][2].psnr - ranked[1][2].psnr > CLEAR else FINALISTS
-            ended = [(one, plan, found + self._judge.judge(plan, others)) for one, plan, found in ranked[:count]]
-        else:
-            ended = [(*each, self._judge.judge(each[1], every)) for each in plans]
-        self._expected += [(one.error, found.typical_error) for one, _, found in ended if one.error is not None]
-        # Errors of latents would be those of the one worst picture.
-        schedule, plan, found = max(ended, key=lambda one: one[2].psnr)
-        best = MeasuredPlan(name, plan, 1 / self._prices.macs_of(plan), schedule.error, found.error, found.psnr)
+        rounds = [every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]]
+        alive: list[_Followed] = []
+        for expects in (True, False):
+            if not expects and any(one.as_expected for one in alive[:1]):
+                break
+            ready = [_Followed(one, self._judge.plan(one)) for one in proposed if (one.error is not None) == expects]
+            alive = self._ranked([*alive, *ready], rounds[0])
+        leads = len(alive) > 1 and alive[0].found.psnr - alive[1].found.psnr > CLEAR
+        ended = alive = self._ranked(alive[: 1 if leads else FINALISTS], rounds[1])
+        (one,) = self._ranked(alive[:1], rounds[2])
+        self._expected += [
+            (each.schedule.error, each.found.typical_error)
+            for each in (one, *ended[1:])
+            if each.schedule.error is not None
+        ]
+        found = one.found
+        best = MeasuredPlan(
+            name, one.plan, 1 / self._prices.macs_of(one.plan), one.schedule.error, found.error, found.psnr
+        )
         return best, found.seconds
+
+    def _ranked(self, alive: Sequence[_Followed], places: range) -> list[_Followed]:
+        """Follow proposals on more pictures, where they were not followed on these; the best comes first."""
+        followed = [
+            each if not places or places.start < each.pictures else each.on(self._judge.judge(each.plan, places))
+            for each in alive
+        ]
+        # Errors of latents would be those of the one worst picture.
+        return sorted(followed, key=lambda each: -each.found.psnr)

@@ -29,7 +29,7 @@ from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.prices import CallPrices
 from dcomp.cachequant.rows import count_rows
 from dcomp.cachequant.trials import Trials
-from dcomp.cachequant.zones import Zone, find_zones, single_modules
+from dcomp.cachequant.zones import WHOLE, Zone, find_zones, single_modules
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
@@ -51,12 +51,13 @@ from dcomp.recipes.work_folder import work_folder
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
 FRONT = ("1.25x", "1.5x", "1.75x", "2x", "2.5x", "3x", "4x", "5x", "6x")
-SAMPLES = 8
+SAMPLES = 6
 LONGEST_GAP = 6
 WINDOW = 24  # calls over which rules of the literature know the drift of a zone
 _FIRST_INDEX, _HELD_OUT_INDEX = 600_000, 700_000  # of noise, where neither calibration nor validation goes
 _BRED = 2  # pictures that every plan is followed on which evolution tries
 _CHEAP, _VERY_CHEAP = 0.6, 0.3  # of a call: a zone that leaves more to compute is not worth a search
+_ALIKE = 0.2  # of a call: of two zones, one within the other, that differ by less, one is worth a search
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,24 @@ def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
     return tuple(zone for zone in zones if prices.macs([zone.name]) <= _CHEAP * prices.macs())
 
 
+def different_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
+    """Return zones without those that lie within one another and save about the same; the one that saves more is left.
+
+    The denoiser itself has no like, because its costs are measured for nothing.
+    """
+    chosen: list[Zone] = []
+    for zone in sorted(zones, key=lambda zone: prices.macs([zone.name])):
+        alike = (
+            other.name != WHOLE
+            and (other.encloses(zone) or zone.encloses(other))
+            and prices.macs([zone.name]) - prices.macs([other.name]) < _ALIKE * prices.macs()
+            for other in chosen
+        )
+        if not any(alike):
+            chosen.append(zone)
+    return tuple(zone for zone in zones if zone in chosen)
+
+
 def planning_task(
     pipeline: OpenPipeline,
     zones: Sequence[Zone],
@@ -356,6 +375,7 @@ def planning_task(
     kept = kept or KeptResults()
     trials = Trials(pipeline, (), prompts, indices, settings)
     used, modules = useful_zones(zones, prices), single_modules(zones)
+    menu = different_zones(used, prices)
 
     def measure_costs() -> GapCosts:
         # A model that rounds no inputs is asked: rounding makes of small errors large ones, and of all errors the same.
@@ -368,9 +388,9 @@ def planning_task(
                     lambda data: [float(value) for value in data],
                 )
             few = max(1, len(prompts) // 2)  # errors differ less from picture to picture than what becomes of them
-            about = pipeline, used, prompts[:few], indices[:few], settings
+            about = pipeline, menu, prompts[:few], indices[:few], settings
             with Trials(*about, window=reach(LONGEST_GAP)) as of_zones:
-                costs = measure_gap_costs(of_zones, _gaps_of(used, prices), sensitivities, progress=progress)
+                costs = measure_gap_costs(of_zones, _gaps_of(menu, prices), sensitivities, progress=progress)
         if quantized:
             with Trials(*about) as rounded:
                 costs = replace(costs, rounding=measure_rounding(rounded, repeatedly_unrounded(pipeline.denoiser)))
@@ -380,7 +400,7 @@ def planning_task(
         def read(data: Mapping[str, Any]) -> GapCosts:
             costs = GapCosts.from_dict(data)
             calls = len(trials.timesteps)
-            fits = costs.calls == len(costs.sensitivities) == calls and costs.skips.keys() == {z.name for z in used}
+            fits = costs.calls == len(costs.sensitivities) == calls and costs.skips.keys() == {z.name for z in menu}
             if not fits or any(len(row) != calls for row in costs.skips.values()):
                 raise ValueError("costs of something else")
             return costs

@@ -175,7 +175,7 @@ class ScheduleStage(_Frozen):
         "4x",
     )
     planner: Planner = "joint"
-    samples: Annotated[int, Field(ge=1, le=1_000)] = 8
+    samples: Annotated[int, Field(ge=1, le=1_000)] = 6
     unrounded_calls: bool = False
     correct: Literal["affine", "scale"] | None = None
     one_context: bool = False

@@ -36,7 +36,7 @@ from dcomp.recipes.generate import generate
 from dcomp.recipes.plan_choice import Additivity, Distance, PlanChoice
 from dcomp.recipes.plan_fit import ALLOWED_LOSS, FittedPlan, fit_plan
 from dcomp.recipes.run import run_recipe
-from dcomp.recipes.schedule import ScheduleResult, search_schedule, trajectory_of
+from dcomp.recipes.schedule import ScheduleResult, different_zones, search_schedule, trajectory_of
 from dcomp.recipes.schema import ScheduleStage
 from dcomp.recipes.settings import generation_settings
 from dcomp.recipes.validate import validate
@@ -433,6 +433,19 @@ def test_expected_errors_are_compared_with_measured_ones(searched: tuple[Path, S
     assert 0.2 < additivity.median_ratio < 5
 
 
+@pytest.mark.parametrize(("inner", "names"), [(28, ["all", "wide", "inner", "other"]), (24, ["all", "wide", "other"])])
+def test_of_zones_within_one_another_that_save_about_the_same_one_is_searched(inner: int, names: list[str]) -> None:
+    left = {WHOLE: 0, "wide": 5, "inner": inner, "other": inner}  # hundredths of a call that are computed then
+    zones = [
+        Zone(WHOLE, "output", ("",)),
+        Zone("wide", "output", ("b",), ("a", "c", "d")),
+        Zone("inner", "output", ("c",), ("d",)),
+        Zone("other", "output", ("e",)),
+    ]
+    prices = SimpleNamespace(macs=lambda chosen=(): sum(left[name] for name in chosen) if chosen else 100)
+    assert [zone.name for zone in different_zones(zones, prices)] == names  # type: ignore[arg-type]
+
+
 class MadeUpJudge:
     """Knows the decibels of every plan, which is a number, on each of eight pictures."""
 
@@ -454,13 +467,14 @@ class MadeUpJudge:
         return choice._best("2x", [Schedule((), float(i), 0.1) for i in range(count)])[0], choice.additivity
 
 
+FIRST, SECOND, LAST = range(2), range(2, 4), range(4, 8)
+
+
 def test_most_proposals_are_out_after_a_few_pictures() -> None:
-    """Five proposals; the best of the first pictures is not the best of all."""
-    later = [27.0] * 6
-    judge = MadeUpJudge({0: [20.0] * 8, 1: [31.0, 31.0, *later], 2: [30.0] * 8, 3: [25.0] * 8, 4: [10.0] * 8})
+    """Five proposals; the best of the first two pictures is not the best of four."""
+    judge = MadeUpJudge({0: [20.0] * 8, 1: [31.0, 31.0, *[27.0] * 6], 2: [30.0] * 8, 3: [25.0] * 8, 4: [10.0] * 8})
     best, additivity = judge.choose(5)
-    first, others = range(2), range(2, 8)
-    assert judge.followed == [*((i, first) for i in range(5)), (1, others), (2, others)]
+    assert judge.followed == [*((i, FIRST) for i in range(5)), (1, SECOND), (2, SECOND), (2, LAST)]
     assert (best.plan, best.psnr, best.error, best.speedup) == (2, 30.0, pytest.approx(0.2), 2.0)
     assert additivity == Additivity(2, None, pytest.approx(2.0))
 
@@ -468,14 +482,19 @@ def test_most_proposals_are_out_after_a_few_pictures() -> None:
 def test_a_proposal_that_leads_clearly_is_alone_in_the_second_round() -> None:
     judge = MadeUpJudge({0: [20.0] * 8, 1: [33.5, 34.5, *[32.0] * 6], 2: [30.0] * 8})
     best, _ = judge.choose(3)
-    assert judge.followed == [(0, range(2)), (1, range(2)), (2, range(2)), (1, range(2, 8))]
+    assert judge.followed == [(0, FIRST), (1, FIRST), (2, FIRST), (1, SECOND), (1, LAST)]
     assert (best.plan, best.psnr) == (1, pytest.approx(32.5))
 
 
-def test_two_proposals_are_followed_on_all_pictures_at_once() -> None:
-    judge = MadeUpJudge({0: [20.0] * 8, 1: [30.0] * 8})
-    assert judge.choose(2)[0].plan == 1
-    assert judge.followed == [(0, range(8)), (1, range(8))]
+@pytest.mark.parametrize("expected", [0.1, 0.04])
+def test_plans_without_an_expectation_are_followed_where_expectations_do_not_hold(expected: float) -> None:
+    judge = MadeUpJudge({1: [30.0] * 8, 5: [40.0] * 8})
+    choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), judge)  # type: ignore[arg-type]
+    proposed = [Schedule((), 1.0, expected), Schedule((), 5.0, None)]
+    best, _ = choice._best("2x", proposed)
+    assert best.plan == (1 if expected == 0.1 else 5), "0.1 was measured, and twice as much as expected will do"
+    alone, _ = choice._best("2x", proposed[1:])
+    assert (alone.plan, alone.expected_error) == (5, None)
 
 
 @pytest.mark.parametrize("better", [True, False])
