@@ -182,12 +182,18 @@ class CacheExecutor:
             self._order = self._without(order, "other shapes than in the call before" if known else "")
         elif order.predictions and self._needs_gradients(args, kwargs):
             self._order = self._without(order, "gradients are asked for")
-        elif any(zone.kind == "guidance" and zone.name in order.predictions for zone in self._guide.zones) and (
-            self.clock.last_sample is None or count_rows(args, kwargs) != 2 * len(self.clock.last_sample)
-        ):
+        elif self._needs_pairs(order) and not self._has_pairs(args, kwargs):
             self._order = self._without(order, "no batch of two guidance contexts")
         else:
             self._order = self._possible(order, context)
+
+    def _needs_pairs(self, order: CallOrder) -> bool:
+        return any(zone.kind == "guidance" and zone.name in order.predictions for zone in self._guide.zones)
+
+    def _has_pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the denoiser gets two rows for each one that the scheduler got: both contexts of guidance."""
+        last = self.clock.last_sample
+        return last is not None and count_rows(args, kwargs) == 2 * len(last)
 
     def _rises(self, context: _Context) -> bool:
         # Without a scheduler: a timestep that the plan has earlier than the last call begins anew.

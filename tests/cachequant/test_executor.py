@@ -545,6 +545,25 @@ def test_blocks_may_be_compiled(opened: Any, zones_of: Any) -> None:
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "zone"), [("DiTTransformer2DModel", "blocks[1:2]"), (SD, "deep2"), (SD, "all")])
+def test_a_whole_denoiser_may_be_compiled(name: str, zone: str, opened: Any, zones_of: Any) -> None:
+    pipeline = opened(name)
+    plan = plan_of(pipeline, [zones_of(name)[zone]], every_other(zone, STEPS))
+    expected, _ = made(pipeline, plan)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    pipeline.denoiser.compile(backend="aot_eager")
+    latents, stats = made(pipeline, plan)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    assert len(stats.predicted) == STEPS // 2
+    assert not stats.fallbacks
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    again, _ = made(pipeline, plan)
+    assert torch.equal(again, latents)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
 def adapted(denoiser: Any) -> None:
     denoiser.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
 
