@@ -18,6 +18,7 @@ from dcomp.calibrate.quality import relative_errors
 from dcomp.recipes.bench import record_calls
 from tests.cachequant.conftest import prompts_of, settings_of
 from tests.support.sweep import slow
+from tests.support.tiny import XL
 
 SD, UNET, FLUX = "UNet2DConditionModel", "UNet2DModel", "FluxTransformer2DModel"
 STEPS = 4
@@ -60,6 +61,7 @@ def alone(pipeline: OpenPipeline, trials: Trials, branch: Branch) -> list[float]
         slow(SD, [{"all": "reuse"}, {"deep1": "reuse"}], "EulerAncestralDiscreteScheduler"),
         (SD, [{"all": "reuse"}], "HeunDiscreteScheduler"),
         (SD, [{"guidance": "reuse"}, {"guidance": "linear"}, {"deep1": "reuse"}], None),
+        slow(XL, [{"guidance": "reuse"}, {"all": "linear"}, {"deep1": "reuse"}], None),
         slow("PixArtTransformer2DModel", [{"guidance": "reuse"}, {"all": "linear"}], None),
         slow("SD3Transformer2DModel", [{"guidance": "linear"}, {"blocks[0:2]": "reuse"}], None),
         slow(UNET, [{"deep1": "reuse"}, {"encoder": "reuse"}], None),
