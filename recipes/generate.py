@@ -57,8 +57,8 @@ def generate(
 
     Returns:
         The files, the seconds that making them took, how many timesteps the calibration had not seen, of a plan its
-        speedup in multiply-accumulates and the calls that computed although it says otherwise, and what is to be known
-        of a plan that was made for something else.
+        speedup in multiply-accumulates, the most memory that its kept tensors took and the calls that computed although
+        it says otherwise, and what is to be known of a plan that was made for something else.
 
     Raises:
         UsageError: an empty prompt, a folder that cannot be made, a plan of another class of denoiser, or a model that
@@ -105,6 +105,7 @@ def generate(
         "unseen_timesteps": clock.unseen if clock else 0,
         "plan": chosen.name if chosen else None,
         "plan_speedup": chosen.speedup if chosen else None,
+        "plan_cache_bytes": followed.stats.peak_bytes if followed else 0,
         "plan_fallbacks": sum(followed.stats.fallbacks.values()) if followed else 0,
         "notes": list(fitted.notes) if fitted else [],
     }

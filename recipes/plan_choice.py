@@ -45,11 +45,13 @@ class Pictures:
         latents: final ones, `[N, ...]`.
         images: `[N, ...]`.
         seconds: that one picture took, without its first call and without decoding.
+        cache_bytes: most that tensors which a plan keeps took for one picture.
     """
 
     latents: Tensor
     images: Tensor
     seconds: float
+    cache_bytes: int = 0
 
     def part(self, places: range) -> "Pictures":
         """Return some of them."""
@@ -60,7 +62,7 @@ class Pictures:
         """Return how far another one's pictures are from these."""
         errors = relative_errors(self.latents, other.latents)
         psnr = decibels(mean_squared_errors(self.images, other.images))
-        return Distance(tuple(errors.tolist()), tuple(psnr.tolist()), other.seconds)
+        return Distance(tuple(errors.tolist()), tuple(psnr.tolist()), other.seconds, other.cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,13 @@ class Distance:
     Attributes:
         errors: relative errors of final latents, one a picture.
         decibels: PSNR of pictures in dB.
-        seconds: as in `Pictures`.
+        seconds, cache_bytes: as in `Pictures`.
     """
 
     errors: tuple[float, ...]
     decibels: tuple[float, ...]
     seconds: float = 0.0
+    cache_bytes: int = 0
 
     @property
     def error(self) -> float:
@@ -96,7 +99,8 @@ class Distance:
         """Return that of the pictures of both."""
         counts = len(self.errors), len(other.errors)
         seconds = (counts[0] * self.seconds + counts[1] * other.seconds) / sum(counts)
-        return Distance(self.errors + other.errors, self.decibels + other.decibels, seconds)
+        both = max(self.cache_bytes, other.cache_bytes)
+        return Distance(self.errors + other.errors, self.decibels + other.decibels, seconds, both)
 
 
 @dataclass(frozen=True)
@@ -171,8 +175,12 @@ class PlanJudge:
 
     def follow(self, plan: CachePlan, places: range | None = None) -> Pictures:
         """Make the pictures, or some of them, with a plan."""
-        with following(self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan), self._unrounded):
-            return self._run(self._settings, places or range(self.samples))
+        places = places or range(self.samples)
+        together = min(self._settings.batch_size, len(places))
+        about = self._pipeline.denoiser, self._pipeline.scheduler, PlanGuide(plan), self._unrounded
+        with following(*about) as executor:
+            made = self._run(self._settings, places)
+        return replace(made, cache_bytes=math.ceil(executor.stats.peak_bytes / together))
 
     def computed(self) -> Pictures:
         """Make the pictures with everything computed, as the model runs."""
@@ -206,7 +214,7 @@ class PlanJudge:
 def _distance(data: Mapping[str, Any]) -> Distance:
     """Return what `asdict` made of a distance."""
     errors, decibels = (tuple(float(value) for value in data[key]) for key in ("errors", "decibels"))
-    return Distance(errors, decibels, float(data["seconds"]))
+    return Distance(errors, decibels, float(data["seconds"]), int(data["cache_bytes"]))
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,7 @@ class PlanChoice:
             the same pictures.
         faster: name of a plan -> time of calls that compute everything by that of its calls, here.
         time_ratios: name of a plan -> time that its pictures took by what was expected, from calls of fewer steps.
+        cache_bytes: name of a plan -> the most that its kept tensors took for one picture.
         notes: why a budget has no plan.
     """
 
@@ -263,6 +272,7 @@ class PlanChoice:
         self.fewer_steps: dict[str, tuple[int, float]] = {}
         self.faster: dict[str, float] = {}
         self.time_ratios: dict[str, float] = {}
+        self.cache_bytes: dict[str, int] = {}
         self.notes: list[str] = []
 
     @property
@@ -289,9 +299,9 @@ class PlanChoice:
                 why = f": with gaps of {task.costs.longest} calls {nearest.amount:.3g}{nearest.unit} is the nearest"
             self.notes.append(f"No plan keeps {budget.name}{why}.")
             return
-        best, seconds = self._best(budget.name, proposed)
+        best, found = self._best(budget.name, proposed)
         if self._correct is not None:
-            best, seconds = self._corrected(self._correct, best, seconds)
+            best, found = self._corrected(self._correct, best, found)
         part = self._prices.seconds_of(best.plan)
         steps = max(1, math.ceil(self._judge.steps * part))
         if steps >= self._judge.steps:
@@ -305,28 +315,29 @@ class PlanChoice:
             return
         self.plans.append(best)
         self.fewer_steps[best.name], self.faster[best.name] = (steps, psnr), 1 / part
+        self.cache_bytes[best.name] = found.cache_bytes
         calls = self._judge.calls
         of_one_call = fewer.seconds / max(1.0, calls * steps / self._judge.steps - 1)
         if of_one_call and part * calls > 1:
-            self.time_ratios[best.name] = seconds / (of_one_call * (part * calls - 1))
+            self.time_ratios[best.name] = found.seconds / (of_one_call * (part * calls - 1))
 
-    def _corrected(self, correct: Correct, plain: MeasuredPlan, seconds: float) -> tuple[MeasuredPlan, float]:
+    def _corrected(self, correct: Correct, plain: MeasuredPlan, seen: Distance) -> tuple[MeasuredPlan, Distance]:
         """Return the plan with corrections if its pictures are better, else as it is."""
         plan = correct(plain.plan)
         found = self._judge.judge(plan, range(self._judge.samples))
         if found.psnr > plain.psnr:
-            return replace(plain, plan=plan, error=found.error, psnr=found.psnr), found.seconds
+            return replace(plain, plan=plan, error=found.error, psnr=found.psnr), found
         compared = f"{found.psnr:.1f} dB, {plain.psnr:.1f} dB without them"
         self.notes.append(f"At {plain.name} corrections make pictures no better ({compared}), and are left out.")
-        return plain, seconds
+        return plain, seen
 
     def _price(self, zone: str, measure: Measure) -> float:
         if measure == "calls":
             return 0.0
         return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
 
-    def _best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, float]:
-        """Return the proposal with the best pictures, and their seconds.
+    def _best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, Distance]:
+        """Return the proposal with the best pictures, and how far these are.
 
         All are followed on a few pictures, two on a few more, and one on the rest. Those that expect no error are left
         out where the error of the best of the others is about what it expected: then there is no need to guess.
@@ -351,7 +362,7 @@ class PlanChoice:
         best = MeasuredPlan(
             name, one.plan, 1 / self._prices.macs_of(one.plan), one.schedule.error, found.error, found.psnr
         )
-        return best, found.seconds
+        return best, found
 
     def _ranked(self, alive: Sequence[_Followed], places: range) -> list[_Followed]:
         """Follow proposals on more pictures, where they were not followed on these; the best comes first."""

@@ -71,6 +71,7 @@ class ScheduleResult:
             the same pictures.
         measured_speedups: name of a plan -> time of calls that compute everything by that of its calls, here.
         time_ratios: name of a plan -> time that its pictures took by what was expected of its calls.
+        cache_bytes: name of a plan -> the most that its kept tensors took for one picture.
         calls: of a trajectory.
         additivity: whether expected errors were right; None if the planner expects none.
         ladder: what bits and cache cost alone and together; empty without an original.
@@ -83,6 +84,7 @@ class ScheduleResult:
     fewer_steps: Mapping[str, tuple[int, float]]
     measured_speedups: Mapping[str, float]
     time_ratios: Mapping[str, float]
+    cache_bytes: Mapping[str, int]
     calls: int
     additivity: Additivity | None
     ladder: tuple[Rung, ...]
@@ -101,6 +103,7 @@ class ScheduleResult:
                     "speedup": each.speedup,
                     "measured_speedup": round(self.measured_speedups[each.name], 3),
                     "time_ratio": _rounded(self.time_ratios.get(each.name)),
+                    "cache_bytes": self.cache_bytes[each.name],
                     "computed_calls": sum(not row for row in each.plan.actions),
                     "unrounded_calls": len(each.plan.unrounded),
                     "corrected_calls": len(each.plan.corrections),
@@ -242,6 +245,7 @@ def search_schedule(
         choice.fewer_steps,
         choice.faster,
         choice.time_ratios,
+        choice.cache_bytes,
         judge.calls,
         choice.additivity,
         rungs,

@@ -86,6 +86,7 @@ def print_schedules(result: ScheduleResult) -> None:
             f"{sum(not row for row in each.plan.actions)} of {result.calls}"
             + (f", {len(each.plan.unrounded)} unrounded" if each.plan.unrounded else "")
             + (f", {len(each.plan.corrections)} corrected" if each.plan.corrections else ""),
+            bytes_text(result.cache_bytes[each.name]),
             "" if each.expected_error is None else f"{each.expected_error:.4f}",
             f"{each.error:.4f}",
             f"{each.psnr:.1f} dB",
@@ -93,11 +94,21 @@ def print_schedules(result: ScheduleResult) -> None:
         )
         for each in result.plans
     ]
-    columns = ("plan", "fewer MACs", "faster here", "whole calls", "expected error", "error", "PSNR", "same time")
+    columns = (
+        "plan",
+        "fewer MACs",
+        "faster here",
+        "whole calls",
+        "cache",
+        "expected error",
+        "error",
+        "PSNR",
+        "same time",
+    )
     if not rows:
         say(f"No plan is better than fewer steps; nothing was written ({time_text(result.seconds)}).")
         return
-    print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 8))
+    print_table("Plans, on pictures that the search did not see", columns, rows, right=range(1, 9))
     if result.ladder:
         print_table("PSNR in dB against the original's pictures", *_ladder(result.ladder), right=range(1, 5))
     if result.additivity and result.additivity.rank_correlation is not None:

@@ -276,7 +276,7 @@ def test_the_page_of_json_lists_all_keys(model: Path, checkpoint: tuple[Path, Ma
         "calibrate": record_calibration(model, Recipe(calibration=options), tmp_path / "calibration"),
         "validate": ValidationResult.model_fields,
         "bench": BenchResult.model_fields,
-        "search-schedule": ScheduleResult(None, (), {}, {}, {}, 1, None, (), (), 1.0).to_dict(),
+        "search-schedule": ScheduleResult(None, (), {}, {}, {}, {}, 1, None, (), (), 1.0).to_dict(),
         "generate": generate(model, ["picture"], tmp_path / "pictures", steps=1),
         "inspect": inspect(folder).to_dict(),
         "doctor": examine(),

@@ -89,6 +89,7 @@ def result_of(count: int = 3, *, passed: bool = True, **changes: Any) -> Validat
                 psnr_db=40.0,
                 predicted=[[], ["all"], [], [HOSTILE, "all"]],
                 unrounded=[2],
+                corrected=[1],
             )
         ],
         "settings": {
@@ -329,4 +330,5 @@ def test_the_page_shows_what_each_call_of_a_plan_does(tmp_path: Path) -> None:
     ]
     assert "2 of 4 calls compute everything" in drawing[0]
     assert "inputs unrounded" in page
+    assert ", 1 corrected" in page
     assert "Cache plans" not in report.write_html(result_of(plans=[]), tmp_path).read_text()

@@ -96,6 +96,7 @@ def test_products_that_are_made_are_those_that_were_promised(
         with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(each.plan)) as executor:
             assert whole / products() == pytest.approx(each.speedup, rel=1e-3)
         assert not executor.stats.fallbacks
+        assert executor.stats.peak_bytes == searched[1].cache_bytes[each.name] > 0
 
 
 def test_a_plan_is_followed_when_pictures_are_made(
@@ -502,8 +503,8 @@ def test_corrections_are_kept_where_pictures_that_they_were_not_fitted_to_are_be
     judge = MadeUpJudge({0: [30.0] * 8, 7: [30.5 if better else 29.5] * 8})
     prices = SimpleNamespace(macs_of=lambda _: 0.5, seconds_of=lambda _: 0.5)
     choice = PlanChoice(None, prices, judge, lambda plan: 7)  # type: ignore[arg-type, return-value]
-    plain, seconds = choice._best("2x", [Schedule((), 0.0, 0.1)])
-    kept, _ = choice._corrected(lambda plan: 7, plain, seconds)  # type: ignore[arg-type, return-value]
+    plain, seen = choice._best("2x", [Schedule((), 0.0, 0.1)])
+    kept, _ = choice._corrected(lambda plan: 7, plain, seen)  # type: ignore[arg-type, return-value]
     assert (kept.plan, kept.psnr, kept.error) == ((7, 30.5, pytest.approx(0.7)) if better else (0, 30.0, 0.0))
     notes = ["At 2x corrections make pictures no better (29.5 dB, 30.0 dB without them), and are left out."]
     assert choice.notes == ([] if better else notes)
