@@ -51,6 +51,7 @@ def main(
     scheduler: Annotated[str | None, typer.Option(help="diffusers class; default: the pipeline's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Left out where the pipeline has none.")] = 4.0,
     samples: int = 32,
+    planner: Annotated[list[str] | None, typer.Option(help="Planners to measure; default: all.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure other packages too.")] = True,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_quality.json",
 ) -> None:
@@ -80,16 +81,16 @@ def main(
     tried, not_run = try_peers(pipeline, scout) if peers else ([], {})
     table: list[dict[str, Any]] = []
     for budget in BUDGETS:
-        for planner in PLANNERS:
+        for name in planner or PLANNERS:
             started = time.perf_counter()
-            shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones_for(planner)}
-            proposed = [one.rows for one in PLANNERS[planner](task, shares, task.calls / budget)]
+            shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones_for(name)}
+            proposed = [one.rows for one in PLANNERS[name](task, shares, task.calls / budget)]
             if not proposed:
                 continue
             rows = max(proposed, key=lambda rows: scout.rows(rows)["psnr"]) if len(proposed) > 1 else proposed[0]
-            seconds[planner] = seconds.get(planner, 0.0) + time.perf_counter() - started
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             zone = " ".join(sorted({name.rpartition(".")[2] for row in rows for name in row}))
-            row = {"budget": budget, "planner": planner, "zone": zone, **judge.rows(rows)}
+            row = {"budget": budget, "planner": name, "zone": zone, **judge.rows(rows)}
             cost = sum(prices.macs(list(row)) for row in rows) / prices.macs()
             table.append(row | {"macs": task.calls / cost, "speedup": speedup(prices, rows)})
         for each in best_of(tried, budget):
@@ -101,18 +102,18 @@ def main(
         row = {"budget": budget, "planner": "fewer steps", "zone": f"{fewer} steps", **judge.steps(fewer)}
         table.append(row | {"macs": steps / fewer, "speedup": steps / fewer})
         print(show([row for row in table if row["budget"] == budget]), flush=True)
-    header = {
-        "model": model.name,
-        "scheduler": type(pipeline.scheduler).__name__,
-        "steps": steps,
-        "guidance": guidance,
-        "samples": samples,
-        "extractor": EXTRACTOR,
-        "not_run": not_run,
-        "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "torch": torch.__version__,
-    }
-    out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
+        header = {
+            "model": model.name,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "steps": steps,
+            "guidance": guidance,
+            "samples": samples,
+            "extractor": EXTRACTOR,
+            "not_run": not_run,
+            "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "torch": torch.__version__,
+        }
+        out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
     print(f"Written to {out}")
 
 
