@@ -6,7 +6,7 @@ that take the same time here.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -219,29 +219,16 @@ def _distance(data: Mapping[str, Any]) -> Distance:
 
 @dataclass(frozen=True)
 class _Followed:
-    """A proposal, and the pictures that it made so far."""
+    """A proposal, and how far the pictures are that it made so far."""
 
     schedule: Schedule
     plan: CachePlan
-    distance: Distance | None = None
-
-    @property
-    def found(self) -> Distance:
-        assert self.distance is not None
-        return self.distance
-
-    @property
-    def pictures(self) -> int:
-        return len(self.distance.errors) if self.distance else 0
+    found: Distance
 
     @property
     def as_expected(self) -> bool:
         """Whether the error is not much larger than the planner said."""
         return self.schedule.error is not None and self.found.typical_error <= TRUSTED * self.schedule.error
-
-    def on(self, more: Distance) -> "_Followed":
-        """Return it with more pictures."""
-        return replace(self, distance=more if self.distance is None else self.distance + more)
 
 
 class PlanChoice:
@@ -343,32 +330,30 @@ class PlanChoice:
         out where the error of the best of the others is about what it expected: then there is no need to guess.
         """
         every = range(self._judge.samples)
-        rounds = [every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]]
-        alive: list[_Followed] = []
-        for expects in (True, False):
-            if not expects and any(one.as_expected for one in alive[:1]):
-                break
-            ready = [_Followed(one, self._judge.plan(one)) for one in proposed if (one.error is not None) == expects]
-            alive = self._ranked([*alive, *ready], rounds[0])
+        first, second, rest = every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]
+        alive = _best_first(self._begin(one, first) for one in proposed if one.error is not None)
+        if not alive or not alive[0].as_expected:
+            alive = _best_first([*alive, *(self._begin(one, first) for one in proposed if one.error is None)])
         leads = len(alive) > 1 and alive[0].found.psnr - alive[1].found.psnr > CLEAR
-        ended = alive = self._ranked(alive[: 1 if leads else FINALISTS], rounds[1])
-        (one,) = self._ranked(alive[:1], rounds[2])
+        one, *others = _best_first(self._go_on(each, second) for each in alive[: 1 if leads else FINALISTS])
+        one = self._go_on(one, rest)
         self._expected += [
             (each.schedule.error, each.found.typical_error)
-            for each in (one, *ended[1:])
+            for each in (one, *others)
             if each.schedule.error is not None
         ]
-        found = one.found
-        best = MeasuredPlan(
-            name, one.plan, 1 / self._prices.macs_of(one.plan), one.schedule.error, found.error, found.psnr
-        )
-        return best, found
+        speedup, found = 1 / self._prices.macs_of(one.plan), one.found
+        return MeasuredPlan(name, one.plan, speedup, one.schedule.error, found.error, found.psnr), found
 
-    def _ranked(self, alive: Sequence[_Followed], places: range) -> list[_Followed]:
-        """Follow proposals on more pictures, where they were not followed on these; the best comes first."""
-        followed = [
-            each if not places or places.start < each.pictures else each.on(self._judge.judge(each.plan, places))
-            for each in alive
-        ]
-        # Errors of latents would be those of the one worst picture.
-        return sorted(followed, key=lambda each: -each.found.psnr)
+    def _begin(self, schedule: Schedule, places: range) -> _Followed:
+        plan = self._judge.plan(schedule)
+        return _Followed(schedule, plan, self._judge.judge(plan, places))
+
+    def _go_on(self, one: _Followed, places: range) -> _Followed:
+        """Follow a proposal on more pictures, if there are more."""
+        return replace(one, found=one.found + self._judge.judge(one.plan, places)) if places else one
+
+
+def _best_first(followed: Iterable[_Followed]) -> list[_Followed]:
+    # Errors of latents would be those of the one worst picture.
+    return sorted(followed, key=lambda each: -each.found.psnr)

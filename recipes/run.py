@@ -341,6 +341,12 @@ def _with_set(recipe: Recipe, calibration: Path | None, allow_mismatch: bool) ->
     """Open a calibration set that was recorded before, and put its settings into the recipe."""
     if calibration is None:
         return None, recipe
+    if recipe.calibration.along:
+        raise UsageError(
+            "A calibration set that was recorded before follows no other plan now",
+            where=f"--along {recipe.calibration.along}",
+            remedy="Record one along the plan with `dcomp calibrate --along`, or leave one of both out.",
+        )
     given = CalibrationSet.open(calibration)
     return given, recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration, allow_mismatch)})
 

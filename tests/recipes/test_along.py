@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dcomp import UsageError
 from dcomp.cachequant.plan import CachePlan, PlanError
 from dcomp.cachequant.plan_set import MeasuredPlan, PlanSet
 from dcomp.cachequant.zones import find_zones
@@ -104,6 +105,8 @@ def test_a_recipe_quantizes_along_a_plan(tiny_model: Models, plans: Path, tmp_pa
             recipe = short_recipe(UNET, steps=STEPS, along=f"{plans}:{name}")
             digests.add(run_recipe(model, recipe, tmp_path / name).manifest.calibration_sha256)
         again = run_recipe(model, short_recipe(UNET, steps=STEPS), tmp_path / "given", calibration=tmp_path / "set")
+        with pytest.raises(UsageError, match="follows no other plan"):
+            run_recipe(model, recipe, tmp_path / "both", calibration=tmp_path / "set")
     assert facts["sha256"] in digests
     assert len(digests) == 2
     assert again.manifest.calibration_sha256 == facts["sha256"]
