@@ -62,7 +62,7 @@ def main(
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.recipes.bench import fill_prompts, record_calls
-    from dcomp.recipes.schedule import planning_task
+    from dcomp.recipes.planning import planning_task
 
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dcomp.cachequant.plan_set import FILE
-from dcomp.recipes import schedule
+from dcomp.recipes import planning
 from dcomp.recipes.inspect import inspect
 from dcomp.recipes.kept_results import KeptResults
 from dcomp.recipes.plan_choice import PlanJudge
@@ -51,7 +51,7 @@ def test_a_result_that_cannot_be_read_is_made_again(tmp_path: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often the slow parts of a search ran."""
     counts = {"sensitivities": 0, "costs": 0, "followed": 0}
-    parts = {"sensitivities": schedule.measure_sensitivities, "costs": schedule.measure_gap_costs}
+    parts = {"sensitivities": planning.measure_sensitivities, "costs": planning.measure_gap_costs}
 
     def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def count(*args: Any, **kwargs: Any) -> Any:
@@ -60,8 +60,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         return count
 
-    monkeypatch.setattr(schedule, "measure_sensitivities", counting("sensitivities", parts["sensitivities"]))
-    monkeypatch.setattr(schedule, "measure_gap_costs", counting("costs", parts["costs"]))
+    monkeypatch.setattr(planning, "measure_sensitivities", counting("sensitivities", parts["sensitivities"]))
+    monkeypatch.setattr(planning, "measure_gap_costs", counting("costs", parts["costs"]))
     monkeypatch.setattr(PlanJudge, "follow", counting("followed", PlanJudge.follow))
     return counts
 

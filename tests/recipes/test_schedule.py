@@ -35,8 +35,9 @@ from dcomp.compress.manifest import check_manifest
 from dcomp.recipes.generate import generate
 from dcomp.recipes.plan_choice import Additivity, Distance, PlanChoice
 from dcomp.recipes.plan_fit import ALLOWED_LOSS, FittedPlan, fit_plan
+from dcomp.recipes.planning import different_zones
 from dcomp.recipes.run import run_recipe
-from dcomp.recipes.schedule import ScheduleResult, different_zones, search_schedule, trajectory_of
+from dcomp.recipes.schedule import ScheduleResult, search_schedule, trajectory_of
 from dcomp.recipes.schema import ScheduleStage
 from dcomp.recipes.settings import generation_settings
 from dcomp.recipes.validate import validate
@@ -243,7 +244,7 @@ def test_a_model_that_dcomp_did_not_make_is_left_as_it_is(tiny_model: Models) ->
 def test_rules_of_the_literature_make_plans_too(
     planner: str, tiny_model: Models, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dcomp.recipes.schedule.EVALUATIONS", 20)
+    monkeypatch.setattr("dcomp.recipes.planning.EVALUATIONS", 20)
     file = tmp_path / "plans.json"
     options: dict[str, Any] = {"output": file, "steps": STEPS, "samples": 1}
     result = search_schedule(tiny_model(UNET), budgets=["1.5x"], planner=planner, **options)

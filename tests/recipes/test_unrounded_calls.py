@@ -24,7 +24,8 @@ from dcomp.compress.unrounded import unrounded, unrounded_calls
 from dcomp.recipes.bench import record_calls
 from dcomp.recipes.follow import FollowedPlan
 from dcomp.recipes.plan_fit import fit_plan
-from dcomp.recipes.schedule import planning_task, search_schedule, trajectory_of
+from dcomp.recipes.planning import planning_task
+from dcomp.recipes.schedule import search_schedule, trajectory_of
 
 Models = Callable[[str], Path]
 UNET, STEPS = "UNet2DModel", 8
