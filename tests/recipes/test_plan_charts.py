@@ -19,7 +19,19 @@ def result_of(*rows: dict[str, object]) -> ScheduleResult:
     plan = CachePlan((zone,), times, tuple(-t for t in times), rows)  # type: ignore[arg-type]
     plans = (MeasuredPlan("2x", plan, 2.0, 0.1, 0.1, 40.0), MeasuredPlan("3x", plan, 3.0, 0.2, 0.2, 30.0))
     fewer, faster = {"2x": (2, 25.0), "3x": (1, 20.0)}, {"2x": 1.9, "3x": 2.8}
-    return ScheduleResult(None, plans, fewer, faster, {}, len(rows), None, (), (), 1.0)
+    return ScheduleResult(
+        file=None,
+        plans=plans,
+        fewer_steps=fewer,
+        measured_speedups=faster,
+        time_ratios={},
+        cache_bytes={},
+        calls=len(rows),
+        additivity=None,
+        ladder=(),
+        notes=(),
+        seconds=1.0,
+    )
 
 
 COMPUTES, REUSES, FORECASTS = {}, {WHOLE: "reuse"}, {WHOLE: ((0, -1.0), (1, 2.0))}  # type: ignore[var-annotated]
