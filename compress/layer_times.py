@@ -2,14 +2,15 @@
 
 Float times of all layers come from the same calls, so that they add up to no more than the call takes; what is left is
 the `rest` that no choice changes. A form's time is the float time of its layer times their ratio, timed in turns. The
-sum over layers is an estimate: caches are warmer in a loop over one layer than they are in a call.
+sum over layers is an estimate: caches are warmer in a loop over one layer than they are in a call. What a choice of
+forms really saves is measured by calls with all of them.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -88,6 +89,56 @@ def measure_layer_times(
     with replacing(file) as unfinished:
         unfinished.write_text(json.dumps({"key": key, "seconds": times.seconds, "rest": times.rest}), encoding="utf-8")
     return times
+
+
+def measure_speedup(
+    denoiser: nn.Module, rows: RowBatch, candidates: Candidates, chosen: Mapping[str, str], *, file: Path
+) -> float:
+    """Return how many times as fast as in float a call is with the chosen forms, in integer execution and in turns.
+
+    Args:
+        denoiser: float model in eval mode; afterwards as it was.
+        rows: of one call as it is made in use.
+        candidates: layer -> label -> scheme.
+        chosen: layer -> label; those that are "float" stay as they are.
+        file: where results are kept, one for each choice: a run that goes on must find what it found before.
+
+    Raises:
+        CandidateError: a layer is never called.
+    """
+    schemes = {name: {label: candidates[name][label]} for name, label in chosen.items() if label != FLOAT}
+    asked = {name: {label: s.to_dict() for label, s in forms.items()} for name, forms in schemes.items()}
+    key = sha256(json.dumps([asked, len(rows), torch.get_num_threads()], sort_keys=True).encode()).hexdigest()
+    stored = read_json_object(file) if file.exists() else {}
+    if key not in stored:
+        forms = {
+            name: form.eval()
+            for name, labels in schemes.items()
+            for _, form in quantized_forms(denoiser, rows, name, labels, None)
+        }
+
+        def mixed() -> None:
+            with _in_place(denoiser, forms):
+                denoiser(*rows.args, **rows.kwargs)
+
+        with torch.no_grad():
+            pairs = time_in_turns(lambda: denoiser(*rows.args, **rows.kwargs), mixed, CALLS)
+        stored[key] = statistics.median(a / b for a, b in pairs)
+        with replacing(file) as unfinished:
+            unfinished.write_text(json.dumps(stored), encoding="utf-8")
+    return float(stored[key])
+
+
+@contextmanager
+def _in_place(denoiser: nn.Module, forms: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let quantized layers stand in for the float ones."""
+    with ExitStack() as stack:
+        for name, form in forms.items():
+            parent, _, child = name.rpartition(".")
+            holder = denoiser.get_submodule(parent)
+            stack.callback(setattr, holder, child, getattr(holder, child))
+            setattr(holder, child, form)
+        yield
 
 
 def _float_times(denoiser: nn.Module, rows: RowBatch, names: Sequence[str]) -> tuple[float, dict[str, float]]:

@@ -5,7 +5,7 @@ every shape. That errors of the prediction rank changes as final latents do is a
 checked on a few changes, and the correlation is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
 from dcomp.compress.allocation import Allocation, AllocationError, Option, allocate
 from dcomp.compress.coverage import coverage
-from dcomp.compress.layer_times import LayerTimes, measure_layer_times
+from dcomp.compress.layer_times import LayerTimes, measure_layer_times, measure_speedup
 from dcomp.compress.policy import PRESETS, Decision, Preset, choose_schemes
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.sensitivity import (
@@ -32,6 +32,8 @@ from dcomp.recipes.plan import Plan, treatment_of
 from dcomp.recipes.schema import QuantizeStage
 
 SENSITIVITY_ROWS = 32
+TIME_ROUNDS = 6  # choices that are timed as a whole until one is fast enough
+TIME_MARGIN = 0.02  # of the float call: what the next choice is to save beyond what is asked, for times scatter
 PROXY_CHANGES, PROXY_SAMPLES, PROXY_STEPS = 12, 4, 10
 HEADER_BYTES, ENTRY_BYTES = 128, 96  # of a safetensors header, and of a tensor in it beside its name
 _TENSORS = ("qweight", "scale", "multiplier", "bias", "input_scale", "smooth_inv")
@@ -70,6 +72,11 @@ def allocate_bits(
     denoiser, seed = pipeline.denoiser, int(recorded.settings["seed"])
     candidates = _candidates(denoiser, plan, decisions, stage)
     rows = gather_rows(recorded, SENSITIVITY_ROWS, seed, denoiser=denoiser)
+    one = rows.take(torch.arange(1 if rows.pairs is None else 2))
+    times = None
+    if stage.max_milliseconds or stage.min_speedup:
+        times = measure_layer_times(denoiser, one, candidates, file=work / "layer-times.json", progress=report)
+        _seconds_allowed(times, stage)  # refuses what cannot be met before errors are measured, which takes longer
     sensitivity = measure_sensitivity(
         denoiser,
         rows,
@@ -78,11 +85,21 @@ def allocate_bits(
         file=work / "sensitivity.json",
         progress=report,
     )
-    times = None
-    if stage.max_milliseconds or stage.min_speedup:
-        one = rows.take(torch.arange(1 if rows.pairs is None else 2))
-        times = measure_layer_times(denoiser, one, candidates, file=work / "layer-times.json", progress=report)
-    chosen = _within_budget(denoiser, plan, stage, decisions, candidates, sensitivity, times)
+
+    def choose(seconds: Mapping[str, Mapping[str, float]] | None = None, limit: float | None = None) -> Allocation:
+        return _within_budget(denoiser, plan, stage, decisions, candidates, sensitivity, seconds, limit)
+
+    notes: list[str] = []
+    if times is None:
+        chosen = choose()
+    else:
+        file = work / "speedups.json"
+        chosen, notes = _within_time(
+            times,
+            _seconds_allowed(times, stage),
+            choose,
+            lambda labels: measure_speedup(denoiser, one, candidates, labels, file=file),
+        )
     correlation = proxy_correlation(
         pipeline,
         rows,
@@ -96,7 +113,7 @@ def allocate_bits(
     changed = {
         name: _decision(option, candidates[name].get(option.label), stage) for name, option in chosen.chosen.items()
     }
-    return {**decisions, **changed}, [*_notes(chosen, correlation), *_time_notes(chosen, times)]
+    return {**decisions, **changed}, [*_notes(chosen, correlation), *notes]
 
 
 def _decision(option: Option, scheme: QScheme | None, stage: QuantizeStage) -> Decision:
@@ -142,20 +159,19 @@ def _within_budget(
     decisions: Mapping[str, Decision],
     candidates: Candidates,
     sensitivity: Sensitivity,
-    times: LayerTimes | None = None,
+    seconds: Mapping[str, Mapping[str, float]] | None = None,
+    max_seconds: float | None = None,
 ) -> Allocation:
     others = coverage(denoiser, {name: decision for name, decision in decisions.items() if name not in candidates})
     float_bytes = sum(p.nbytes for name in candidates for p in denoiser.get_submodule(name).parameters())
     # A budget of bytes is one of the file; bits a parameter are those of what is in memory.
     header = 0 if stage.max_megabytes is None else header_bytes(denoiser, candidates)
     return allocate(
-        options_of(
-            denoiser, candidates, sensitivity, seconds=times.seconds if times else None, step_bins=stage.step_bins
-        ),
+        options_of(denoiser, candidates, sensitivity, seconds=seconds, step_bins=stage.step_bins),
         parameters=plan.coverage.parameters,
         target_bits=stage.target_bits,
         max_bytes=None if stage.max_megabytes is None else int(stage.max_megabytes * 1e6),
-        max_cost=_seconds_of_layers(times, stage) if times else None,
+        max_cost=max_seconds,
         fixed_bytes=others.bytes_after - float_bytes + header,
     )
 
@@ -174,8 +190,8 @@ def header_bytes(denoiser: nn.Module, candidates: Candidates) -> int:
     return HEADER_BYTES + sum(len(name) + ENTRY_BYTES for name in names)
 
 
-def _seconds_of_layers(times: LayerTimes, stage: QuantizeStage) -> float:
-    """Return what the layers may take together, of what the budgets leave of a call.
+def _seconds_allowed(times: LayerTimes, stage: QuantizeStage) -> float:
+    """Return what a call of the denoiser may take.
 
     Raises:
         AllocationError: not even the fastest form of each layer is fast enough.
@@ -186,13 +202,60 @@ def _seconds_of_layers(times: LayerTimes, stage: QuantizeStage) -> float:
     ]
     limit = min(seconds for seconds in asked if seconds)
     if limit < times.least:
-        raise AllocationError(
-            f"A call of the denoiser is not expected to take less than {1e3 * times.least:.3g} ms, which is "
-            f"{times.total / times.least:.3g} times as fast as float",
-            where=f"a budget of {1e3 * limit:.3g} ms",
-            remedy="Allow more time, or take another preset; fewer steps save more than integers can.",
-        )
-    return limit - times.rest
+        raise _too_slow("A call of the denoiser is not expected to take less than", times.least, times.total, limit)
+    return limit
+
+
+def _within_time(
+    times: LayerTimes,
+    allowed: float,
+    choose: Callable[[Mapping[str, Mapping[str, float]], float], Allocation],
+    measure: Callable[[Mapping[str, str]], float],
+) -> tuple[Allocation, list[str]]:
+    """Choose by the times of single layers, time the choice as a whole, and ask for more while it is too slow.
+
+    Args:
+        times: of single layers.
+        allowed: seconds of a call.
+        choose: returns the choice whose layers are expected to take no more than some seconds together.
+        measure: returns how many times as fast as float a call is with a choice.
+
+    Returns:
+        The choice, and a note for people.
+
+    Raises:
+        AllocationError: none of the choices was fast enough.
+    """
+    expected, found = allowed, []
+    for _ in range(TIME_ROUNDS):
+        chosen = choose(times.seconds, expected - times.rest)
+        labels = {name: option.label for name, option in chosen.chosen.items()}
+        taken = times.total / measure(labels)
+        found.append(taken)
+        if taken <= allowed:
+            text = (
+                f"A call of the denoiser takes {1e3 * taken:.3g} ms, {times.total / taken:.2f} times as fast as float, "
+                f"measured in turns with it; the times of single layers add up to "
+                f"{1e3 * (times.rest + chosen.cost):.3g} ms."
+            )
+            return chosen, [text]
+        if expected <= times.least:
+            break
+        # As much more has to be saved on paper as was saved too little in fact.
+        saved, asked = times.total - taken, times.total - allowed + TIME_MARGIN * times.total
+        planned = (times.total - expected) * asked / saved if saved > 0 else times.total
+        expected = max(times.least, times.total - planned)
+    raise _too_slow("A call of the denoiser was not measured to take less than", min(found), times.total, allowed)
+
+
+def _too_slow(what: str, least: float, total: float, allowed: float) -> AllocationError:
+    faster = total / least
+    compared = f"{faster:.3g} times as fast as float" if faster > 1.005 else "no faster than float"
+    return AllocationError(
+        f"{what} {1e3 * least:.3g} ms, which is {compared}",
+        where=f"a budget of {1e3 * allowed:.3g} ms",
+        remedy="Allow more time, or take another preset; fewer steps save more than integers can.",
+    )
 
 
 def _notes(chosen: Allocation, correlation: ProxyCorrelation) -> list[str]:
@@ -205,14 +268,4 @@ def _notes(chosen: Allocation, correlation: ProxyCorrelation) -> list[str]:
         f"Bits by layer: {layers}; {chosen.bits:.2f} bits a parameter over all of them.",
         f"The errors that they were chosen by rank {correlation.count} changes like final latents with a correlation "
         f"of {ranks}.",
-    ]
-
-
-def _time_notes(chosen: Allocation, times: LayerTimes | None) -> list[str]:
-    if times is None:
-        return []
-    expected = times.rest + chosen.cost
-    return [
-        f"A call of the denoiser is expected to take {1e3 * expected:.3g} ms, {times.total / expected:.2f} times as "
-        f"fast as float, by the times of single layers; `dcomp bench` measures it."
     ]

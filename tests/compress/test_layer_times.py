@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dcomp.calibrate.replay import RowBatch
 from dcomp.compress import layer_times as module
 from dcomp.compress.candidates import CandidateError
-from dcomp.compress.layer_times import LayerTimes, measure_layer_times
+from dcomp.compress.layer_times import LayerTimes, measure_layer_times, measure_speedup
 from dcomp.compress.scheme import QScheme
 
 SCHEMES = {"W8A8": QScheme(8, input_bits=8, input_granularity="token"), "W4A16": QScheme(4, 64)}
@@ -69,3 +69,28 @@ def test_a_layer_that_is_never_called_is_refused(denoiser: nn.Module, rows: RowB
     with pytest.raises(CandidateError, match=r"not called \(idle\)"):
         measure_layer_times(denoiser, rows, {"idle": SCHEMES}, file=tmp_path / "times.json")
     assert not (tmp_path / "times.json").exists()
+
+
+def test_a_choice_is_timed_as_a_whole_and_once(
+    denoiser: nn.Module, rows: RowBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, chosen = tmp_path / "speedups.json", {"large": "W8A8", "small": "float"}
+    layers, called = dict(denoiser.named_modules()), []
+
+    def turns(original, compressed, repeats):
+        hook = denoiser.large.register_forward_pre_hook(lambda layer, _: called.append(type(layer)))
+        original()
+        called.append("then")
+        compressed()
+        hook.remove()
+        return [(3.0, 2.0), (4.0, 2.0), (1.0, 2.0)]
+
+    candidates = {"large": SCHEMES, "small": SCHEMES}
+    monkeypatch.setattr(module, "time_in_turns", turns)
+    assert measure_speedup(denoiser, rows, candidates, chosen, file=file) == 1.5
+    assert called == [nn.Linear, nn.Linear, "then"]  # the quantized layer was in its place in the second call
+    assert dict(denoiser.named_modules()) == layers
+    monkeypatch.setattr(module, "time_in_turns", lambda *_: pytest.fail("measured again"))
+    assert measure_speedup(denoiser, rows, candidates, chosen, file=file) == 1.5
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        measure_speedup(denoiser, rows, candidates, {"large": "W4A16", "small": "float"}, file=file)

@@ -62,20 +62,33 @@ def test_a_budget_that_cannot_be_met_names_the_smallest(tiny_model, tmp_path: Pa
 
 
 @pytest.fixture
-def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every second layer takes half as long in integers, the others twice as long; all else takes nothing."""
+def known_times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Every second layer takes half as long in integers, the others twice as long; all else takes nothing.
+
+    Of what a choice saves by these times, a call saves the returned `part`.
+    """
+    known, seconds = {"part": 1.0}, {}
 
     def times(denoiser, rows, candidates, **options) -> LayerTimes:
-        seconds = {}
         for place, (name, schemes) in enumerate(candidates.items()):
             seconds[name] = {"float": 1e-3, **dict.fromkeys(schemes, 5e-4 if place % 2 == 0 else 2e-3)}
         return LayerTimes(seconds, rest=0.0)
 
+    def speedup(denoiser, rows, candidates, chosen, **options) -> float:
+        total = sum(forms["float"] for forms in seconds.values())
+        saved = total - sum(seconds[name][label] for name, label in chosen.items())
+        return total / (total - known["part"] * saved)
+
     monkeypatch.setattr(bit_budget, "measure_layer_times", times)
+    monkeypatch.setattr(bit_budget, "measure_speedup", speedup)
+    return known
 
 
-@pytest.mark.usefixtures("known_times")
-def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(tiny_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [1.0, 0.8])
+def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(
+    tiny_model, tmp_path: Path, known_times: dict[str, float], part: float
+) -> None:
+    known_times["part"] = part
     recipe = with_stage(short_recipe(UNET), min_speedup=1.2)
     with checked_in_a_fork():
         result = run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
@@ -83,10 +96,21 @@ def test_under_a_budget_of_time_layers_stay_float_where_integers_do_not_pay(tiny
     fast = [name for place, name in enumerate(chosen) if place % 2 == 0]
     quantized = [name for name, record in chosen.items() if record.scheme]
     assert set(quantized) <= set(fast)
-    # Each of these saves half of its millisecond; one fewer would not be enough.
-    saved, asked = 0.5 * len(quantized), len(chosen) * (1 - 1 / 1.2)
-    assert asked <= saved < asked + 0.5 + 1e-9
-    assert any("1.2" in note and "as fast as float" in note for note in result.notes)
+    # Each of these saves a part of half its millisecond; one fewer would not be enough, but for the margin.
+    saved, asked = 0.5 * part * len(quantized), len(chosen) * (1 - 1 / 1.2)
+    margin = bit_budget.TIME_MARGIN * len(chosen) if part < 1 else 0
+    assert asked <= saved < asked + margin + 0.5 + 1e-9
+    assert any("1.2" in note and "as fast as float, measured" in note for note in result.notes)
+
+
+def test_a_budget_of_time_that_only_single_layers_keep_is_refused(
+    tiny_model, tmp_path: Path, known_times: dict[str, float]
+) -> None:
+    known_times["part"] = 0.1
+    recipe = with_stage(short_recipe(UNET), min_speedup=1.2)
+    with checked_in_a_fork(), pytest.raises(AllocationError, match=r"was not measured .* 1\.0\d times as fast"):
+        run_recipe(tiny_model(UNET), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("known_times")
