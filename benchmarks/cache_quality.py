@@ -5,7 +5,7 @@
 All plans run through the same executor on the same model, prompts and noise, which no planner saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
 of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
-`joint` is ours, and proposes two plans a budget and two plain forecasts. Other packages (`cache_peers.py`) are measured
+`joint` is ours, and proposes two plans a budget and some plain ones. Other packages (`cache_peers.py`) are measured
 on all settings of a grid on the same few pictures, and the best one that saves enough goes on; what they multiply is
 counted while they run. Pictures of a quantized model are compared with those that it makes when nothing is skipped and
 no input is rounded. `speedup` is the measured time of the plan's calls against calls that compute everything, in turns

@@ -7,6 +7,7 @@ Theirs lets the union compute more than was asked for; who plans for a budget mu
 """
 
 from collections.abc import Collection, Mapping
+from functools import partial
 
 import torch
 
@@ -31,7 +32,10 @@ def calls_of_modules(drifts: Mapping[str, Drift], feed_forwards: Collection[str]
         ScheduleError: K is not between 1 and T.
     """
     names = [*drifts]
-    found = {name: {*cosine(ScheduleTask(len(drift.cosine), count, drift))} for name, drift in drifts.items()}
+    found = {
+        name: {*cosine(ScheduleTask(len(drift.cosine), count, partial(drifts.__getitem__, name)))}
+        for name, drift in drifts.items()
+    }
     own = {name: frozenset(calls) for name, calls in found.items()}
     for name in sorted(names, key=lambda name: -volatility(drifts[name]))[:VOLATILE]:
         after = names[names.index(name) + 1 :]

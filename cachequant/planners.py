@@ -5,9 +5,9 @@ end before one of them is chosen, so that a rule of the literature is judged by 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from dcomp.cachequant.blockwise import calls_of_modules
 from dcomp.cachequant.drift import Drift
@@ -21,6 +21,7 @@ from dcomp.cachequant.zones import SUBMODULES, WHOLE
 BEST = 2  # plans of a front that are proposed
 _INTERVALS = (2, 3, 4, 5)  # of the plans that evolution begins with
 _FORECASTS = {"taylor": "taylor1", "hermite": "hermite1"}  # planner -> predictor
+_PLAIN = ("uniform", "power", *_FORECASTS)  # planners that measure nothing
 
 
 @dataclass
@@ -87,12 +88,13 @@ Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule
 def joint(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
     """Place of every gap and zone of every call in it together, by what they do to the final latents.
 
-    Forecasts at equal distances are proposed too: they need no costs, and where a trajectory has few calls, errors that
-    add up no longer tell which of two plans is the better one.
+    Plain plans of the whole denoiser are proposed too: they need no costs, and where few calls are left to compute,
+    errors that add up no longer tell which of two plans is the better one.
     """
     able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
-    plain = [one for name in _FORECASTS for one in PLANNERS[name](task, prices, limit)]
-    return [*able[: -BEST - 1 : -1], *plain]  # the dearer of a front, the better
+    plain = [one for name in _PLAIN for one in PLANNERS[name](task, {WHOLE: prices[WHOLE]}, limit)]
+    other = [one for place, one in enumerate(plain) if one not in plain[:place]]  # with few calls rules agree
+    return [*able[: -BEST - 1 : -1], *other]  # the dearer of a front, the better
 
 
 def _by_rule(name: str) -> Planner:
@@ -100,8 +102,9 @@ def _by_rule(name: str) -> Planner:
 
     def plan(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
         found = []
-        for zone, drift, price in _reusable(task, prices):
+        for zone, price in prices.items():
             count = _affordable(task.calls, price, limit)
+            drift = partial(_drift_of, task, zone)
             try:
                 computing = rule(ScheduleTask(task.calls, count, drift)) if count else []
             except ScheduleError:
@@ -200,9 +203,8 @@ PLANNERS: dict[str, Planner] = {
 TaylorSeer, `hermite` of HiCache, `evolve` of ECAD, and for transformers `stage` of Delta-DiT and `blockwise` of BAC."""
 
 
-def _reusable(task: PlanningTask, prices: Mapping[str, float]) -> Iterator[tuple[str, Drift, float]]:
-    for zone in task.zones:
-        yield zone, task.drifts_of(task.zones)[zone], prices[zone]
+def _drift_of(task: PlanningTask, zone: str) -> Drift:
+    return task.drifts_of(task.zones)[zone]
 
 
 def _affordable(calls: int, price: float, limit: float) -> int:

@@ -28,12 +28,12 @@ class ScheduleTask:
     Attributes:
         calls: T.
         count: K.
-        drift: of the zone.
+        drift: returns that of the zone; it is measured for rules that look at it.
     """
 
     calls: int
     count: int
-    drift: Drift
+    drift: Callable[[], Drift]
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= self.calls:
@@ -75,7 +75,7 @@ def partition(task: ScheduleTask) -> list[int]:
     large. Source: Liu et al. 2026, CacheQuant, section 3.2 and its released code.
     """
     mean = math.ceil(task.calls / task.count)
-    return ordered_partition(task.drift.absolute, task.count, math.ceil(mean / 2), 2 * mean)
+    return ordered_partition(task.drift().absolute, task.count, math.ceil(mean / 2), 2 * mean)
 
 
 def cosine(task: ScheduleTask) -> list[int]:
@@ -83,7 +83,7 @@ def cosine(task: ScheduleTask) -> list[int]:
 
     Source: Wang et al. 2025, DDT: Decoupled Diffusion Transformer, section 3.4.
     """
-    return ordered_partition(task.drift.cosine, task.count, 1, task.calls)
+    return ordered_partition(task.drift().cosine, task.count, 1, task.calls)
 
 
 def ordered_partition(cost: Tensor, count: int, shortest: int, longest: int) -> list[int]:

@@ -15,7 +15,7 @@ from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask, o
 
 def task_of(calls: int, count: int, *, seed: int = 0) -> ScheduleTask:
     cost = torch.rand(calls, calls, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).triu(1)
-    return ScheduleTask(calls, count, Drift(cost, cost.flip(1).flip(0).t()))
+    return ScheduleTask(calls, count, lambda: Drift(cost, cost.flip(1).flip(0).t()))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

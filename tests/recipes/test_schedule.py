@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -521,10 +522,13 @@ def test_a_search_asked_for_corrections_has_them_or_says_why_not(tiny_model: Mod
     assert len(read.plan.corrections) == plan["corrected_calls"]
 
 
-def test_the_joint_planner_proposes_plain_forecasts_too(searched: tuple[Path, ScheduleResult]) -> None:
+def test_the_joint_planner_proposes_plain_plans_too_and_measures_nothing_for_them() -> None:
     costs = GapCosts(STEPS, 0, {WHOLE: [{}] * STEPS}, (1.0,) * STEPS)
-    task = PlanningTask(STEPS, (WHOLE,), (), lambda: costs, dict, lambda *_: [])
-    proposed = PLANNERS["joint"](task, {WHOLE: 0.0}, 4.0)
-    plain = [*PLANNERS["taylor"](task, {WHOLE: 0.0}, 4.0), *PLANNERS["hermite"](task, {WHOLE: 0.0}, 4.0)]
-    assert len(plain) == 2
-    assert proposed == plain
+    drifts = partial(pytest.fail, "drifts were measured")
+    task = PlanningTask(STEPS, (WHOLE, "deep1"), (), lambda: costs, drifts, lambda *_: [])
+    proposed = PLANNERS["joint"](task, {WHOLE: 0.0, "deep1": 0.5}, 4.0)
+    plain = {name: PLANNERS[name](task, {WHOLE: 0.0}, 4.0) for name in ("uniform", "power", "taylor", "hermite")}
+    assert proposed == [plan for plans in plain.values() for plan in plans]
+    assert len({str(plan.rows) for plan in proposed}) == 4 == len(proposed)
+    assert all(sum(not row for row in plan.rows) == 4 == plan.cost for plan in proposed)
+    assert len(PLANNERS["joint"](task, {WHOLE: 0.0, "deep1": 0.5}, 1.0)) == 1  # all of them reuse the first call
