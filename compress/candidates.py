@@ -1,6 +1,7 @@
-"""What a layer may become: its quantized forms, each made alone with its inputs in the float model."""
+"""What a layer may become: its quantized forms, each made alone with its inputs in the float model, and tried in it."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def quantized_forms(
     for label, scheme in schemes.items():
         with torch.no_grad():
             yield label, quantize_layer(layer, x, scheme, row_bins=row_bins, bins=bins.count if bins else 1, name=name)
+
+
+@contextmanager
+def in_place(denoiser: nn.Module, forms: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let forms stand in for the layers of these names until the context ends."""
+    with ExitStack() as stack:
+        for name, form in forms.items():
+            stack.callback(denoiser.set_submodule, name, denoiser.get_submodule(name))
+            denoiser.set_submodule(name, form)
+        yield
 
 
 def layer_input(denoiser: nn.Module, rows: RowBatch, name: str) -> Tensor:

@@ -9,8 +9,8 @@ forms really saves is measured by calls with all of them.
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.safetensors_file import read_json_object
 from dcomp.calibrate.timing import time_in_turns
 from dcomp.calibrate.tree_file import replacing
-from dcomp.compress.candidates import FLOAT, Candidates, layer_input, quantized_forms
+from dcomp.compress.candidates import FLOAT, Candidates, in_place, layer_input, quantized_forms
 
 CALLS = 9  # of the float denoiser; medians count
 PAIRS = 5  # of a form and its float layer
@@ -69,8 +69,7 @@ def measure_layer_times(
     Raises:
         CandidateError: a layer is never called.
     """
-    asked = {layer: {label: scheme.to_dict() for label, scheme in forms.items()} for layer, forms in candidates.items()}
-    key = sha256(json.dumps([asked, len(rows), torch.get_num_threads()], sort_keys=True).encode()).hexdigest()
+    key = _key(candidates, rows)
     if file.exists() and (stored := read_json_object(file)).get("key") == key:
         return LayerTimes(stored["seconds"], stored["rest"])
     total, floats = _float_times(denoiser, rows, [*candidates])
@@ -107,8 +106,7 @@ def measure_speedup(
         CandidateError: a layer is never called.
     """
     schemes = {name: {label: candidates[name][label]} for name, label in chosen.items() if label != FLOAT}
-    asked = {name: {label: s.to_dict() for label, s in forms.items()} for name, forms in schemes.items()}
-    key = sha256(json.dumps([asked, len(rows), torch.get_num_threads()], sort_keys=True).encode()).hexdigest()
+    key = _key(schemes, rows)
     stored = read_json_object(file) if file.exists() else {}
     if key not in stored:
         forms = {
@@ -118,7 +116,7 @@ def measure_speedup(
         }
 
         def mixed() -> None:
-            with _in_place(denoiser, forms):
+            with in_place(denoiser, forms):
                 denoiser(*rows.args, **rows.kwargs)
 
         with torch.no_grad():
@@ -129,16 +127,10 @@ def measure_speedup(
     return float(stored[key])
 
 
-@contextmanager
-def _in_place(denoiser: nn.Module, forms: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let quantized layers stand in for the float ones."""
-    with ExitStack() as stack:
-        for name, form in forms.items():
-            parent, _, child = name.rpartition(".")
-            holder = denoiser.get_submodule(parent)
-            stack.callback(setattr, holder, child, getattr(holder, child))
-            setattr(holder, child, form)
-        yield
+def _key(schemes: Candidates, rows: RowBatch) -> str:
+    """Return what times depend on, as a hash."""
+    asked = {layer: {label: scheme.to_dict() for label, scheme in forms.items()} for layer, forms in schemes.items()}
+    return sha256(json.dumps([asked, len(rows), torch.get_num_threads()], sort_keys=True).encode()).hexdigest()
 
 
 def _float_times(denoiser: nn.Module, rows: RowBatch, names: Sequence[str]) -> tuple[float, dict[str, float]]:

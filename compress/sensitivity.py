@@ -28,7 +28,7 @@ from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.safetensors_file import read_json_object
 from dcomp.calibrate.tree_file import replacing, tensor_sha256
 from dcomp.compress.allocation import Option
-from dcomp.compress.candidates import CHUNK_ROWS, FLOAT, Candidates, quantized_forms
+from dcomp.compress.candidates import CHUNK_ROWS, FLOAT, Candidates, in_place, quantized_forms
 from dcomp.compress.objective import Objective
 from dcomp.compress.quantize_layer import Layer
 from dcomp.compress.scheme import QScheme
@@ -108,7 +108,7 @@ def measure_sensitivity(
         if name not in results.by_step:
             found = {}
             for label, quantized in quantized_forms(denoiser, rows, name, schemes, bins):
-                with _in_place(denoiser, name, quantized, bins), torch.no_grad():
+                with _tried(denoiser, name, quantized, bins), torch.no_grad():
                     errors = objective.measure(every, silent)
                 if not torch.isfinite(errors).all():
                     raise SensitivityError(
@@ -220,7 +220,7 @@ def proxy_correlation(
         progress("trajectories with one layer quantized", done, len(drawn))
         scheme = {label: candidates[name][label]}
         for _, quantized in quantized_forms(pipeline.denoiser, rows, name, scheme, bins):
-            with _in_place(pipeline.denoiser, name, quantized, bins):
+            with _tried(pipeline.denoiser, name, quantized, bins):
                 squares = (latents() - reference).square().sum() / reference.square().sum()
         pairs.append((name, label, errors[name][label], float(squares)))
     progress("trajectories with one layer quantized", len(drawn), len(drawn))
@@ -256,17 +256,10 @@ class _Results:
 
 
 @contextmanager
-def _in_place(denoiser: nn.Module, name: str, quantized: Any, bins: StepBins | None) -> Iterator[None]:
+def _tried(denoiser: nn.Module, name: str, quantized: Any, bins: StepBins | None) -> Iterator[None]:
     """Let a quantized layer, in fake execution, stand in for the float one."""
-    parent, _, child = name.rpartition(".")
-    holder = denoiser.get_submodule(parent)
-    layer = getattr(holder, child)
     clock = StepClock(bins)
     quantized.eval()
     quantized.clock, quantized.execution = clock, "fake"
-    setattr(holder, child, quantized)
-    try:
-        with clock.attach(denoiser):
-            yield
-    finally:
-        setattr(holder, child, layer)
+    with in_place(denoiser, {name: quantized}), clock.attach(denoiser):
+        yield
