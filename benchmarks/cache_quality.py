@@ -280,6 +280,20 @@ def grid(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(reports: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of our PSNR and the best of all others: a row for each report, a column a budget."""
+    budgets = sorted({row["budget"] for report in reports for row in report["rows"]})
+    lines = [f"| | {' | '.join(f'{budget:g}x' for budget in budgets)} |", f"|---|{'---:|' * len(budgets)}"]
+    for report in reports:
+        cells = []
+        for budget in budgets:
+            found = {row["planner"]: row["psnr"] for row in report["rows"] if row["budget"] == budget}
+            ours = found.pop("joint", None)
+            cells.append("-" if ours is None else f"{ours:.1f} ({max(found.values()):.1f})")
+        lines.append(f"| {setup(report)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table, best first."""
     lines = ["| budget | planner | zone | fewer products | speedup | latent error | median | PSNR dB | FID |"]

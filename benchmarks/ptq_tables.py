@@ -30,14 +30,32 @@ def setup(report: "Report") -> str:
 
 def matrix_table(report: "Report") -> str:
     """Return the rows of methods and peers, by bits."""
+    known = [*methods()]
+    rows = [
+        row for row in report.rows.values() if row["group"] == "peer" or (row["name"] in known and row["seed"] == 0)
+    ]
+    return _rows_table(rows)
+
+
+def short_table(report: "Report") -> str:
+    """Return for each bits naive rounding, the best packages of those that quantize all layers and not, and ours."""
+    shown: list[dict[str, Any]] = []
+    for bits in BITS:
+        rows = [row for row in report.rows.values() if row["bits"] == bits and row.get("latent_error") is not None]
+        shown += [row for row in rows if {"minmax", "default"} & {*_names(row)} and row.get("seed") == 0]
+        peers = [row for row in rows if row["group"] == "peer"]
+        for part in (True, False):
+            able = [row for row in peers if ("linear layers only" in (row.get("note") or "")) == part]
+            shown += [min(able, key=lambda row: row["latent_error"])] if able else []
+    return _rows_table(shown)
+
+
+def _rows_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| bits | method | latent error | median | PSNR dB | SSIM | FID | bits a parameter | bytes / fp32 | minutes |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     known = [*methods()]
-    rows = [
-        row for row in report.rows.values() if row["group"] == "peer" or (row["name"] in known and row["seed"] == 0)
-    ]
 
     def place(row: dict[str, Any]) -> tuple[int, int]:
         return BITS.index(row["bits"]), len(known) if row["group"] == "peer" else known.index(row["name"])

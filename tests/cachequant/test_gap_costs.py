@@ -92,6 +92,44 @@ def test_the_slope_of_a_line_is_the_best_one(r: list[float], s: list[float]) -> 
     assert error <= math.sqrt(float(other @ other)) + 1e-6
 
 
+@given(*[st.lists(st.floats(-5, 5), min_size=3, max_size=3)] * 2, st.floats(0.01, 10))
+def test_noise_makes_lines_flatter_until_they_average(r: list[float], s: list[float], noise: float) -> None:
+    # Of independent noise each of two calls has its own square, and no product with the other's.
+    one, other = (torch.tensor(x, dtype=torch.float64) for x in (r, s))
+    rr, rs, ss = (float(a @ b) for a, b in ((one, one), (one, other), (other, other)))
+    clean, _ = _line(rr, rs, ss)
+    noisy, _ = _line(rr + noise, rs, ss + noise)
+    assert abs(noisy + 0.5) <= abs(clean + 0.5) + 1e-6 or rr - 2 * rs + ss < 1e-6
+
+
+def test_a_model_with_noise_gets_flatter_lines(folder_of: Callable[[str], Path]) -> None:
+    pipeline = open_pipeline(folder_of("UNet2DModel"))
+    now, noise = 0.0, 0.0
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal now
+        now = float(torch.as_tensor(kwargs.get("timestep", args[-1])).flatten()[0])
+
+    def move(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        """Go in a straight line over time, with other noise in each call."""
+        other = torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(round(now)))
+        return (now / 1000 + noise * other).expand_as(output)
+
+    def slopes() -> list[float]:
+        with trials_of(pipeline, ["all"], STEPS) as trials:
+            costs = measure_gap_costs(trials, {"all": 1}, [1.0] * STEPS)
+        found = [costs.of_call("all", call - 2, call - 1, call) for call in range(2, STEPS)]
+        return [-skip.reads[0][1] for skip in found if skip is not None]
+
+    pipeline.denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    pipeline.denoiser.conv_out.register_forward_hook(move)
+    clean = slopes()
+    noise = 0.5
+    noisy = slopes()
+    assert clean == pytest.approx([1.0] * (STEPS - 2), abs=1e-3)  # a line goes on
+    assert max(noisy) < 0  # a mean of two calls has less noise than either
+
+
 def test_a_gap_that_cannot_be_has_no_cost(folder_of: Callable[[str], Path]) -> None:
     pipeline = open_pipeline(folder_of("UNet2DModel"))
     with trials_of(pipeline, ["all", "deep1"], 4) as trials:

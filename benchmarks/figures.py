@@ -1,0 +1,121 @@
+"""Put what the benchmarks measured into docs/figures.md, and the heart of it into the README.
+
+    python benchmarks/figures.py
+
+Reads `benchmarks/results/*.json`; nothing is measured here.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own folder out
+
+import cache_quality  # noqa: E402
+import cache_speed  # noqa: E402
+import precompute  # noqa: E402
+import ptq_quality  # noqa: E402
+import ptq_tables  # noqa: E402
+import speed  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+HEAD = """# Figures
+
+All rows that the scripts in `benchmarks/` measured. `benchmarks/figures.py` writes this page from their JSON files.
+
+`default` is what `dcomp quantize` does; `minmax` is rounding to nearest within the extremes, `nearest` within ranges of
+least squared error. Methods that do the same with some bits share a row. Every row of a table has the same prompts and
+noise, which no calibration and no search saw. Other packages have their own defaults, on the layers that they support.
+Minutes include the recording of the calibration set; many were measured on a busy machine. The small DiT and U-Net are
+what `small_models.py` trains.
+"""
+
+
+def main() -> None:
+    """Write the page and the README's figures."""
+    (ROOT / "docs" / "figures.md").write_text(page())
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + "\n\n".join([BEGIN, *heart()]) + "\n" + END + rest.partition(END)[2])
+
+
+def heart() -> list[str]:
+    """Return what the README shows: the default beside its peers."""
+    measured = ptq_quality.Report.read(RESULTS / "ptq_quality.json")
+    reports = [report for report in plans() if report["planning_seconds"].get("joint")]
+    return [
+        f"{ptq_tables.setup(measured)}. Of other packages the two with the least latent error for these bits, one of "
+        "those that quantize all layers and one of those that quantize linear layers only:",
+        ptq_tables.short_table(measured),
+        *shape(),
+        *both(),
+        "Cache plans: PSNR in dB of pictures against those of calls that compute everything, at most as many products "
+        "as stated; in brackets the best of the planners of the literature, of other packages and of fewer steps:",
+        cache_quality.summary(reports),
+    ]
+
+
+def page() -> str:
+    """Return all tables."""
+    parts = [HEAD.rstrip(), "## Bits"]
+    for file in sorted(RESULTS.glob("ptq_quality*.json"), key=lambda file: file.stem):
+        report = ptq_quality.Report.read(file)
+        parts += [f"### {report.header['model']}", f"{ptq_tables.setup(report)}:", ptq_tables.matrix_table(report)]
+        parts += [
+            "Single options: latent error over that of the method that they are on top of, and the change in PSNR. One "
+            "picture that becomes another one moves the mean a lot:",
+            ptq_tables.options_table(report),
+            *(ptq_tables.ladder_table(entry, report) for entry in report.ladders),
+        ]
+    parts += ["## Speed", *shape(), "## Layers that run ahead", *ahead(), "## Cache plans", *both()]
+    for report in plans():
+        parts += [f"{cache_quality.setup(report)}, at most as many products as stated:", cache_quality.grid(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def shape() -> list[str]:
+    """Return the speed of quantized calls at a common shape."""
+    timed = json.loads((RESULTS / "speed.json").read_text())
+    head = (
+        f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
+        f"{timed['repeats']} rounds in turn, {timed['threads']} threads:"
+    )
+    return [head, speed.table(timed)]
+
+
+def ahead() -> list[str]:
+    """Return the table of layers that run ahead."""
+    report = json.loads((RESULTS / "precompute.json").read_text())
+    head = (
+        f"Layers of timestep and conditions that run ahead ({report['preset']}, {report['steps']} steps a picture, "
+        f"{report['repeats']} rounds in turn, {report['threads']} threads). It saves memory, not time: offloading, the "
+        "part of the bytes that is shown is in memory for the first step and a moment of the second only:"
+    )
+    return [head, precompute.table(report)]
+
+
+def both() -> list[str]:
+    """Return the table of bits and a cache plan together."""
+    report = json.loads((RESULTS / "cache_speed.json").read_text())
+    plan = report["plan"]
+    head = (
+        f"Bits and a cache plan together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
+        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plan was made on the "
+        f"{report['preset'].upper()} checkpoint of the embedded pipeline, {plan['calls']} calls of which "
+        f"{plan['whole_calls']} compute everything, and its pictures are {plan['psnr']} dB from those of that "
+        "checkpoint without a plan; products and time are those of calls that compute everything over those of the "
+        "plan's:"
+    )
+    return [head, cache_speed.table(report)]
+
+
+def plans() -> list[dict[str, Any]]:
+    """Return the reports of planners and other packages' caches."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("cache_quality*.json"))]
+
+
+if __name__ == "__main__":
+    main()
