@@ -42,6 +42,7 @@ from dcomp.compress.output_folder import (
     sync_folders,
     writing,
 )
+from dcomp.compress.pruning.plain import plain_config
 from dcomp.compress.verify import verify_checkpoint
 from dcomp.compress.weight_files import (
     MAX_SHARD_BYTES,
@@ -232,7 +233,12 @@ def _write_denoiser(
 ) -> dict[str, str]:
     folder.mkdir()
     config = {key: value for key, value in part.config.items() if key not in ("_name_or_path", "quantization_config")}
-    config["quantization_config"] = DcompQuantizationConfig.from_denoiser(denoiser).to_dict()
+    ours = DcompQuantizationConfig.from_denoiser(denoiser)
+    plain = plain_config(denoiser, ours.cuts, config)
+    if plain is None or ours.layers or ours.features:
+        config["quantization_config"] = ours.to_dict()
+    else:
+        config = plain
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     hashes = {"config.json": write_text(folder / "config.json", text)}
     hashes |= write_weights(folder, tensors, max_shard_bytes, {"format": "pt", "dcomp.version": __version__})

@@ -28,6 +28,8 @@ from dcomp.calibrate.structure import is_layer
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.precompute import Ahead, Precomputed, keep_plan, plan_of, precompute
+from dcomp.compress.pruning.cut import cut, cuts_of
+from dcomp.compress.pruning.cut_list import CutError, CutList
 from dcomp.compress.scheme import QScheme
 from dcomp.compress.split import empty_layer, quantized_layers
 from dcomp.compress.time_table import TimeTable, from_config, to_config
@@ -59,6 +61,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         layers: layer name -> scheme id.
         features: layer name -> its table of temporal features, see `time_table.to_config`.
         precomputed: layers that run once a picture, for all timesteps; None without any.
+        cuts: what was cut out of the model that the config describes.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
         features: Mapping[str, Any] | None = None,
         step_bins: Mapping[str, Any] | None = None,
         precomputed: Mapping[str, Any] | None = None,
+        cuts: Mapping[str, Any] | None = None,
         schema: int = SCHEMA,
         dcomp_version: str = __version__,
         quant_method: str = QUANT_METHOD,
@@ -89,10 +93,11 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
                 raise _broken(f"Layer {name[:80]!r} names the unknown scheme {key[:80]!r}", "layers")
         self.features = dict(_mapping(features, "features"))
         self.precomputed = None if precomputed is None else Precomputed.from_dict(precomputed)
+        self.cuts = CutList() if cuts is None else CutList.from_dict(cuts)
 
     @classmethod
     def from_denoiser(cls, denoiser: nn.Module) -> "DcompQuantizationConfig":
-        """Describe the quantized layers that a denoiser has now."""
+        """Describe the quantized layers that a denoiser has now, and what was cut out of it."""
         layers = quantized_layers(denoiser)
         distinct = sorted(
             {layer.scheme for layer in layers.values()}, key=lambda s: json.dumps(s.to_dict(), sort_keys=True)
@@ -109,6 +114,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             features=to_config(denoiser),
             step_bins=bins.to_dict() if bins else None,
             precomputed=precomputed.to_dict() if precomputed else None,
+            cuts=cuts_of(denoiser).to_dict(),
         )
 
     @classmethod
@@ -136,6 +142,7 @@ class DcompQuantizationConfig(QuantizationConfigMixin):
             "layers": dict(self.layers),
             "features": dict(self.features),
             "precomputed": self.precomputed.to_dict() if self.precomputed else None,
+            "cuts": self.cuts.to_dict(),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -181,6 +188,10 @@ class DcompQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = self.quantization_config
         bins = config.step_bins.count if config.step_bins else 1
+        try:
+            cut(model, config.cuts)
+        except CutError as error:
+            raise _broken(str(error), error.where or "cuts") from error
         for name, key in config.layers.items():
             parent, leaf = _parent_of(model, name)
             setattr(parent, leaf, _empty_layer(name, getattr(parent, leaf), config.schemes[key], bins))
@@ -249,6 +260,10 @@ class DcompQuantizer(DiffusersQuantizer):
         attach_clock(model, self.quantization_config.step_bins)
         if self.quantization_config.precomputed is not None:
             keep_plan(model, self.quantization_config.precomputed)
+        if not self.quantization_config.layers:
+            vars(model)["is_quantized"] = (
+                False  # float weights, whatever was cut: they may be cast, trained and quantized
+            )
         return model
 
     @property
@@ -259,7 +274,7 @@ class DcompQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         """Integer weights have no gradient."""
-        return False
+        return not self.quantization_config.layers
 
     @property
     def is_compileable(self) -> bool:
@@ -313,8 +328,6 @@ def load(
     else:
         check_manifest(root, deep=check == "full")
     model = check_model_folder(root)
-    if model.denoiser.quant_method is None:
-        raise CheckpointError("The denoiser is not compressed", where=str(model.denoiser.path), remedy=_REMEDY)
     try:
         pipe: Any = DiffusionPipeline.from_pretrained(
             str(model.path), dtype=torch_dtype, use_safetensors=True, local_files_only=True

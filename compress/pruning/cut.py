@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
 
-from dcomp.compress.pruning.cut_list import CutList
+from dcomp.compress.pruning.cut_list import CutError, CutList
 from dcomp.compress.pruning.removed import stand_in
 from dcomp.compress.pruning.units import Group, Units, find_units
+
+_CUTS = "dcomp_cuts"
 
 
 def cut(denoiser: nn.Module, cuts: CutList, units: Units | None = None) -> None:
@@ -25,18 +26,33 @@ def cut(denoiser: nn.Module, cuts: CutList, units: Units | None = None) -> None:
         units: of the denoiser, if they are known.
 
     Raises:
-        CutError: the denoiser does not have what is to be cut.
+        CutError: the denoiser does not have what is to be cut, or was cut before.
     """
+    if not cuts:
+        return
+    if cuts_of(denoiser):
+        raise CutError(
+            "The denoiser was cut before, and names of cuts are those of the original",
+            where=type(denoiser).__name__,
+            remedy="Start from the original, with a larger budget.",
+        )
     units = units or find_units(denoiser)
     cuts.check(units)
+    cuts = cuts.simplified(units)
     _narrow(denoiser, [(units.groups[name], members) for name, members in cuts.kept.items()])
-    outermost = [name for name in cuts.removed if not any(name.startswith(f"{other}.") for other in cuts.removed)]
-    for name in outermost:
+    for name in cuts.removed:
         kind = units.parts[name].kind
         if kind != "block":
             parent, _, leaf = name.rpartition(".")
             setattr(denoiser.get_submodule(parent), leaf, stand_in(denoiser.get_submodule(name), kind))
-    _drop_blocks(denoiser, [name for name in outermost if units.parts[name].kind == "block"])
+    _drop_blocks(denoiser, [name for name in cuts.removed if units.parts[name].kind == "block"])
+    setattr(denoiser, _CUTS, cuts)
+
+
+def cuts_of(denoiser: nn.Module) -> CutList:
+    """Return what was cut out of a denoiser, in this process or before it was saved."""
+    found: CutList = getattr(denoiser, _CUTS, CutList())
+    return found
 
 
 def cut_copy(denoiser: nn.Module, cuts: CutList, units: Units | None = None) -> nn.Module:
@@ -114,6 +130,8 @@ def _drop_blocks(denoiser: nn.Module, names: list[str]) -> None:
 
 def _end_second_stream(block: Any) -> None:
     """Make a joint block the last one: its tokens of the text are read and not made again."""
+    from diffusers.models.normalization import AdaLayerNormContinuous  # the loader is part of diffusers' own import
+
     old = block.norm1_context.linear
     width = old.in_features
     with torch.device(old.weight.device):

@@ -63,6 +63,22 @@ class CutList:
                     remedy="Name each member that stays once, ascending; to take all of them out, remove the part.",
                 )
 
+    def simplified(self, units: Units) -> "CutList":
+        """Return the same cuts without those within removed parts, and without groups that stay whole."""
+
+        def inside(path: str) -> bool:
+            return any(path.startswith(f"{part}.") for part in self.removed)
+
+        removed = frozenset(part for part in self.removed if not inside(part))
+        kept = {
+            name: members
+            for name, members in self.kept.items()
+            if len(members) < units.groups[name].members
+            and not inside(units.groups[name].path)
+            and units.groups[name].path not in removed
+        }
+        return CutList(removed, kept)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the cuts as JSON data; members that stay are written as runs of first and last."""
         return {
