@@ -228,7 +228,7 @@ class _Problem:
         rows, fits = self._rows()
         constraints = [self._one_each(), *(LinearConstraint(row[None], ub=[1]) for row in rows)]
         for _ in range(_ATTEMPTS):
-            with _silent_stdout():
+            with silent_stdout():
                 result = milp(
                     excess * unit,
                     integrality=np.ones(len(excess)),
@@ -294,7 +294,7 @@ class _Problem:
 
 
 @contextmanager
-def _silent_stdout() -> Iterator[None]:
+def silent_stdout() -> Iterator[None]:
     """Drop what native code prints: HiGHS has a forgotten line, which would end up in the JSON of a command."""
     try:
         stdout = os.dup(1)
