@@ -35,10 +35,12 @@ class Moments:
         blocks: fp32 `[K_b, K_b]` for consecutive sets of input channels, each with all of its taps. One set if K is at
             most `WIDEST`; else what lies between two sets is left out.
         rows: how many rows of X they are the mean of.
+        means: fp32 `[K_b]`, of the same columns.
     """
 
     blocks: tuple[Tensor, ...]
     rows: int
+    means: tuple[Tensor, ...] = ()
 
     def shrunk(self, part: float = SHRINKAGE) -> "Moments":
         """Return the moments with each product of two different columns smaller by a part.
@@ -51,6 +53,17 @@ class Moments:
         Source: Schafer and Strimmer 2005, A shrinkage approach to large-scale covariance matrix estimation (target D).
         """
         return replace(self, blocks=tuple((1 - part) * h + part * torch.diag(h.diagonal()) for h in self.blocks))
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Return the moments of the rows of both, of the same layer."""
+        rows = self.rows + other.rows
+
+        def mean(one: Tensor, two: Tensor) -> Tensor:
+            return one * (self.rows / rows) + two * (other.rows / rows)
+
+        pairs = [(self.blocks, other.blocks), (self.means, other.means)]
+        blocks, means = (tuple(map(mean, mine, theirs)) for mine, theirs in pairs)
+        return Moments(blocks, rows, means)
 
     def cut(self, weight: Tensor) -> list[Tensor]:
         """Cut a canonical weight `[O, *taps, I]` into the columns `[O, K_b]` of each block."""
@@ -79,23 +92,25 @@ def input_moments(layer: nn.Linear | nn.Conv2d, x: Tensor, *, max_rows: int | No
     channels = x.shape[-1]
     width = -(-channels // -(-channels * taps // WIDEST))
     wanted = max_rows or max(FEWEST_ROWS, ROWS_PER_COLUMN * width * taps)
-    blocks = []
+    blocks, means = [], []
     for channel_set in x.split(width, -1):
         rows, columns = 0, taps * channel_set.shape[-1]
-        total = torch.zeros(columns, columns, device=x.device)
+        total, mean = torch.zeros(columns, columns, device=x.device), torch.zeros(columns, device=x.device)
         for chunk in _rows(layer, channel_set, wanted):
             for first in range(0, columns, _STRIPE):
                 stripe = slice(first, first + _STRIPE)
                 total[first:, stripe].addmm_(chunk[:, first:].t(), chunk[:, stripe])
+            mean += chunk.sum(0)
             rows += len(chunk)
         blocks.append((total.tril() + total.tril(-1).t()).div_(rows))
+        means.append(mean.div_(rows))
     if not all(block.isfinite().all() for block in blocks):
         raise MomentsError(
             "The inputs of a layer are missing, not finite, or too large to be squared",
             where=str(layer),
             remedy="Run the model in float32 and find the first layer whose output is not finite.",
         )
-    return Moments(tuple(blocks), rows)
+    return Moments(tuple(blocks), rows, tuple(means))
 
 
 def _rows(layer: nn.Linear | nn.Conv2d, x: Tensor, wanted: int) -> Iterator[Tensor]:

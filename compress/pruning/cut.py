@@ -63,6 +63,22 @@ def cut_copy(denoiser: nn.Module, cuts: CutList, units: Units | None = None) -> 
     return copied
 
 
+def renamed(path: str, cuts: CutList, units: Units) -> str | None:
+    """Return the path that a module of the original has in the cut denoiser; None if it is gone.
+
+    What stands in the place of a part has its path.
+    """
+    blocks = {name for name in cuts.removed if units.parts[name].kind == "block"}
+    if any(path.startswith(f"{part}.") for part in cuts.removed) or path in blocks:
+        return None
+    found: list[str] = []
+    names = path.split(".")
+    for place, name in enumerate(names):
+        before = [".".join([*names[:place], str(i)]) for i in range(int(name))] if name.isdigit() else []
+        found.append(str(len(before) - len(blocks.intersection(before))) if name.isdigit() else name)
+    return ".".join(found)
+
+
 def lost(slices: Iterable[tuple[Group, Iterable[int]]]) -> dict[tuple[str, int], list[int]]:
     """Return the elements that go from each axis of each tensor, when of some groups only some members stay."""
     gone: dict[tuple[str, int], list[int]] = {}

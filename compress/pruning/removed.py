@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcomp.compress.pruning.units import PartKind, is_joint
+from dcomp.compress.pruning.units import PartKind, is_joint, last_layers
 
 
 class Constant(nn.Module):
@@ -89,18 +89,16 @@ class Passed(nn.Module):
 
 def stand_in(module: Any, kind: PartKind) -> nn.Module:
     """Return what takes the place of a part that is no block; it shares what it keeps with the module."""
+    first, *more = (_bias_of(module.get_submodule(name)) for name in last_layers(module, kind))
     if kind == "attention":
-        second = getattr(module, "to_add_out", None)
         scale = 1 / module.rescale_output_factor if getattr(module, "residual_connection", False) else None
-        return Constant(
-            _bias_of(module.to_out[0]), None if second is None else _bias_of(second), is_joint(module), scale
-        )
+        return Constant(first, more[0] if more else None, is_joint(module), scale)
     if kind == "feed_forward":
-        return Constant(_bias_of(module.net[2]))
+        return Constant(first)
     if kind == "resnet":
         resize = getattr(module, "upsample", None) or getattr(module, "downsample", None)
-        return Shortcut(module.conv_shortcut, _bias_of(module.conv2), resize, 1 / module.output_scale_factor)
-    return Passed(_bias_of(module.proj_out))
+        return Shortcut(module.conv_shortcut, first, resize, 1 / module.output_scale_factor)
+    return Passed(first)
 
 
 def _bias_of(layer: Any) -> Tensor:

@@ -72,10 +72,12 @@ class Part:
     Attributes:
         name: its path.
         kind: what it is.
+        last: layers whose outputs are all that it adds to its streams: a constant of each is left. None of a block.
     """
 
     name: str
     kind: PartKind
+    last: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def find_units(denoiser: nn.Module) -> Units:
                 break
             groups |= {group.name: group for group in found}
             if kind is not None:
-                parts[path] = Part(path, kind)
+                parts[path] = Part(path, kind, tuple(f"{path}.{name}" for name in last_layers(module, kind)))
             break
     parts |= {name: Part(name, "block") for name in _blocks(denoiser)}
     for name in _read_from_outside(denoiser):
@@ -119,6 +121,13 @@ def find_units(denoiser: nn.Module) -> Units:
             left[name] = "what follows the blocks reads its embedding of timestep and class"
     order = {path: place for place, (path, _) in enumerate(denoiser.named_modules())}
     return Units(dict(sorted(parts.items(), key=lambda item: order[item[0]])), groups, left)
+
+
+def last_layers(module: nn.Module, kind: PartKind) -> list[str]:
+    """Return the layers within a part, but a block, whose outputs are all that it adds to its streams."""
+    if kind == "attention":
+        return _outputs(module)
+    return {"feed_forward": ["net.2"], "resnet": ["conv2"], "transformer": ["proj_out"]}[kind]
 
 
 def is_joint(attention: nn.Module) -> bool:
