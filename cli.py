@@ -124,7 +124,7 @@ def _resolve(
     if len(chosen) + (recipe is not None) > 1:
         named = [f"--{name}" for name in chosen] + (["--recipe"] if recipe else [])
         raise UsageError(f"{' and '.join(named)} exclude each other", remedy="Give one of them.")
-    default = "w4a8" if values.get("stages.0.format") in (None, "dcomp") else "w8a16"
+    default = "w4a8" if values.get("stages.quantize.format") in (None, "dcomp") else "w8a16"
     source = recipe or (chosen[0] if chosen else default)
     return load_recipe(source, overrides or (), values)
 
@@ -132,7 +132,7 @@ def _resolve(
 def _named_settings(method: str | None, quality: str | None) -> dict[str, Any]:
     from dcomp.recipes.methods import settings_of
 
-    return {f"stages.0.{key}": value for key, value in settings_of(method, quality).items()}
+    return {f"stages.quantize.{key}": value for key, value in settings_of(method, quality).items()}
 
 
 _BUDGETS = {
@@ -149,11 +149,11 @@ def _budgets(texts: list[str]) -> dict[str, float]:
     for text in texts:
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB|ms|x)", text.strip(), re.IGNORECASE)
         key, unit = _BUDGETS[match[2].upper()] if match else ("", 0.0)
-        if not match or f"stages.0.{key}" in found:
+        if not match or f"stages.quantize.{key}" in found:
             problem = f"{text!r} is no budget" if not match else f"{text!r} is a second budget of its kind"
             remedy = "Write for example --budget 12MB, --budget 40ms or --budget 1.5x, each kind once."
             raise UsageError(problem, where="--budget", remedy=remedy)
-        found[f"stages.0.{key}"] = float(match[1]) * unit
+        found[f"stages.quantize.{key}"] = float(match[1]) * unit
     return found
 
 
@@ -258,10 +258,10 @@ def quantize(
         {
             **_named_settings(method, quality),
             "lora": lora,
-            "stages.0.target_bits": target_bits,
+            "stages.quantize.target_bits": target_bits,
             **_budgets(budget or []),
-            "stages.0.format": format,
-            "stages.0.keep": keep,
+            "stages.quantize.format": format,
+            "stages.quantize.keep": keep,
             "calibration.prompts": prompts,
             "calibration.column": column,
             "calibration.samples": samples,
@@ -279,6 +279,76 @@ def quantize(
         explain=explain,
         plot=plot,
     )
+
+
+@app.command()
+def prune(
+    model: Model,
+    output: Output = None,
+    parameters: Annotated[
+        float | None, typer.Option(help="Part of the parameters that goes; default 0.2.", rich_help_panel="Budget")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Part of a call's multiply-accumulates that goes.", rich_help_panel="Budget")
+    ] = None,
+    size: Annotated[
+        float | None,
+        typer.Option(help="What may be left of the denoiser's weights, in megabytes.", rich_help_panel="Budget"),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How cuts are chosen: reconstruction (tries each cut), magnitude, taylor or random."),
+    ] = None,
+    pin: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay whole, repeatable.")] = None,
+    contiguous: Annotated[
+        bool | None, typer.Option("--contiguous", help="Blocks of a list that go lie side by side.")
+    ] = None,
+    round_to: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this; default 32.")] = None,
+    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file with a stage that prunes.")] = "prune",
+    overrides: Set = None,
+    lora: Lora = None,
+    prompts: Prompts = None,
+    column: Column = None,
+    samples: Samples = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    scheduler: Scheduler = None,
+    seed: Seed = None,
+    calibration: Annotated[Path | None, typer.Option(help="A calibration set that `dcomp calibrate` recorded.")] = None,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    fresh: Fresh = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Cut blocks, branches, heads and channels out of MODEL's denoiser, and write what is left as floats.
+
+    Examples:
+      dcomp prune my-model/ --dry-run
+
+      dcomp prune my-model/ -o small/ --parameters 0.3 --steps 25 --guidance 5
+
+      dcomp prune my-model/ --macs 0.2 --pin mid_block --contiguous
+    """
+    values = {
+        "stages.prune.parameters": parameters,
+        "stages.prune.macs": macs,
+        "stages.prune.max_megabytes": size,
+        "stages.prune.method": method,
+        "stages.prune.pin": pin,
+        "stages.prune.contiguous": contiguous,
+        "stages.prune.round_to": round_to,
+        "lora": lora,
+        "calibration.prompts": prompts,
+        "calibration.column": column,
+        "calibration.samples": samples,
+        "calibration.steps": steps,
+        "calibration.guidance": guidance,
+        "calibration.scheduler": scheduler,
+        "calibration.seed": seed,
+    }
+    resolved = _resolve({}, recipe, overrides, values)
+    _compress(model, resolved, output, calibration, device, None, dry_run, fresh, overwrite, json)
 
 
 @app.command()

@@ -96,6 +96,7 @@ class ManifestFields:
         timesteps: of the errors by step in `layers`, noisiest first.
         quality: measured quality, if any.
         source: name and hash of the original model; hashed here when it is not given.
+        pruning: what was cut, JSON values only; None if nothing was.
     """
 
     recipe: dict[str, Any]
@@ -105,6 +106,7 @@ class ManifestFields:
     timesteps: list[float] = field(default_factory=list)
     quality: dict[str, Any] | None = None
     source: Source | None = None
+    pruning: dict[str, Any] | None = None
 
 
 def write_checkpoint(
@@ -275,6 +277,7 @@ def _manifest(
             bits_per_param=8 * stored / parameters,
         ),
         quality=fields.quality,
+        pruning=fields.pruning,
         files=dict(sorted(hashes.items())),
     ).sealed()
 

@@ -90,6 +90,7 @@ class Manifest(_Part):
 
     Attributes:
         timesteps: those of the layers' `error_by_step`, noisiest first; empty where they are not known.
+        pruning: what was cut out of the source, and what that did; None if nothing was.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -103,6 +104,7 @@ class Manifest(_Part):
     layers: Annotated[dict[Text, LayerRecord], Field(max_length=100_000)]
     totals: Totals
     quality: dict[str, Any] | None = None
+    pruning: dict[str, Any] | None = None
     files: Annotated[dict[Text, Hash], Field(max_length=10_000)]
     sha256: Text = ""
 

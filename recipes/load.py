@@ -51,7 +51,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), values: Mappi
 
     Args:
         source: a built-in name, or a YAML or JSON file.
-        overrides: `key.path=value` items, values in YAML; list items by number (`stages.0.preset=w8a8`).
+        overrides: `key.path=value` items, values in YAML; list items by number or, of stages,
+            by kind (`stages.0.preset=w8a8`, `stages.quantize.preset=w8a8`).
         values: the same as a mapping of key paths to plain values; those that are None are left out.
 
     Raises:
@@ -127,6 +128,7 @@ def _set(data: Any, key: str, value: Any, place: str) -> None:
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
         if isinstance(data, list):
+            part = _number_of(data, part)
             if not part.isdecimal() or len(part) > 9 or int(part) >= len(data):
                 raise RecipeError(
                     f"'{part}' is not one of the {len(data)} items",
@@ -144,6 +146,12 @@ def _set(data: Any, key: str, value: Any, place: str) -> None:
             if isinstance(data, dict) and not isinstance(data.get(part), dict | list):
                 data[part] = {}
             data = data[part]
+
+
+def _number_of(stages: list[Any], name: str) -> str:
+    """Return the number of the stage of a kind; any other text as it is."""
+    kinds = [stage.get("kind", "quantize") if isinstance(stage, dict) else None for stage in stages]
+    return str(kinds.index(name)) if name in KINDS and name in kinds else name
 
 
 def _explain(error: dict[str, Any]) -> str:

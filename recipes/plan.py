@@ -14,6 +14,9 @@ from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.structure import Role, Structure, probe_structure
 from dcomp.compress.coverage import Coverage, coverage
 from dcomp.compress.policy import Decision, Treatment, choose_schemes
+from dcomp.compress.pruning.options import PARTS
+from dcomp.compress.pruning.prune import METHODS
+from dcomp.recipes.prune_stage import Outlook, outlook, stored_bytes
 from dcomp.recipes.schema import QuantizeStage, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,6 +46,7 @@ class Plan:
         seconds: estimated time of the whole run.
         memory_bytes: estimated peak memory of the run.
         notes: what a person should know before the work starts.
+        outlook: what can be pruned; None if the recipe does not ask for it.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Plan:
     seconds: float
     memory_bytes: int
     notes: tuple[str, ...] = ()
+    outlook: Outlook | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON data."""
@@ -82,6 +87,7 @@ class Plan:
             "bytes_after": self.coverage.bytes_after,
             "bits_per_param": self.coverage.bits_per_param,
             "macs": self.macs,
+            "prunable": None if self.outlook is None else self.outlook.to_dict(),
             "seconds": round(self.seconds, 1),
             "memory_bytes": self.memory_bytes,
             "notes": list(self.notes),
@@ -132,6 +138,14 @@ def make_plan(
             rounds = 1 + stage.tune_rounding
             seconds += call_seconds * TUNE_CALLS * TUNE_ROWS * stage.tune * rounds
             seconds += call_seconds * PICTURES * options.steps * (1 + 2 * rounds)
+    found = None
+    if recipe.prune:
+        found = outlook(denoiser, recipe.prune, stored_bytes(pipeline), args, kwargs)
+        cuts = len(found.units.parts) + len(PARTS) * len(found.units.groups)
+        seconds += call_seconds * len(prompts) * options.steps  # a calibration set of the whole model
+        contexts = 1 if pipeline.guidance(options.guidance) is None else 2
+        seconds += call_seconds * cuts * recipe.prune.rows / contexts * METHODS[recipe.prune.method].measured
+        seconds += call_seconds * PICTURES * options.steps * (1 + recipe.prune.proposals)
     if recipe.schedule:
         seconds += call_seconds * SEARCH_CALLS * recipe.schedule.samples * options.steps
     plan = Plan(
@@ -147,6 +161,7 @@ def make_plan(
         seconds=seconds,
         memory_bytes=int(memory),
         notes=(*notes, *_notes(structure)),
+        outlook=found,
     )
     return plan, (args, kwargs)
 

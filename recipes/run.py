@@ -1,8 +1,8 @@
 """Execute a recipe: a model in, a checked checkpoint out, every step resumable.
 
 The only place that knows the order of things: open the model, fuse adapters, probe, show the plan, record the
-calibration set, quantize, write, search cache plans. Work that took time lies in a hidden folder beside the output,
-under a name made of everything that it depends on; the next run goes on with it, and a successful one removes it.
+calibration set, prune, quantize, write, search cache plans. Work that took time lies in a hidden folder beside the
+output, under a name made of everything that it depends on; the next run goes on with it, a successful one removes it.
 """
 
 import shutil
@@ -35,6 +35,7 @@ from dcomp.recipes.bit_budget import check_budget
 from dcomp.recipes.console import value_text
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
+from dcomp.recipes.prune_stage import PruneResult, prune_stage
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
@@ -55,6 +56,7 @@ class RunResult:
         seconds: wall time.
         notes: what a person should know, the plan's included.
         schedules: cache plans that were searched; None if the recipe asks for none.
+        pruned: what was cut; None if the recipe asks for nothing of it.
     """
 
     output: Path
@@ -63,6 +65,7 @@ class RunResult:
     seconds: float
     notes: tuple[str, ...] = ()
     schedules: ScheduleResult | None = None
+    pruned: PruneResult | None = None
 
     @property
     def load_line(self) -> str:
@@ -80,6 +83,7 @@ class RunResult:
             "seconds": round(self.seconds, 1),
             "load": self.load_line,
             "schedules": None if self.schedules is None else self.schedules.to_dict(),
+            "pruning": None if self.pruned is None else self.pruned.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -193,12 +197,18 @@ def run_recipe(
         check_budget(pipeline.denoiser, plan)
         if on_plan:
             on_plan(plan)
-        schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
         along = recipe.calibration.along
         of_plan = along_plan(along, pipeline, recipe.calibration.steps).hash if along else ""
         work = root / _key(pipeline.fingerprint(), recipe.hash(), given.hash if given else "", of_plan, *prompts)
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
+        pruned: PruneResult | None = None
+        if plan.outlook:
+            recorded = given or _record(pipeline, prompts, recipe.calibration, work / "whole", progress)
+            pruned = prune_stage(pipeline, recorded, plan.outlook, recipe, prompts, work, report)
+            given = None  # it is of the whole model
+            plan, probe = make_plan(pipeline, recipe.without("prune"), prompts, plan.notes)
+        schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
         result = StageResult(plan.decisions)
         foreign: ForeignResult | None = None
         if stage and stage.format != "dcomp":
@@ -229,6 +239,7 @@ def run_recipe(
                 calibration_sha256=recorded.hash if recorded else None,
                 loras=[asdict(adapter) for adapter in adapters],
                 timesteps=_timesteps(recorded, result),
+                pruning=pruned.to_dict() if pruned else None,
             ),
             overwrite=overwrite,
             replaced=changed,
@@ -237,9 +248,10 @@ def run_recipe(
         )
         report("writing and checking", 1, 1)
         shutil.rmtree(root, ignore_errors=True)
-    all_notes = (*plan.notes, *(recorded.notes if recorded else ()), *result.notes)
+    of_pruning = pruned.notes if pruned else ()
+    all_notes = (*plan.notes, *of_pruning, *(recorded.notes if recorded else ()), *result.notes)
     seconds = time.perf_counter() - started
-    return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None)
+    return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None, pruned)
 
 
 def _search(
@@ -285,7 +297,8 @@ def _open(
     options = recipe.calibration
     if recipe.quantize and recipe.quantize.format != "dcomp":
         low_memory = False  # other packages read tensors by their address
-    in_files = False if recipe.lora else low_memory  # adapters are added to weights in memory
+    # Adapters are added to weights in memory, and what is cut is copied.
+    in_files = False if recipe.lora or recipe.prune else low_memory
     pipeline = open_pipeline(model, scheduler=options.scheduler, device=device, low_memory=in_files)
     if getattr(pipeline.denoiser, "is_quantized", False):
         raise UsageError(

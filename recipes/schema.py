@@ -61,6 +61,37 @@ class Calibration(_Frozen):
     max_megabytes: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
 
 
+class PruneStage(_Frozen):
+    """Cut the denoiser: whole blocks and branches, heads, hidden channels, groups of norms.
+
+    Attributes:
+        method: `reconstruction` tries each cut, with what stays making up for what goes; `magnitude`, `taylor` and
+            `random` sum up scores of weights.
+        parameters: part of all parameters that goes; none: 0.2, if there is no other budget.
+        macs: part of the multiply-accumulates of a call that goes.
+        max_megabytes: what may be left of the denoiser, in its own dtype, in millions of bytes.
+        round_to: channels that stay of heads, hidden channels and groups are a multiple of this, where there are so
+            many.
+        pin: patterns of what stays whole; of a module that cannot be cut itself, all within it.
+        tie: sets of patterns; all that one of a set names is cut alike, or not at all.
+        contiguous: blocks of a list that go lie side by side.
+        rows: samples of recorded calls that errors are measured on.
+        proposals: best choices that are made and compared by final latents.
+    """
+
+    kind: Literal["prune"] = "prune"
+    method: Literal["reconstruction", "magnitude", "taylor", "random"] = "reconstruction"
+    parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
+    macs: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None
+    round_to: Annotated[int, Field(ge=1, le=4_096)] = 32
+    pin: Annotated[tuple[Pattern, ...], Field(max_length=1_000)] = ()
+    tie: Annotated[tuple[tuple[Pattern, ...], ...], Field(max_length=1_000)] = ()
+    contiguous: bool = False
+    rows: Annotated[int, Field(ge=1, le=65_536)] = 32
+    proposals: Annotated[int, Field(ge=1, le=64)] = 4
+
+
 class QuantizeStage(_Frozen):
     """Quantize the denoiser's linear and convolution layers.
 
@@ -196,9 +227,12 @@ def _kind(data: Any) -> str:
 
 
 Stage = Annotated[
-    Annotated[QuantizeStage, Tag("quantize")] | Annotated[ScheduleStage, Tag("schedule")], Discriminator(_kind)
+    Annotated[PruneStage, Tag("prune")]
+    | Annotated[QuantizeStage, Tag("quantize")]
+    | Annotated[ScheduleStage, Tag("schedule")],
+    Discriminator(_kind),
 ]
-KINDS = ("quantize", "schedule")  # of stages, in the order in which they run
+KINDS = ("prune", "quantize", "schedule")  # of stages, in the order in which they run
 
 
 class Recipe(_Frozen):
@@ -215,6 +249,11 @@ class Recipe(_Frozen):
     stages: Annotated[tuple[Stage, ...], Field(max_length=len(KINDS))] = ()
 
     @property
+    def prune(self) -> PruneStage | None:
+        """The stage that prunes, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, PruneStage)), None)
+
+    @property
     def quantize(self) -> QuantizeStage | None:
         """The stage that quantizes, if there is one."""
         return next((stage for stage in self.stages if isinstance(stage, QuantizeStage)), None)
@@ -223,6 +262,10 @@ class Recipe(_Frozen):
     def schedule(self) -> ScheduleStage | None:
         """The stage that searches cache plans, if there is one."""
         return next((stage for stage in self.stages if isinstance(stage, ScheduleStage)), None)
+
+    def without(self, kind: str) -> "Recipe":
+        """Return the recipe without the stage of a kind."""
+        return self.model_copy(update={"stages": tuple(stage for stage in self.stages if stage.kind != kind)})
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import yaml
 
 from dcomp.compress.coverage import FloatPart
+from dcomp.compress.pruning.costs import Saving
 from dcomp.recipes.console import bytes_text, print_table, say, time_text, visible
 from dcomp.recipes.error_curves import draw_error_curves, has_curves
 from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.ladder import Rung
 from dcomp.recipes.plan import Plan
+from dcomp.recipes.prune_stage import Outlook, PruneResult
 from dcomp.recipes.run import RunResult
 from dcomp.recipes.schedule import ScheduleResult
 
@@ -25,6 +27,9 @@ def print_plan(plan: Plan, *, full: bool = False) -> None:
     on: Literal["stdout", "stderr"] = "stdout" if full else "stderr"
     if full:
         print(yaml.safe_dump(plan.recipe.to_dict(), sort_keys=False).rstrip() + "\n")
+    if plan.outlook and not plan.recipe.quantize:
+        pass  # no layer changes its precision
+    elif full:
         layers = [
             (name, _role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason)
             for name, decision in plan.decisions.items()
@@ -37,14 +42,18 @@ def print_plan(plan: Plan, *, full: bool = False) -> None:
         rows = [(role, count, label, reason) for (role, label, reason), count in groups.items()]
         print_table("Plan", ("role", "layers", "scheme", "reason"), rows, right=(1,), on=on)
     sizes = plan.coverage
+    whole = ", before it is pruned" if plan.outlook else ""
     facts = [
-        ("denoiser", f"{plan.denoiser}, {plan.macs / 1e9:.3g} GMAC a call and sample"),
-        ("size", f"{bytes_text(sizes.bytes_after)}, {sizes.ratio:.3f} of fp32"),
+        ("denoiser", f"{plan.denoiser}, {plan.macs / 1e9:.3g} GMAC a call and sample{whole}"),
+        ("size", f"{bytes_text(sizes.bytes_after)}, {sizes.ratio:.3f} of fp32{whole}"),
         ("bits per parameter", f"{sizes.bits_per_param:.2f}, all parameters counted"),
         ("this run", f"about {time_text(plan.seconds)} and {bytes_text(plan.memory_bytes)} of memory"),
-        ("left in float", _left_in_float(sizes.left_in_float)),
     ]
+    if plan.recipe.quantize or not plan.outlook:
+        facts.append(("left in float", _left_in_float(sizes.left_in_float)))
     print_table("", ("", ""), facts, on=on)
+    if plan.outlook:
+        print_table("What can be cut", *_outlook(plan.outlook, full=full), right=(1, 2, 3, 4), on=on)
     for note in plan.notes:
         say(f"Note: {note}")
 
@@ -68,10 +77,91 @@ def print_result(result: RunResult) -> None:
         facts.insert(3, ("largest layer errors", ", ".join(f"{name} {error:.1%}" for name, error in worst)))
     for note in result.notes:
         say(f"Note: {note}")
+    if result.pruned:
+        print_pruned(result.pruned)
     print_table("Written", ("", ""), facts)
     if result.schedules:
         print_schedules(result.schedules)
     print(f"\n{result.load_line}")
+
+
+def print_pruned(result: PruneResult) -> None:
+    """Print what was cut, what that saves, and what it does to final latents."""
+    rows = [(name, result.units.parts[name].kind.replace("_", " "), _bar(0, 1), "gone") for name in result.cuts.removed]
+    for name, members in result.cuts.kept.items():
+        group = result.units.groups[name]
+        words = f"{len(members)} of {group.members} {group.kind.replace('_', ' ')} stay"
+        rows.append((group.path, "", _bar(len(members), group.members), words))
+    order = {path: place for place, path in enumerate([*result.units.parts, *result.units.groups])}
+    rows.sort(key=lambda row: order.get(row[0], len(order)))
+    print_table("Cut", ("module", "", "", ""), rows)
+    before, after = result.before, result.after
+    facts = [
+        ("parameters", f"{after.parameters:,} of {before.parameters:,}, {_less(after.parameters, before.parameters)}"),
+        ("multiply-accumulates", f"{after.macs:,} of {before.macs:,} a call, {_less(after.macs, before.macs)}"),
+        ("error of final latents", f"{result.error:.4f}"),
+    ]
+    if len(result.proposals) > 1:
+        others = ", ".join(f"{each.error:.4f}" for each in result.proposals[1:])
+        facts.append(("other choices", f"{others}: the best was taken"))
+    if result.additivity and result.additivity.correlation is not None:
+        words = f"rank correlation {result.additivity.correlation:.2f} with errors of several cuts, "
+        facts.append(("sums of errors", f"{words}which are {result.additivity.ratio:.2f} of them"))
+    print_table("", ("", ""), facts)
+
+
+def _bar(part: int, whole: int, width: int = 12) -> str:
+    """Return a bar of what stays."""
+    full = round(width * part / whole)
+    return "█" * full + "░" * (width - full)
+
+
+def _less(after: int, before: int) -> str:
+    return f"{1 - after / max(1, before):.1%} less"
+
+
+def _outlook(found: Outlook, *, full: bool) -> tuple[tuple[str, ...], list[tuple[str, str, str, str, str]]]:
+    """Return what can be cut as a table: each by itself, or all of a kind together."""
+    whole, lines = found.costs.whole, list[tuple[str, str, int, int, Saving]]()
+    for name, part in found.units.parts.items():
+        lines.append((name, part.kind, 1, 1, found.costs.parts[name]))
+    for name, group in found.units.groups.items():
+        lines.append((name, group.kind, 1, group.members, found.costs.members[name].times(group.members - 1)))
+    if not full:
+        kinds = dict.fromkeys(kind for _, kind, *_ in lines)
+        of_kind = {kind: [line for line in lines if line[1] == kind] for kind in kinds}
+        lines = [
+            (kind.replace("_", " "), kind, len(same), sum(line[3] for line in same), _sum(line[4] for line in same))
+            for kind, same in of_kind.items()
+        ]
+    rows = [
+        (
+            name,
+            "" if full else str(count),
+            str(members),
+            f"{saving.parameters / whole.parameters:.1%}",
+            f"{saving.macs / max(1, whole.macs):.1%}",
+        )
+        for name, _, count, members, saving in lines
+    ]
+    most = found.most
+    rows.append(
+        (
+            "at most, together",
+            "",
+            "",
+            f"{most.parameters / whole.parameters:.1%}",
+            f"{most.macs / max(1, whole.macs):.1%}",
+        )
+    )
+    return ("", "", "members", "parameters", "multiply-accumulates"), rows
+
+
+def _sum(savings: Iterable[Saving]) -> Saving:
+    total = Saving(0, 0)
+    for saving in savings:
+        total += saving
+    return total
 
 
 def print_schedules(result: ScheduleResult) -> None:

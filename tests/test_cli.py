@@ -26,7 +26,18 @@ from tests.support.tiny import save_tiny_pipeline
 
 UNET, TEXT = "UNet2DModel", "UNet2DConditionModel"
 COMMANDS = [
-    *("quantize", "compress", "calibrate", "validate", "search-schedule", "generate", "bench", "inspect", "doctor"),
+    *(
+        "quantize",
+        "prune",
+        "compress",
+        "calibrate",
+        "validate",
+        "search-schedule",
+        "generate",
+        "bench",
+        "inspect",
+        "doctor",
+    ),
     "demo",
 ]
 SHORT = ["--samples", "2", "--steps", "3", "--batch-size", "2"]
@@ -448,6 +459,31 @@ def test_quantize_generate_inspect_and_validate_speak_json(models: dict[str, Pat
     missed = run(*validate, "--min-psnr", "99")
     assert read_json(missed, code=3)["passed"] is False
     assert left_in(Path.cwd()) == ["junit.xml", "out", "page", "pictures", "words.txt"]
+
+
+def test_prune_says_what_can_go_and_what_went(models: dict[str, Path], run: Run) -> None:
+    code, out, err = run("prune", models[TEXT], *SHORT[:4], "--dry-run")
+    assert (code, err) == (0, "")
+    assert "mid_block.resnets.0:norm_groups" in out
+    assert "at most, together" in out
+    assert left_in(Path.cwd()) == []
+    options = [*SHORT[:4], "--set", "stages.prune.rows=8", "--parameters", "0.25", "--pin", "mid_block", "-o", "cut"]
+    code, out, err = run("prune", models[TEXT], *options)
+    assert code == 0, err
+    assert "parameters" in out
+    assert "gone" in out or "stay" in out
+    assert "mid_block" not in out
+    assert out.rstrip().endswith('dcomp.load("cut")')
+    data = read_json(run("prune", models[TEXT], *options, "--overwrite", "--method", "magnitude", "--json"))
+    assert data["pruning"]["parameters_after"] <= 0.75 * data["pruning"]["parameters_before"]
+    assert data["pruning"]["rank_correlation"] is None
+    for more, words in (
+        (["--parameters", "0.999"], "at most"),
+        (["--method", "best"], "method"),
+        (["--pin", "nobody"], "names nothing that can be cut"),
+    ):
+        assert_one_screen(*run("prune", models[TEXT], *SHORT[:4], *more, "-o", "new"), code_wanted=2, words=words)
+    assert not Path("new").exists()
 
 
 def test_a_recorded_set_serves_quantize(models: dict[str, Path], checkpoint: Path, run: Run) -> None:

@@ -34,7 +34,7 @@ from dcomp.recipes.load import load_recipe
 from dcomp.recipes.methods import METHODS, QUALITIES
 from dcomp.recipes.run import RunResult, plan_recipe, record_calibration
 from dcomp.recipes.schedule import ScheduleResult
-from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
+from dcomp.recipes.schema import Calibration, PruneStage, QuantizeStage, Recipe, ScheduleStage
 from dcomp.recipes.verdict import ValidationResult
 from tests.support.quantized import BINS, quantized_pipeline
 from tests.support.schemes import quantized_form
@@ -156,7 +156,7 @@ def test_the_recipes_of_the_page_load(tmp_path: Path, monkeypatch: pytest.Monkey
         name = yaml.safe_load(text)["name"]
         Path(f"{name}.yaml").write_text(text)
         assert load_recipe(f"{name}.yaml").name == name
-    assert len(recipes) == 4
+    assert len(recipes) == 5
     for name, arguments in shell_lines():
         if name in ("quantize", "compress"):
             options = COMMANDS[name].make_context(name, arguments).params
@@ -166,6 +166,7 @@ def test_the_recipes_of_the_page_load(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_page_of_recipes_lists_all_keys_and_their_defaults() -> None:
     prefixes = {"": Recipe, "calibration.": Calibration, "stages.0.": QuantizeStage, "stages.1.": ScheduleStage}
+    prefixes["stages.prune."] = PruneStage
     known = {
         prefix + key: field.get_default(call_default_factory=True)
         for prefix, part in prefixes.items()
@@ -284,7 +285,9 @@ def test_the_page_of_json_lists_all_keys(model: Path, checkpoint: tuple[Path, Ma
     for command, document in documents.items():
         assert names(tables(TEXTS["json.md"], f"## `dcomp {command} --json`")[0]) == set(document), command
     assert {re.split(" --", command)[0] for command in documents} == {
-        name for name, command in COMMANDS.items() if "--json" in options_of(command) and name != "compress"
+        name
+        for name, command in COMMANDS.items()
+        if "--json" in options_of(command) and name not in ("compress", "prune")
     }
 
 

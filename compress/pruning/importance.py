@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
-from dcomp.compress.objective import Objective
 from dcomp.compress.pruning.compensation import ConsumerFit
 from dcomp.compress.pruning.observe import CHUNK_ROWS, Observed, observe
 from dcomp.compress.pruning.units import Group, Slice, Units
@@ -68,35 +68,36 @@ def consumers(group: Group) -> list[tuple[str, Slice]]:
 
 def magnitude(subject: Subject) -> dict[str, Tensor]:
     """Squares of all weights of a member (Li et al. 2017, Pruning filters)."""
-    return _weighed(subject, lambda tensor: tensor.detach().double().square())
+    return _weighed(subject, lambda name: subject.denoiser.get_parameter(name).detach().double().square())
 
 
 def taylor(subject: Subject) -> dict[str, Tensor]:
-    """Change of the loss to first order in each weight, `sum |w g|` (Fang et al. 2023, Diff-Pruning, section 3.3)."""
-    objective = Objective(subject.denoiser, subject.rows, subject.guidance, CHUNK_ROWS)
-    named = {owned.tensor for group in subject.units.groups.values() for owned in (*group.producers, *group.consumers)}
+    """Change of the loss to first order in each weight, `sum |w g|` (Fang et al. 2023, Diff-Pruning, section 3.3).
+
+    Where the model is compared with itself its loss has no gradient: that of noise, which it was trained with, has one.
+    """
+    groups = subject.units.groups.values()
+    named = {owned.tensor for group in groups for owned in (*group.producers, *group.consumers)}
     weights = {name: p for name, p in subject.denoiser.named_parameters() if name in named}
     asked = {name: p.requires_grad for name, p in weights.items()}
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in weights.items()}
-    # Where the model is exact its loss has no gradient: that of noise, which it was trained with, has one.
     noise = torch.Generator().manual_seed(subject.seed)
     try:
         for p in weights.values():
             p.requires_grad_(True)
-        for place, units in enumerate(torch.arange(len(objective.units)).split(objective.batch)):
-            subject.progress("gradients", place * objective.batch, len(objective.units))
-            batch = subject.rows.take(objective.units[units].flatten())
-            made: Any = subject.denoiser(*batch.args, **batch.kwargs)
-            values = made[0] if isinstance(made, tuple) else made.sample
-            target = values.detach() + torch.randn(values.shape, generator=noise)
-            gradients = torch.autograd.grad((values - target).square().mean(), [*weights.values()], allow_unused=True)
+        for place, rows in enumerate(subject.rows.chunks(CHUNK_ROWS)):
+            subject.progress("gradients", place * CHUNK_ROWS, len(subject.rows))
+            with torch.enable_grad():
+                values = prediction_of(subject.denoiser(*rows.args, **rows.kwargs))
+                loss = (values - values.detach() - torch.randn(values.shape, generator=noise)).square().mean()
+                gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):
                 if gradient is not None:
                     total[name] += (weights[name].detach() * gradient).double().abs()
     finally:
         for name, p in weights.items():
             p.requires_grad_(asked[name])
-    return _weighed(subject, lambda tensor: total[_name(weights, tensor)])
+    return _weighed(subject, total.__getitem__)
 
 
 def at_random(subject: Subject) -> dict[str, Tensor]:
@@ -136,13 +137,13 @@ SCORERS: dict[str, Scorer] = {
 """Name -> scorer."""
 
 
-def _weighed(subject: Subject, values: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """Return for each member the sum of some values over all weights that it owns."""
+def _weighed(subject: Subject, values: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return for each member the sum of some values, given for each tensor, over all weights that it owns."""
     found = {}
     for name, group in subject.units.groups.items():
         scores = torch.zeros(group.members, dtype=torch.float64)
         for owned in (*group.producers, *group.consumers):
-            by_element = _by_element(values(subject.denoiser.get_parameter(owned.tensor)), owned.axis)
+            by_element = _by_element(values(owned.tensor), owned.axis)
             scores += by_element[owned.start :][: group.members * owned.width].view(group.members, -1).sum(1)
         found[name] = scores
     return found
@@ -150,10 +151,6 @@ def _weighed(subject: Subject, values: Callable[[nn.Parameter], Tensor]) -> dict
 
 def _by_element(values: Tensor, axis: int) -> Tensor:
     return values.movedim(axis, 0).flatten(1).sum(1) if values.dim() > 1 else values
-
-
-def _name(weights: Mapping[str, nn.Parameter], tensor: nn.Parameter) -> str:
-    return next(name for name, p in weights.items() if p is tensor)
 
 
 def going_order(scores: Tensor) -> list[int]:

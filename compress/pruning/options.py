@@ -79,12 +79,12 @@ def altered(subject: Subject, cuts: CutList, *, made_up: bool = True) -> nn.Modu
     cuts = cuts.simplified(units)
     small = cut_copy(subject.denoiser, cuts, units)
     if made_up:
+        modules = dict(small.named_modules())
         for name, values in _made_up(subject, cuts):
             path, _, leaf = name.rpartition(".")
             place = renamed(path, cuts, units)
-            if place is not None:
-                module = small.get_submodule(place)
-                setattr(module, leaf, nn.Parameter(values, requires_grad=False))
+            if place in modules:  # the last block of joint attention has lost what made its second stream
+                setattr(modules[place], leaf, nn.Parameter(values, requires_grad=False))
     return small
 
 

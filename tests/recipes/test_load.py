@@ -22,7 +22,7 @@ def test_every_preset_is_a_recipe(name: str) -> None:
 
 
 def test_the_presets_are_all_there_is() -> None:
-    assert builtin_names() == sorted([*PRESETS, "joint"])
+    assert builtin_names() == sorted([*PRESETS, "joint", "prune"])
     assert [stage.kind for stage in load_recipe("joint").stages] == ["quantize", "schedule"]
 
 
@@ -36,7 +36,7 @@ def test_the_presets_are_all_there_is() -> None:
         (["stages.0.kind=schedule"], "unknown key 'stages.0.preset', known are kind, budgets"),
         (["stages=[{kind: schedule}, {kind: schedule}]"], "at most one of each kind"),
         (["stages.1.kind=quantize"], "unknown key|at most one of each kind"),
-        (["stages.1.kind=prune"], "stages.1: "),
+        (["stages.1.kind=prone"], "stages.1: "),
         (["stages.1.kind=7"], "stages.1: "),
     ],
 )

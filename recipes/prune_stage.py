@@ -1,0 +1,324 @@
+"""The prune stage: a float denoiser in, a smaller one out, with an account of what was cut and what that did.
+
+Errors of single cuts come from recorded calls, the verdict on the best choices from final latents of trajectories that
+no cut was chosen on.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dcomp import UsageError
+from dcomp.calibrate.calibration_set import CalibrationSet
+from dcomp.calibrate.final_latents import FinalLatents
+from dcomp.calibrate.model_files import check_model_folder
+from dcomp.calibrate.pipeline import OpenPipeline
+from dcomp.calibrate.progress import Progress
+from dcomp.calibrate.replay import gather_rows
+from dcomp.calibrate.tree_file import replacing
+from dcomp.compress.pruning.choose import Constraints, Problem
+from dcomp.compress.pruning.costs import Costs, Saving, measure_costs, sites
+from dcomp.compress.pruning.cut import cut, cuts_of
+from dcomp.compress.pruning.cut_list import CutList
+from dcomp.compress.pruning.importance import Subject
+from dcomp.compress.pruning.options import list_options
+from dcomp.compress.pruning.prune import METHODS, Additivity, additivity, proposals, score
+from dcomp.compress.pruning.units import Units, find_units
+from dcomp.recipes.kept_results import KeptResults, digest
+from dcomp.recipes.schema import PruneStage, Recipe
+from dcomp.recipes.settings import generation_of
+
+DEFAULT_PART = 0.2  # of the parameters, where no budget is given
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What can be cut, before anything is measured.
+
+    Attributes:
+        units: of the denoiser.
+        costs: of a call for one prompt, all contexts.
+        most: that can be saved of each, under the stage's constraints.
+        needed: that the stage asks for.
+    """
+
+    units: Units
+    costs: Costs
+    most: Saving
+    needed: Saving
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON data."""
+        return {
+            "parts": {
+                name: {"kind": part.kind, **vars(self.costs.parts[name])} for name, part in self.units.parts.items()
+            },
+            "groups": {
+                name: {"kind": group.kind, "members": group.members, **vars(self.costs.members[name])}
+                for name, group in self.units.groups.items()
+            },
+            "left": dict(self.units.left),
+            "most": vars(self.most),
+            "needed": vars(self.needed),
+        }
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A choice that was compared with others.
+
+    Attributes:
+        removed: parts that go.
+        narrowed: groups that lose members.
+        saving: of all of it.
+        expected: sum of errors of single cuts.
+        error: of final latents, relative, geometric mean.
+    """
+
+    removed: int
+    narrowed: int
+    saving: Saving
+    expected: float
+    error: float
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What became of a denoiser.
+
+    Attributes:
+        cuts: that were made.
+        units: of the original.
+        method: that chose them.
+        before, after: parameters, and multiply-accumulates of a call for one prompt.
+        error: of final latents, relative, geometric mean.
+        proposals: that were compared, the chosen one first.
+        additivity: of errors of single cuts; None where they were not measured.
+        notes: what a person should know.
+    """
+
+    cuts: CutList
+    units: Units
+    method: str
+    before: Saving
+    after: Saving
+    error: float
+    proposals: tuple[Proposal, ...]
+    additivity: Additivity | None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the account as JSON data."""
+        found = self.additivity
+        return {
+            "method": self.method,
+            "parameters_before": self.before.parameters,
+            "parameters_after": self.after.parameters,
+            "macs_before": self.before.macs,
+            "macs_after": self.after.macs,
+            "latent_error": self.error,
+            "removed": sorted(self.cuts.removed),
+            "narrowed": {name: len(members) for name, members in sorted(self.cuts.kept.items())},
+            "rank_correlation": found.correlation if found else None,
+            "error_ratio": found.ratio if found else None,
+            "cuts_sha256": self.cuts.hash,
+        }
+
+
+def outlook(
+    denoiser: nn.Module, stage: PruneStage, nbytes: int, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Outlook:
+    """Find out what can be cut, and whether that is enough.
+
+    Args:
+        denoiser: the original.
+        stage: of the recipe.
+        nbytes: of the denoiser's weights, as stored.
+        args: positional arguments of a call for one prompt.
+        kwargs: its keyword arguments.
+
+    Raises:
+        UsageError: it was pruned before, or less can go than is asked for.
+    """
+    if cuts_of(denoiser):
+        raise UsageError(
+            "The model was pruned before, and cuts are chosen for a whole one",
+            where=type(denoiser).__name__,
+            remedy="Start from the original, with a larger budget.",
+        )
+    units = find_units(denoiser)
+    costs = measure_costs(denoiser, units, args, kwargs)
+    subject = Subject(denoiser, units, None)  # type: ignore[arg-type]  # nothing is run
+    nothing = {group.name: torch.zeros(group.members) for group in units.groups.values()}
+    options = list_options(subject, costs, nothing, round_to=stage.round_to)
+    constraints = constraints_of(stage, units)
+    problem = Problem(options, dict(sites(units)), constraints)
+    needed = _needed(stage, costs.whole, nbytes)
+    problem.best(needed)
+    return Outlook(units, costs, problem.most(), needed)
+
+
+def prune_stage(
+    pipeline: OpenPipeline,
+    recorded: CalibrationSet,
+    found: Outlook,
+    recipe: Recipe,
+    prompts: Sequence[str],
+    work: Path,
+    report: Progress,
+) -> PruneResult:
+    """Prune the denoiser of a pipeline: another one takes its place.
+
+    Args:
+        pipeline: in float.
+        recorded: its calibration set.
+        found: what can be cut.
+        recipe: with the stage.
+        prompts: of the recipe, for final latents.
+        work: folder of resumable results, of this recipe, model and calibration set.
+        report: called with a text, the count done and the total.
+    """
+    stage = recipe.prune
+    assert stage is not None
+    finished = work / "pruned"
+    if (kept := _read(finished, pipeline, found.units)) is not None:
+        return kept
+    denoiser, units, costs = pipeline.denoiser, found.units, found.costs
+    rows = gather_rows(recorded, stage.rows, int(recorded.settings["seed"]), denoiser=denoiser)
+    guidance = pipeline.guidance(recorded.settings["guidance"])
+    subject = Subject(denoiser, units, rows, guidance, int(recorded.settings["seed"]), report)
+    errors = KeptResults(work / "cuts", [stage.method, stage.rows, stage.round_to])
+    scored = score(
+        subject,
+        costs,
+        stage.method,
+        constraints=constraints_of(stage, units),
+        round_to=stage.round_to,
+        keep=lambda name, measure: errors.get(digest(name), measure, lambda data: [float(value) for value in data]),
+    )
+    agreement = additivity(subject, scored) if scored.units is not None else None
+    judge = FinalLatents(
+        pipeline, prompts, generation_of(recipe.calibration), work / "prune-latents.safetensors", report
+    )
+    count = stage.proposals if METHODS[stage.method].measured else 1
+    judged: list[tuple[float, Proposal, nn.Module, CutList]] = []
+    for one in proposals(subject, scored.problem, found.needed, stage.method, count):
+        setattr(pipeline.pipe, pipeline.denoiser_name, one.denoiser)
+        try:
+            error = judge.error()
+        finally:
+            setattr(pipeline.pipe, pipeline.denoiser_name, denoiser)
+        cuts = one.cuts.simplified(units)
+        about = Proposal(len(cuts.removed), len(cuts.kept), one.chosen.saving, one.expected, error)
+        judged.append((error, about, one.denoiser, cuts))
+    judged.sort(key=lambda each: each[0])
+    error, _, small, cuts = judged[0]
+    saving = costs.of(cuts, units)
+    result = PruneResult(
+        cuts,
+        units,
+        stage.method,
+        costs.whole,
+        Saving(sum(p.numel() for p in small.parameters()), costs.whole.macs - saving.macs),
+        error,
+        tuple(each[1] for each in judged),
+        agreement,
+        tuple(f"{path} was left alone: {reason}." for path, reason in units.left.items()),
+    )
+    _write(finished, small, result)
+    setattr(pipeline.pipe, pipeline.denoiser_name, small.eval())
+    return result
+
+
+def constraints_of(stage: PruneStage, units: Units) -> Constraints:
+    """Return the constraints that a stage names by patterns.
+
+    Raises:
+        UsageError: a pattern names nothing that can be cut.
+    """
+    names = [name for name, _ in sites(units)]
+
+    def named(pattern: str) -> list[str]:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        found = found or [name for name in names if fnmatchcase(name, f"{pattern}.*")]  # all within a module
+        if not found:
+            raise UsageError(
+                f"The pattern {pattern!r} names nothing that can be cut",
+                where="stages.prune",
+                remedy="Run `dcomp prune MODEL --dry-run` to see what can be.",
+            )
+        return found
+
+    lists: dict[str, list[str]] = {}
+    for part in units.parts.values():
+        if part.kind == "block":
+            lists.setdefault(part.name.rpartition(".")[0], []).append(part.name)
+    return Constraints(
+        frozenset(name for pattern in stage.pin for name in named(pattern)),
+        tuple(tuple(dict.fromkeys(n for pattern in patterns for n in named(pattern))) for patterns in stage.tie),
+        tuple(map(tuple, lists.values())) if stage.contiguous else (),
+    )
+
+
+def _needed(stage: PruneStage, whole: Saving, nbytes: int) -> Saving:
+    parts = [stage.parameters or 0.0]
+    if stage.max_megabytes is not None:
+        parts.append(max(0.0, 1 - stage.max_megabytes * 1e6 / nbytes))
+    elif stage.parameters is None and stage.macs is None:
+        parts.append(DEFAULT_PART)
+    return Saving(-int(-max(parts) * whole.parameters // 1), -int(-(stage.macs or 0.0) * whole.macs // 1))
+
+
+def stored_bytes(pipeline: OpenPipeline) -> int:
+    """Return the bytes of the denoiser's weights, as stored."""
+    part = check_model_folder(pipeline.source, match_weights=False).components[pipeline.denoiser_name]
+    return sum(tensor.nbytes for tensor in part.tensors.values())
+
+
+def _write(folder: Path, denoiser: nn.Module, result: PruneResult) -> None:
+    """Keep a pruned denoiser for a run that goes on; the account comes last, and makes it whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "weights.safetensors") as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()}, unfinished)
+    found = result.additivity
+    account = {
+        "cuts": result.cuts.to_dict(),
+        "method": result.method,
+        "before": vars(result.before),
+        "after": vars(result.after),
+        "error": result.error,
+        "proposals": [vars(each) | {"saving": vars(each.saving)} for each in result.proposals],
+        "additivity": vars(found) if found else None,
+        "notes": [*result.notes],
+    }
+    with replacing(folder / "account.json") as unfinished:
+        unfinished.write_text(json.dumps(account))
+
+
+def _read(folder: Path, pipeline: OpenPipeline, units: Units) -> PruneResult | None:
+    """Put a pruned denoiser in its place that a run before has finished."""
+    if not (folder / "account.json").is_file():
+        return None
+    data = json.loads((folder / "account.json").read_text())
+    cuts = CutList.from_dict(data["cuts"])
+    cut(pipeline.denoiser, cuts, units)
+    pipeline.denoiser.load_state_dict(load_file(folder / "weights.safetensors"))
+    made = (Proposal(**each | {"saving": Saving(**each["saving"])}) for each in data["proposals"])
+    return PruneResult(
+        cuts,
+        units,
+        data["method"],
+        Saving(**data["before"]),
+        Saving(**data["after"]),
+        data["error"],
+        tuple(made),
+        Additivity(**data["additivity"]) if data["additivity"] else None,
+        tuple(data["notes"]),
+    )

@@ -1,0 +1,216 @@
+"""Pruning as a stage: from the command to a checkpoint that opens, and what comes before and after it."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import dcomp
+from dcomp import DcompError, UsageError
+from dcomp.calibrate.pipeline import open_pipeline
+from dcomp.compress.manifest import read_manifest
+from dcomp.compress.pruning.cut import cuts_of
+from dcomp.compress.split import quantized_layers
+from dcomp.recipes.generate import generate
+from dcomp.recipes.load import load_recipe, parse_recipe
+from dcomp.recipes.run import RunResult, plan_recipe, record_calibration, run_recipe
+from dcomp.recipes.schema import PruneStage, Recipe
+from tests.support.checkpoints import checked_in_a_fork, file_hashes
+from tests.support.sweep import sweep
+from tests.support.tiny import NAMES
+
+TEXT, DIT = "UNet2DConditionModel", "DiTTransformer2DModel"
+Models = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_check() -> Iterator[None]:
+    with checked_in_a_fork():
+        yield
+
+
+def recipe_of(name: str, *stages: dict[str, Any], **prune: Any) -> Recipe:
+    calibration: dict[str, Any] = {"samples": 3, "steps": 3, "batch_size": 3}
+    if name not in ("UNet2DModel", DIT):
+        calibration |= {"height": 16, "width": 16}
+    first = {"kind": "prune", "rows": 8, "proposals": 3, "round_to": 16} | prune
+    return parse_recipe({"calibration": calibration, "stages": [first, *stages]}, where="test")
+
+
+def count(folder: Path) -> int:
+    """Parameters in the weight files of a denoiser."""
+    total = 0
+    for file in [*folder.glob("unet/*.safetensors"), *folder.glob("transformer/*.safetensors")]:
+        with safe_open(file, "pt") as opened:
+            total += sum(torch.Size(opened.get_slice(key).get_shape()).numel() for key in list(opened.keys()))
+    return total
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("pruned")
+    return run_recipe(tiny_model(TEXT), recipe_of(TEXT, parameters=0.25), folder / "out")
+
+
+@pytest.mark.parametrize("name", sweep(NAMES, ["SD3Transformer2DModel"]))
+def test_what_is_left_is_in_the_files(name: str, tiny_model: Models, tmp_path: Path) -> None:
+    whole = count(tiny_model(name))
+    result = run_recipe(tiny_model(name), recipe_of(name, parameters=0.2), tmp_path / "out")
+    assert result.pruned is not None
+    before, after = result.pruned.before.parameters, result.pruned.after.parameters
+    assert after <= 0.8 * before
+    assert before - after == whole - count(tmp_path / "out")  # files also hold tables of positions
+    assert before == whole or name == "SD3Transformer2DModel"
+    assert result.pruned.error == min(each.error for each in result.pruned.proposals)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.pruning == json.loads(json.dumps(result.pruned.to_dict()))
+    generate(tmp_path / "out", ["1" if name == DIT else "a cat"], tmp_path / "pictures", steps=3)
+    assert len([*(tmp_path / "pictures").glob("*.png")]) == 1
+
+
+def test_the_best_of_the_choices_is_written(pruned: RunResult) -> None:
+    found = pruned.pruned
+    assert found is not None
+    assert len(found.proposals) > 1
+    assert found.additivity is not None
+    opened: Any = dcomp.load(pruned.output)
+    assert cuts_of(opened.unet) == found.cuts
+    assert set(pruned.to_dict()["pruning"]) == set(found.to_dict())
+
+
+def test_the_same_again_is_the_same(pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    run_recipe(tiny_model(TEXT), recipe_of(TEXT, parameters=0.25), tmp_path / "again")
+    assert file_hashes(tmp_path / "again") == file_hashes(pruned.output)
+
+
+@pytest.mark.parametrize("text", ["errors of cuts", "trajectories", "writing and checking"])
+def test_an_interrupted_run_goes_on(text: str, pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    recipe, seen = recipe_of(TEXT, parameters=0.25), list[str]()
+
+    def stop(now: str, done: int, total: int) -> None:
+        seen.append(now)
+        if now == text and done >= total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tiny_model(TEXT), recipe, tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists()
+    begun = seen.count("errors of cuts")
+    seen.clear()
+    run_recipe(tiny_model(TEXT), recipe, tmp_path / "out", progress=lambda now, *_: seen.append(now))
+    assert ("errors of cuts" in seen) == (text != "writing and checking")
+    assert begun
+    assert file_hashes(tmp_path / "out") == file_hashes(pruned.output)
+
+
+def test_pruned_then_quantized_in_one_run(tiny_model: Models, tmp_path: Path) -> None:
+    stages = {"kind": "quantize", "preset": "w4a8", "tune": 0, "rows": 16}
+    result = run_recipe(tiny_model(DIT), recipe_of(DIT, stages, parameters=0.2), tmp_path / "out")
+    opened: Any = dcomp.load(tmp_path / "out")
+    assert quantized_layers(opened.transformer)
+    assert cuts_of(opened.transformer) or opened.transformer.config.num_layers == 1
+    assert result.manifest.totals.denoiser_bytes_ratio < 0.6
+    assert {name for name, record in result.manifest.layers.items() if record.scheme} == {
+        *quantized_layers(opened.transformer)
+    }
+
+
+def test_what_was_made_of_the_whole_model_is_stale(pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+    quantizing = load_recipe("w8a8", values={"calibration.samples": 3, "calibration.steps": 3, "stages.0.tune": 0})
+    record_calibration(tiny_model(TEXT), quantizing, tmp_path / "set")
+    with pytest.raises(DcompError, match="calibration set"):
+        run_recipe(pruned.output, quantizing, tmp_path / "out", calibration=tmp_path / "set")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pruned_checkpoint_is_quantized_and_not_pruned_again(pruned: RunResult, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="pruned before"):
+        plan_recipe(pruned.output, recipe_of(TEXT))
+    quantizing = load_recipe("w8a8", values={"calibration.samples": 3, "calibration.steps": 3, "stages.0.tune": 0})
+    result = run_recipe(pruned.output, quantizing, tmp_path / "out")
+    opened: Any = dcomp.load(result.output)
+    assert pruned.pruned is not None
+    assert cuts_of(opened.unet) == pruned.pruned.cuts
+    assert quantized_layers(opened.unet)
+    with pytest.raises(UsageError, match="quantized already"):
+        run_recipe(result.output, recipe_of(TEXT), tmp_path / "more")
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "more than there is": ({"parameters": 0.99}, "at most"),
+    "smaller than can be": ({"max_megabytes": 0.001}, "at most"),
+    "all pinned": ({"pin": ["*"]}, "at most nothing can go"),
+    "a pattern of nothing": ({"pin": ["conv_out"]}, "names nothing that can be cut"),
+    "a tie of nothing": ({"tie": [["mid_block.*", "nobody"]]}, "names nothing that can be cut"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_before_anything_is_measured(case: str, tiny_model: Models, tmp_path: Path) -> None:
+    options, words = REFUSED[case]
+    with pytest.raises(UsageError, match=words):
+        run_recipe(tiny_model(TEXT), recipe_of(TEXT, **options), tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_size_is_a_budget_too(tiny_model: Models, tmp_path: Path) -> None:
+    name = "UNet2DModel"
+    megabytes = 0.8 * 4 * count(tiny_model(name)) / 1e6
+    result = run_recipe(
+        tiny_model(name), recipe_of(name, max_megabytes=megabytes, macs=0.1, method="magnitude"), tmp_path / "out"
+    )
+    assert result.pruned is not None
+    assert 4 * count(tmp_path / "out") <= megabytes * 1e6
+    assert result.pruned.after.macs <= 0.9 * result.pruned.before.macs
+    assert len(result.pruned.proposals) == 1
+
+
+def test_ties_and_pins_are_kept_to(tiny_model: Models, tmp_path: Path) -> None:
+    tie = (("*.attn1",), ("*.ff",))
+    result = run_recipe(
+        tiny_model("PixArtTransformer2DModel"),
+        recipe_of("PixArtTransformer2DModel", parameters=0.1, tie=tie, pin=["transformer_blocks.?", "*.attn2"]),
+        tmp_path / "out",
+    )
+    assert result.pruned is not None
+    for leaf in ("attn1", "ff"):
+        names = [name for name in result.pruned.cuts.removed if name.endswith(leaf)]
+        widths = [len(kept) for name, kept in result.pruned.cuts.kept.items() if f".{leaf}:" in name]
+        assert len(names) in (0, 2)
+        assert len(widths) in (0, 2)
+        assert len({*widths}) < 2
+    assert not any("attn2" in name for name in result.pruned.cuts.removed)
+
+
+def test_a_dry_run_says_what_can_go(tiny_model: Models) -> None:
+    plan = plan_recipe(tiny_model(DIT), recipe_of(DIT, parameters=0.3))
+    assert plan.outlook is not None
+    data = plan.to_dict()["prunable"]
+    assert data["needed"]["parameters"] == -int(-0.3 * count(tiny_model(DIT)) // 1)
+    assert data["most"]["parameters"] > data["needed"]["parameters"]
+    assert data["parts"]["transformer_blocks.1"]["kind"] == "block"
+    assert data["left"] == {"transformer_blocks.0": "what follows the blocks reads its embedding of timestep and class"}
+    assert PruneStage().parameters is None
+
+
+def test_stages_are_named_by_their_kind(tmp_path: Path) -> None:
+    recipe = load_recipe("prune", ["stages.prune.rows=7"], {"stages.prune.parameters": 0.4})
+    assert recipe.prune is not None
+    assert (recipe.prune.rows, recipe.prune.parameters) == (7, 0.4)
+    with pytest.raises(UsageError, match="'quantize' is not one of the 1 items"):
+        load_recipe("prune", ["stages.quantize.rows=7"])
+
+
+def test_an_edited_manifest_is_noticed(pruned: RunResult, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(pruned.output, tmp_path / "copy"))
+    data = json.loads((copy / "dcomp.json").read_text())
+    data["pruning"]["parameters_after"] = 1
+    (copy / "dcomp.json").write_text(json.dumps(data))
+    with pytest.raises(DcompError, match="its own hash"):
+        dcomp.load(copy)
+    assert open_pipeline(copy).denoiser is not None
