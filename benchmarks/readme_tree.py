@@ -80,9 +80,10 @@ def _entries() -> Iterator[tuple[str, str]]:
     for package in _packages():
         folder = ROOT / package
         yield f"{package}/", first_sentence(folder / "__init__.py")
-        for path in (*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.yaml"))):
-            if path.name != "__init__.py":
-                yield f"  {path.relative_to(folder).as_posix()}", first_sentence(path)
+        for path in (*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.yaml")), *sorted(folder.glob("*/*.py"))):
+            name = path.relative_to(folder).as_posix()
+            if name != "__init__.py":
+                yield f"  {name.removesuffix('__init__.py')}", first_sentence(path)
     for name, text in FOLDERS.items():
         yield f"{name}/", text
         for path in sorted(path for pattern in FILES[name] for path in (ROOT / name).glob(pattern)):
