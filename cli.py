@@ -304,6 +304,11 @@ def prune(
         bool | None, typer.Option("--contiguous", help="Blocks of a list that go lie side by side.")
     ] = None,
     round_to: Annotated[int | None, typer.Option(help="Channels that stay are a multiple of this; default 32.")] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(help="Learn again what the whole model predicts: full, lora, norms, or none (default)."),
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps of recovery at most; default 1000.")] = None,
     recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file with a stage that prunes.")] = "prune",
     overrides: Set = None,
     lora: Lora = None,
@@ -329,6 +334,8 @@ def prune(
       dcomp prune my-model/ -o small/ --parameters 0.3 --steps 25 --guidance 5
 
       dcomp prune my-model/ --macs 0.2 --pin mid_block --contiguous
+
+      dcomp prune my-model/ -o small/ --parameters 0.4 --recover full --iterations 3000
     """
     values = {
         "stages.prune.parameters": parameters,
@@ -338,6 +345,8 @@ def prune(
         "stages.prune.pin": pin,
         "stages.prune.contiguous": contiguous,
         "stages.prune.round_to": round_to,
+        "stages.prune.recover": recover,
+        "stages.prune.recover_iterations": iterations,
         "lora": lora,
         "calibration.prompts": prompts,
         "calibration.column": column,

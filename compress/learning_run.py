@@ -57,16 +57,19 @@ class CosineAdam:
     Args:
         groups: leaves and their first rate.
         iterations: steps until the rates are 0.
+        warm_up: steps in which the rates rise to what the cosine says: the first ones of Adam are large for all leaves.
     """
 
-    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], iterations: int) -> None:
+    def __init__(self, groups: Sequence[tuple[Sequence[Tensor], float]], iterations: int, warm_up: int = 0) -> None:
         self.leaves = [leaf for leaves, _ in groups for leaf in leaves]
-        self._rates, self._iterations = [rate for leaves, rate in groups if leaves], iterations
+        self._rates, self._iterations, self._warm_up = [rate for leaves, rate in groups if leaves], iterations, warm_up
         self._adam = torch.optim.Adam([{"params": list(leaves)} for leaves, _ in groups if leaves], betas=_BETAS)
 
     def step(self, iteration: int, loss: Callable[[], Tensor]) -> None:
         """Take a step down a loss, whose gradient is taken here."""
         fallen = (1 + math.cos(math.pi * iteration / self._iterations)) / 2
+        if iteration < self._warm_up:
+            fallen *= (iteration + 1) / self._warm_up
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * fallen
         self._adam.zero_grad()

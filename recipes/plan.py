@@ -25,6 +25,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 WEIGHTS_PER_SECOND = 1_000_000
 # Calls' worth of time for each row: of the pass (fake, float, moments, once more for chunks), of a step of tuning.
 PASS_CALLS, TUNE_CALLS = 3.0, 4.0
+RECOVER_CALLS = 4.0
+RECOVER_ROWS = 16  # of one step of recovery
 SEARCH_CALLS = 20.0  # of each sample and step of a search for cache plans
 TUNE_ROWS = 16  # of one iteration of tuning
 FIXED_SECONDS = 15.0  # opening, writing, and the fresh process that checks what was written
@@ -146,6 +148,8 @@ def make_plan(
         contexts = 1 if pipeline.guidance(options.guidance) is None else 2
         seconds += call_seconds * cuts * recipe.prune.rows / contexts * METHODS[recipe.prune.method].measured
         seconds += call_seconds * PICTURES * options.steps * (1 + recipe.prune.proposals)
+        if recipe.prune.recover != "none":
+            seconds += call_seconds * RECOVER_CALLS * RECOVER_ROWS / contexts * recipe.prune.recover_iterations
     if recipe.schedule:
         seconds += call_seconds * SEARCH_CALLS * recipe.schedule.samples * options.steps
     plan = Plan(

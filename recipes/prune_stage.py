@@ -6,7 +6,7 @@ no cut was chosen on.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from dcomp.compress.pruning.choose import Constraints, Problem
 from dcomp.compress.pruning.costs import Costs, Saving, measure_costs, sites
 from dcomp.compress.pruning.cut import cut, cuts_of
 from dcomp.compress.pruning.cut_list import CutList
+from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
 from dcomp.compress.pruning.options import list_options
 from dcomp.compress.pruning.prune import METHODS, Additivity, additivity, proposals, score
+from dcomp.compress.pruning.recovery import RecoveryResult, recover
 from dcomp.compress.pruning.units import Units, find_units
 from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.schema import PruneStage, Recipe
@@ -99,6 +101,8 @@ class PruneResult:
         method: that chose them.
         before, after: parameters, and multiply-accumulates of a call for one prompt.
         error: of final latents, relative, geometric mean.
+        recovery: what was learned again; None if nothing was to be.
+        unrecovered: error before that.
         proposals: that were compared, the chosen one first.
         additivity: of errors of single cuts; None where they were not measured.
         notes: what a person should know.
@@ -110,6 +114,8 @@ class PruneResult:
     before: Saving
     after: Saving
     error: float
+    recovery: RecoveryResult | None
+    unrecovered: float
     proposals: tuple[Proposal, ...]
     additivity: Additivity | None
     notes: tuple[str, ...] = ()
@@ -124,6 +130,8 @@ class PruneResult:
             "macs_before": self.before.macs,
             "macs_after": self.after.macs,
             "latent_error": self.error,
+            "latent_error_unrecovered": self.unrecovered,
+            "recovery": vars(self.recovery) if self.recovery else None,
             "removed": sorted(self.cuts.removed),
             "narrowed": {name: len(members) for name, members in sorted(self.cuts.kept.items())},
             "rank_correlation": found.correlation if found else None,
@@ -219,7 +227,11 @@ def prune_stage(
         about = Proposal(len(cuts.removed), len(cuts.kept), one.chosen.saving, one.expected, error)
         judged.append((error, about, one.denoiser, cuts))
     judged.sort(key=lambda each: each[0])
-    error, _, small, cuts = judged[0]
+    unrecovered, _, small, cuts = judged[0]
+    setattr(pipeline.pipe, pipeline.denoiser_name, small.eval())
+    error, recovery = unrecovered, None
+    if stage.recover != "none":
+        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, unrecovered, work, report)
     saving = costs.of(cuts, units)
     result = PruneResult(
         cuts,
@@ -228,13 +240,52 @@ def prune_stage(
         costs.whole,
         Saving(sum(p.numel() for p in small.parameters()), costs.whole.macs - saving.macs),
         error,
+        recovery,
+        unrecovered,
         tuple(each[1] for each in judged),
         agreement,
         tuple(f"{path} was left alone: {reason}." for path, reason in units.left.items()),
     )
     _write(finished, small, result)
-    setattr(pipeline.pipe, pipeline.denoiser_name, small.eval())
     return result
+
+
+def _recover(
+    pipeline: OpenPipeline,
+    original: nn.Module,
+    units: Units,
+    recorded: CalibrationSet,
+    stage: PruneStage,
+    judge: FinalLatents,
+    before: float,
+    work: Path,
+    report: Progress,
+) -> tuple[RecoveryResult, float]:
+    """Let the pruned denoiser of a pipeline learn; return what came of it, and the error of final latents then.
+
+    Predictions of single calls are what is learned; if final latents are not nearer for it, the denoiser stays as it
+    was.
+    """
+    assert stage.recover != "none"
+    student, seed = pipeline.denoiser, int(recorded.settings["seed"])
+    rows = gather_rows(recorded, stage.recover_rows, seed, denoiser=student)
+    kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    result = recover(
+        student,
+        rows,
+        features=FeatureLoss(original, student, units, rows) if stage.recover_features else None,
+        learned=stage.recover,
+        iterations=stage.recover_iterations,
+        guidance=pipeline.guidance(recorded.settings["guidance"]),
+        seed=seed,
+        snapshot=work / "recovery.safetensors",
+        progress=report,
+    )
+    after = judge.error() if result.best else before
+    if after < before:
+        return result, after
+    student.load_state_dict(kept)
+    return replace(result, best=0), before
 
 
 def constraints_of(stage: PruneStage, units: Units) -> Constraints:
@@ -294,6 +345,8 @@ def _write(folder: Path, denoiser: nn.Module, result: PruneResult) -> None:
         "before": vars(result.before),
         "after": vars(result.after),
         "error": result.error,
+        "recovery": vars(result.recovery) if result.recovery else None,
+        "unrecovered": result.unrecovered,
         "proposals": [vars(each) | {"saving": vars(each.saving)} for each in result.proposals],
         "additivity": vars(found) if found else None,
         "notes": [*result.notes],
@@ -318,6 +371,8 @@ def _read(folder: Path, pipeline: OpenPipeline, units: Units) -> PruneResult | N
         Saving(**data["before"]),
         Saving(**data["after"]),
         data["error"],
+        RecoveryResult(**data["recovery"]) if data["recovery"] else None,
+        data["unrecovered"],
         tuple(made),
         Additivity(**data["additivity"]) if data["additivity"] else None,
         tuple(data["notes"]),

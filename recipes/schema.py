@@ -77,6 +77,11 @@ class PruneStage(_Frozen):
         contiguous: blocks of a list that go lie side by side.
         rows: samples of recorded calls that errors are measured on.
         proposals: best choices that are made and compared by final latents.
+        recover: what learns again what the whole model predicts: all parameters (`full`), updates of low rank that are
+            merged at the end (`lora`), norms and biases (`norms`), or nothing (`none`).
+        recover_iterations: steps of that at most.
+        recover_rows: samples of recorded calls that are learned from.
+        recover_features: also compare what stages and blocks return.
     """
 
     kind: Literal["prune"] = "prune"
@@ -90,6 +95,10 @@ class PruneStage(_Frozen):
     contiguous: bool = False
     rows: Annotated[int, Field(ge=1, le=65_536)] = 32
     proposals: Annotated[int, Field(ge=1, le=64)] = 4
+    recover: Literal["none", "full", "lora", "norms"] = "none"
+    recover_iterations: Annotated[int, Field(ge=1, le=10_000_000)] = 1_000
+    recover_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
+    recover_features: bool = True
 
 
 class QuantizeStage(_Frozen):

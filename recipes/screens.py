@@ -101,6 +101,14 @@ def print_pruned(result: PruneResult) -> None:
         ("multiply-accumulates", f"{after.macs:,} of {before.macs:,} a call, {_less(after.macs, before.macs)}"),
         ("error of final latents", f"{result.error:.4f}"),
     ]
+    if result.recovery:
+        found = result.recovery
+        learned = f"{found.iterations} steps" + {"done": "", "no better": ", then it got no better"}.get(
+            found.ending, ", then it diverged"
+        )
+        facts.append(
+            ("before recovery", f"{result.unrecovered:.4f}; {learned}" if found.best else f"{learned}: no gain")
+        )
     if len(result.proposals) > 1:
         others = ", ".join(f"{each.error:.4f}" for each in result.proposals[1:])
         facts.append(("other choices", f"{others}: the best was taken"))

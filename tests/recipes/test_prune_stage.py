@@ -108,6 +108,35 @@ def test_an_interrupted_run_goes_on(text: str, pruned: RunResult, tiny_model: Mo
     assert file_hashes(tmp_path / "out") == file_hashes(pruned.output)
 
 
+def test_recovery_is_part_of_the_account_and_goes_on_where_it_was(tiny_model: Models, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"parameters": 0.3, "method": "magnitude", "recover": "norms", "recover_iterations": 40}
+    recipe = recipe_of(DIT, **options)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 6})})
+    whole = run_recipe(tiny_model(DIT), recipe, tmp_path / "whole").pruned
+    assert whole is not None
+    assert whole.recovery is not None
+    assert (whole.error < whole.unrecovered) == (whole.recovery.best > 0)
+    assert whole.error <= whole.unrecovered
+
+    def stop(text: str, done: int, total: int) -> None:
+        if text == "recovery" and done == 20:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dcomp.compress.learning_run.SNAPSHOT_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(tiny_model(DIT), recipe, tmp_path / "out", progress=stop)
+        seen: list[int] = []
+        run_recipe(
+            tiny_model(DIT),
+            recipe,
+            tmp_path / "out",
+            progress=lambda text, done, _: seen.append(done) if text == "recovery" else None,
+        )
+    assert seen[0] in (19, 20)
+    assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
+
+
 def test_pruned_then_quantized_in_one_run(tiny_model: Models, tmp_path: Path) -> None:
     stages = {"kind": "quantize", "preset": "w4a8", "tune": 0, "rows": 16}
     result = run_recipe(tiny_model(DIT), recipe_of(DIT, stages, parameters=0.2), tmp_path / "out")

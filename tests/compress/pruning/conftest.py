@@ -17,16 +17,19 @@ from tests.support.tiny import save_tiny_pipeline
 ROWS = 12
 
 
-def subject_of(pipeline: OpenPipeline, folder: Path, change: Callable[[nn.Module], None] | None = None) -> Subject:
+def subject_of(
+    pipeline: OpenPipeline, folder: Path, change: Callable[[nn.Module], None] | None = None, rows: int = ROWS
+) -> Subject:
     """Record rows of a tiny pipeline, changed first if there is a change."""
     if change:
         change(pipeline.denoiser)
     prompts = ["1", "2", "3"] if pipeline.kind == "class" else ["a cat", "a dog", "a bee"]
+    prompts *= -(-rows // (4 * ROWS))
     sizes = {"height": 16, "width": 16} if pipeline.kind == "text" else {}
     recorded = record_calibration_set(pipeline, prompts, Generation(steps=4, **sizes), folder)
-    rows = gather_rows(recorded, ROWS, denoiser=pipeline.denoiser)
+    found = gather_rows(recorded, rows, denoiser=pipeline.denoiser)
     guidance = pipeline.guidance(None)
-    return Subject(pipeline.denoiser, find_units(pipeline.denoiser), rows, guidance)
+    return Subject(pipeline.denoiser, find_units(pipeline.denoiser), found, guidance)
 
 
 def costs_of(subject: Subject) -> Costs:
@@ -37,8 +40,8 @@ def costs_of(subject: Subject) -> Costs:
 
 @pytest.fixture
 def make_subject(tmp_path: Path) -> Callable[..., Subject]:
-    def make(name: str, change: Callable[[nn.Module], None] | None = None) -> Subject:
+    def make(name: str, change: Callable[[nn.Module], None] | None = None, rows: int = ROWS) -> Subject:
         pipeline = open_pipeline(save_tiny_pipeline(name, tmp_path / "source"))
-        return subject_of(pipeline, tmp_path / "calibration", change)
+        return subject_of(pipeline, tmp_path / "calibration", change, rows)
 
     return make
