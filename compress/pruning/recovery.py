@@ -77,7 +77,8 @@ def recover(
 ) -> RecoveryResult:
     """Train a pruned denoiser in place, and leave it with the values that were best on held-out trajectories.
 
-    What it shares with the whole one it has for itself from now on. A killed run goes on from its snapshot and ends with the same bits.
+    What it shares with the whole one it has for itself from now on. A killed run goes on from its snapshot and ends
+    with the same bits.
 
     Args:
         student: in float32 and eval mode.
