@@ -164,7 +164,7 @@ def outlook(
     units = find_units(denoiser)
     costs = measure_costs(denoiser, units, args, kwargs)
     subject = Subject(denoiser, units, None)  # type: ignore[arg-type]  # nothing is run
-    nothing = {group.name: torch.zeros(group.members) for group in units.groups.values()}
+    nothing = {group.name: torch.zeros(group.members, device="cpu") for group in units.groups.values()}
     options = list_options(subject, costs, nothing, round_to=stage.round_to)
     constraints = constraints_of(stage, units)
     problem = Problem(options, dict(sites(units)), constraints)
