@@ -48,6 +48,7 @@ class UsageError(DcompError):
 
 
 _LAZY = {
+    "fit_lora": "dcomp.compress.pruning.adapter",
     "follow_plan": "dcomp.recipes.follow",
     "load": "dcomp.compress.loader",
     "quantize": "dcomp.recipes.run",

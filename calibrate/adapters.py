@@ -7,7 +7,7 @@ change nothing, or that leave values that are not finite. Fuse first, quantize a
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -75,12 +75,15 @@ def parse_adapter(spec: str) -> tuple[Path, float]:
     return path, scale
 
 
-def fuse_lora(pipe: Any, specs: Sequence[str]) -> tuple[FusedAdapter, ...]:
+def fuse_lora(
+    pipe: Any, specs: Sequence[str], fit: Callable[[Any, Path], dict[str, Tensor] | None] | None = None
+) -> tuple[FusedAdapter, ...]:
     """Fuse adapters into the weights of a diffusers pipeline, one after the other, and unload them.
 
     Args:
         pipe: a `DiffusionPipeline` with float weights, changed in place. After an error it must be opened again.
         specs: `PATH[:scale]` each.
+        fit: returns the tensors of an adapter's file as this pipeline needs them, or None: as they are.
 
     Returns:
         One record per adapter, in the given order.
@@ -96,10 +99,10 @@ def fuse_lora(pipe: Any, specs: Sequence[str]) -> tuple[FusedAdapter, ...]:
     if importlib.util.find_spec("peft") is None:
         raise _fault("The package peft is not installed", "--lora", "Run `pip install 'dcomp[lora]'`")
     checked = [(*parse_adapter(spec), spec) for spec in specs]
-    headers = [_check_file(path) for path, _, _ in checked]
+    headers = [check_adapter(path) for path, _, _ in checked]
     with quiet():
         return tuple(
-            _fuse(pipe, path, scale, header) for (path, scale, _), header in zip(checked, headers, strict=True)
+            _fuse(pipe, path, scale, header, fit) for (path, scale, _), header in zip(checked, headers, strict=True)
         )
 
 
@@ -107,7 +110,13 @@ def _fault(problem: str, where: str, remedy: str) -> AdapterError:
     return AdapterError(problem, where=where, remedy=remedy)
 
 
-def _check_file(path: Path) -> Header:
+def check_adapter(path: Path) -> Header:
+    """Read the header of an adapter's file and look at its values.
+
+    Raises:
+        AdapterError: a value is not finite, or there are no matrices of a LoRA.
+        ModelError: the file is damaged.
+    """
     header = read_safetensors_header(path)
     broken = next(find_nonfinite(header), None)
     if broken is not None:
@@ -119,10 +128,16 @@ def _check_file(path: Path) -> Header:
     return header
 
 
-def _fuse(pipe: Any, path: Path, scale: float, header: Header) -> FusedAdapter:
+def _fuse(
+    pipe: Any, path: Path, scale: float, header: Header, fit: Callable[[Any, Path], dict[str, Tensor] | None] | None
+) -> FusedAdapter:
     adapter = f"dcomp_{path.stem}".replace(".", "_")
+    fitted = fit(pipe, path) if fit else None
     try:
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter, local_files_only=True)
+        if fitted is not None:
+            pipe.load_lora_weights(fitted, adapter_name=adapter)
+        else:
+            pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter, local_files_only=True)
         before = {name: _fingerprint(layer.get_base_layer()) for name, layer in _adapted(pipe)}
         components = [name for name in pipe.components if any(key.startswith(f"{name}.") for key in before)]
         if components:

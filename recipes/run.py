@@ -28,6 +28,7 @@ from dcomp.calibrate.stored_weights import StoredWeight, is_large, move_to_files
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
 from dcomp.compress.manifest import LayerRecord, Manifest
+from dcomp.compress.pruning.adapter import fit_lora
 from dcomp.compress.quantize import LayerErrors
 from dcomp.compress.time_table import Absent, TimeTable
 from dcomp.recipes.along import along_plan
@@ -318,7 +319,7 @@ def _open(
     pipeline.check(prompts, generation_of(options))
     if options.along:
         along_plan(options.along, pipeline, options.steps)  # a plan that cannot be followed is refused now
-    adapters = fuse_lora(pipeline.pipe, recipe.lora)
+    adapters = fuse_lora(pipeline.pipe, recipe.lora, fit_lora)
     if adapters and fused and device == "cpu":
         nbytes = sum(parameter.nbytes for parameter in pipeline.denoiser.parameters())
         if is_large(nbytes) if low_memory is None else low_memory:

@@ -15,7 +15,7 @@ from dcomp.compress.pruning.units import find_units
 
 _COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
 _PLACES = ("dual_attention_layers",)  # keys that name blocks by their place in the first of these lists
-_OF_THE_PROCESS = ("quantization_config", "_use_default_values")
+OF_THE_PROCESS = ("quantization_config", "_use_default_values")  # keys of a config that say nothing of shapes
 
 
 def plain_config(denoiser: nn.Module, cuts: CutList, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -28,7 +28,7 @@ def plain_config(denoiser: nn.Module, cuts: CutList, config: Mapping[str, Any]) 
     """
     if cuts.kept or not cuts.removed:
         return None
-    config = {key: value for key, value in config.items() if key not in _OF_THE_PROCESS}
+    config = {key: value for key, value in config.items() if key not in OF_THE_PROCESS}
     original = _empty(type(denoiser), config)
     units = find_units(original)
     if any(units.parts[name].kind != "block" for name in cuts.removed):
