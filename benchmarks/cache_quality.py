@@ -103,7 +103,7 @@ def main(
         table.append(row | {"macs": steps / fewer, "speedup": steps / fewer})
         print(show([row for row in table if row["budget"] == budget]), flush=True)
         header = {
-            "model": model.name,
+            "model": label_of(model),
             "scheduler": type(pipeline.scheduler).__name__,
             "steps": steps,
             "guidance": guidance,
@@ -115,6 +115,18 @@ def main(
         }
         out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
     print(f"Written to {out}")
+
+
+def label_of(model: Path) -> str:
+    """Return the name of a model: of a checkpoint, that of its original and its bits."""
+    from dcomp.compress.manifest import MANIFEST, read_manifest
+    from dcomp.recipes.load import parse_recipe
+
+    if not (model / MANIFEST).is_file():
+        return model.name
+    manifest = read_manifest(model)
+    stage = parse_recipe(manifest.recipe, where=str(model)).quantize
+    return f"{manifest.source.name} {stage.preset.upper()}" if stage else manifest.source.name
 
 
 @dataclass(frozen=True)
