@@ -297,7 +297,7 @@ def prune(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="How cuts are chosen: reconstruction (tries each cut), magnitude, taylor or random."),
+        typer.Option(help="How cuts are chosen: reconstruction (tries each cut), masks, magnitude, taylor or random."),
     ] = None,
     pin: Annotated[list[str] | None, typer.Option(help="Pattern of modules that stay whole, repeatable.")] = None,
     contiguous: Annotated[

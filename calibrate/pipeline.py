@@ -187,6 +187,7 @@ class OpenPipeline:
         clock: StepClock | None = None,
         on_step: OnStep | None = None,
         keep_steps: bool = False,
+        gradients: bool = False,
     ) -> Trajectory:
         """Make one picture for each prompt.
 
@@ -198,6 +199,7 @@ class OpenPipeline:
             clock: attached to the denoiser and the scheduler while this runs.
             on_step: called after each scheduler step with the steps done, their total, and the new latents.
             keep_steps: return the latents of every step.
+            gradients: let latents have gradients, through all calls and steps; the decoder is then not run.
 
         Raises:
             UsageError: see `check`; also what the pipeline itself refuses before its first denoiser call.
@@ -216,7 +218,12 @@ class OpenPipeline:
                 if on_step:
                     on_step(done * calls + call, len(firsts) * calls, latents)
 
-            parts.append(self._run_batch(prompts[batch], indices[batch], settings, decode, clock, report, keep_steps))
+            decodes = decode and not gradients
+            parts.append(
+                self._run_batch(
+                    *(prompts[batch], indices[batch], settings, decodes, clock, report, keep_steps, gradients)
+                )
+            )
         return _join(parts)
 
     def fingerprint(self) -> str:
@@ -252,6 +259,7 @@ class OpenPipeline:
         clock: StepClock,
         report: OnStep,
         keep_steps: bool,
+        gradients: bool,
     ) -> Trajectory:
         generators = [picture_generator(settings.seed, index) for index in indices]
         steps: list[Tensor] = []
@@ -265,7 +273,7 @@ class OpenPipeline:
         def after_step(sample: Tensor) -> None:
             latents = sample[: len(prompts)]  # some pipelines carry every context's copy through the scheduler
             _require_finite(latents, "scheduler's latents", where)
-            steps[:] = [*(steps if keep_steps else ()), latents.detach().cpu()]
+            steps[:] = [*(steps if keep_steps else ()), (latents if gradients else latents.detach()).cpu()]
             calls = len(self.scheduler.timesteps)
             report(clock.call, calls, latents)
             if not decode and clock.call >= calls:
@@ -274,14 +282,16 @@ class OpenPipeline:
         with contextlib.ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(torch.random.fork_rng(devices=[]))
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
             torch.manual_seed(_seed(settings.seed, indices[0]))  # for noise that a pipeline draws without a generator
             stack.enter_context(clock.attach(self.denoiser, self.scheduler))
             stack.enter_context(_watch_steps(self.scheduler, generators, after_step))
             hook = self.denoiser.register_forward_hook(after_call)
             stack.callback(hook.remove)
             try:
-                output = self.pipe(generator=generators, **self._arguments(prompts, settings))
+                make = type(self.pipe).__call__
+                make = getattr(make, "__wrapped__", make) if gradients else make  # diffusers' own is without gradients
+                output = make(self.pipe, generator=generators, **self._arguments(prompts, settings))
             except _LatentsReady:
                 self.pipe.maybe_free_model_hooks()
                 output = None

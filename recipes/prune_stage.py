@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dcomp import UsageError
 from dcomp.calibrate.calibration_set import CalibrationSet
@@ -37,6 +37,7 @@ from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.schema import PruneStage, Recipe
 from dcomp.recipes.settings import generation_of
 
+MASKED = 32  # trajectories that masks are learned on
 DEFAULT_PART = 0.2  # of the parameters, where no budget is given
 
 
@@ -201,7 +202,15 @@ def prune_stage(
     denoiser, units, costs = pipeline.denoiser, found.units, found.costs
     rows = gather_rows(recorded, stage.rows, int(recorded.settings["seed"]), denoiser=denoiser)
     guidance = pipeline.guidance(recorded.settings["guidance"])
-    subject = Subject(denoiser, units, rows, guidance, int(recorded.settings["seed"]), report)
+    settings = generation_of(recipe.calibration)
+
+    def latents(number: int) -> Tensor:
+        one = slice(number, number + 1)
+        return pipeline.run(prompts[one], range(len(prompts))[one], settings, gradients=torch.is_grad_enabled()).latents
+
+    subject = Subject(
+        denoiser, units, rows, guidance, int(recorded.settings["seed"]), report, latents, min(len(prompts), MASKED)
+    )
     errors = KeptResults(work / "cuts", [stage.method, stage.rows, stage.round_to])
     scored = score(
         subject,

@@ -65,8 +65,8 @@ class PruneStage(_Frozen):
     """Cut the denoiser: whole blocks and branches, heads, hidden channels, groups of norms.
 
     Attributes:
-        method: `reconstruction` tries each cut, with what stays making up for what goes; `magnitude`, `taylor` and
-            `random` sum up scores of weights.
+        method: `reconstruction` tries each cut, with what stays making up for what goes; `masks` learns gates of
+            members over whole trajectories; `magnitude`, `taylor` and `random` sum up scores of weights.
         parameters: part of all parameters that goes; none: 0.2, if there is no other budget.
         macs: part of the multiply-accumulates of a call that goes.
         max_megabytes: what may be left of the denoiser, in its own dtype, in millions of bytes.
@@ -85,7 +85,7 @@ class PruneStage(_Frozen):
     """
 
     kind: Literal["prune"] = "prune"
-    method: Literal["reconstruction", "magnitude", "taylor", "random"] = "reconstruction"
+    method: Literal["reconstruction", "masks", "magnitude", "taylor", "random"] = "reconstruction"
     parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
     macs: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_megabytes: Annotated[float, Field(gt=0, le=1_000_000)] | None = None

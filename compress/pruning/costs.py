@@ -11,7 +11,7 @@ from torch import nn
 from dcomp.calibrate.cost import counting_macs
 from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.removed import stand_in
-from dcomp.compress.pruning.units import Group, Units
+from dcomp.compress.pruning.units import Group, Units, parameters_of_member
 
 
 @dataclass(frozen=True)
@@ -111,17 +111,14 @@ def _count(
 
 
 def _of_member(denoiser: nn.Module, group: Group, layers: Mapping[str, int], products: Mapping[str, int]) -> Saving:
-    parameters = macs = 0
+    macs = 0
     for owned in (*group.producers, *group.consumers):
         path, _, leaf = owned.tensor.rpartition(".")
-        tensor: Any = denoiser.get_submodule(path).get_parameter(leaf)
-        part = owned.width * tensor.numel() // tensor.shape[owned.axis]
-        parameters += part
         if leaf == "weight" and path in layers:
-            macs += layers[path] * owned.width // tensor.shape[owned.axis]
+            macs += layers[path] * owned.width // denoiser.get_parameter(owned.tensor).shape[owned.axis]
     if group.kind == "heads":
         macs += products.get(group.path, 0) // group.members
-    return Saving(parameters, macs)
+    return Saving(parameters_of_member(denoiser, group), macs)
 
 
 def _within(path: str, part: str) -> bool:

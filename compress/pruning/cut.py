@@ -150,7 +150,7 @@ def _end_second_stream(block: Any) -> None:
 
     old = block.norm1_context.linear
     width = old.in_features
-    with torch.device(old.weight.device):
+    with torch.device("meta"):  # no value is drawn for what is replaced
         norm = AdaLayerNormContinuous(width, width, elementwise_affine=False, eps=1e-6, norm_type="layer_norm")
     order = [1, 0]  # a scale and a shift, which the other norm has the other way round
 

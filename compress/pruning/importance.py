@@ -16,8 +16,9 @@ from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.replay import RowBatch
 from dcomp.compress.pruning.compensation import ConsumerFit
+from dcomp.compress.pruning.masks import Latents, learn_masks
 from dcomp.compress.pruning.observe import CHUNK_ROWS, Observed, observe
-from dcomp.compress.pruning.units import Group, Slice, Units
+from dcomp.compress.pruning.units import Group, Slice, Units, parameters_of_member
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Subject:
         guidance: scale of guided predictions.
         seed: of what is drawn.
         progress: called with a text, the count done and the total.
+        latents: runs a trajectory with gradients, and returns its final latents; None where nobody asks for it.
+        trajectories: how many it knows.
     """
 
     denoiser: nn.Module
@@ -39,6 +42,8 @@ class Subject:
     guidance: float | None = None
     seed: int = 0
     progress: Progress = field(default=silent)
+    latents: Latents | None = None
+    trajectories: int = 0
 
     @cached_property
     def observed(self) -> Observed:
@@ -128,11 +133,29 @@ def reconstruction(subject: Subject) -> dict[str, Tensor]:
     return found
 
 
+def learned(subject: Subject) -> dict[str, Tensor]:
+    """How open the gates of members are that were learned over whole trajectories (EcoDiff, see `masks.py`)."""
+    assert subject.latents is not None
+    groups = subject.units.groups
+    weights = {name: parameters_of_member(subject.denoiser, group) for name, group in groups.items()}
+    found = learn_masks(
+        subject.denoiser,
+        groups,
+        weights,
+        subject.latents,
+        subject.trajectories,
+        seed=subject.seed,
+        progress=subject.progress,
+    )
+    return {name: logits.double().sigmoid() for name, logits in found.items()}
+
+
 SCORERS: dict[str, Scorer] = {
     "reconstruction": reconstruction,
     "magnitude": magnitude,
     "taylor": taylor,
     "random": at_random,
+    "masks": learned,
 }
 """Name -> scorer."""
 

@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude", measured=False, made_up=False),
     "taylor": Method("taylor", measured=False, made_up=False),
     "random": Method("random", measured=False, made_up=False),
+    "masks": Method("masks", measured=False, made_up=True),
 }
 """Name -> method. The default is that of LAPTOP-Diff for parts and of optimal brain compression within groups."""
 

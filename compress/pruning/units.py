@@ -130,6 +130,15 @@ def last_layers(module: nn.Module, kind: PartKind) -> list[str]:
     return {"feed_forward": ["net.2"], "resnet": ["conv2"], "transformer": ["proj_out"]}[kind]
 
 
+def parameters_of_member(denoiser: nn.Module, group: Group) -> int:
+    """Return how many parameters a member of a group has."""
+    found = 0
+    for owned in (*group.producers, *group.consumers):
+        tensor = denoiser.get_parameter(owned.tensor)
+        found += owned.width * tensor.numel() // tensor.shape[owned.axis]
+    return found
+
+
 def is_joint(attention: nn.Module) -> bool:
     """Whether an attention also projects the tokens of a second stream, and returns both."""
     return getattr(attention, "add_q_proj", None) is not None

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline
 from dcomp.calibrate.record import record_calibration_set
@@ -29,7 +30,14 @@ def subject_of(
     recorded = record_calibration_set(pipeline, prompts, Generation(steps=4, **sizes), folder)
     found = gather_rows(recorded, rows, denoiser=pipeline.denoiser)
     guidance = pipeline.guidance(None)
-    return Subject(pipeline.denoiser, find_units(pipeline.denoiser), found, guidance)
+    settings = Generation(steps=3, **sizes)
+
+    def latents(number: int) -> Tensor:
+        one = slice(number, number + 1)
+        return pipeline.run(prompts[one], [number], settings, gradients=torch.is_grad_enabled()).latents
+
+    units = find_units(pipeline.denoiser)
+    return Subject(pipeline.denoiser, units, found, guidance, latents=latents, trajectories=2)
 
 
 def costs_of(subject: Subject) -> Costs:
