@@ -308,6 +308,22 @@ class PlanChoice:
         if of_one_call and part * calls > 1:
             self.time_ratios[best.name] = found.seconds / (of_one_call * (part * calls - 1))
 
+    def leave_out_beaten(self) -> None:
+        """Leave out plans than which another one of these is better and saves no less: speeds find that one."""
+        for one in [*self.plans]:
+
+            def beats(other: MeasuredPlan, one: MeasuredPlan = one) -> bool:
+                as_fast = self.faster[other.name] >= self.faster[one.name] and other.speedup >= one.speedup
+                return as_fast and other.psnr > one.psnr
+
+            best = max(filter(beats, self.plans), key=lambda other: other.psnr, default=None)
+            if best is not None:
+                self.plans.remove(one)
+                for known in (self.fewer_steps, self.faster, self.time_ratios, self.cache_bytes):
+                    known.pop(one.name, None)
+                compared = f"{best.psnr:.1f} dB, {one.psnr:.1f} dB"
+                self.notes.append(f"At {one.name} the plan of {best.name} is better, and saves more ({compared}).")
+
     def _corrected(self, correct: Correct, plain: MeasuredPlan, seen: Distance) -> tuple[MeasuredPlan, Distance]:
         """Return the plan with corrections if its pictures are better, else as it is."""
         plan = correct(plain.plan)

@@ -210,6 +210,7 @@ def search_schedule(
         about = planner, prompts, settings, progress
         more: dict[str, Any] = {"correct": correct, "one_context": one_context}
         choice, judge = _choose(pipeline, asked, *about, kept, unrounded_calls=unrounded_calls, **more)
+        choice.leave_out_beaten()
         plans = tuple(sorted(choice.plans, key=lambda plan: plan.speedup))
         if plans:
             PlanSet(trajectory, plans).write(file)

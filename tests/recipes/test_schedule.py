@@ -512,6 +512,19 @@ def test_corrections_are_kept_where_pictures_that_they_were_not_fitted_to_are_be
     assert choice.notes == ([] if better else notes)
 
 
+def test_plans_that_another_one_beats_in_both_are_left_out() -> None:
+    choice = PlanChoice(None, None, MadeUpJudge({}))  # type: ignore[arg-type]
+    figures = {"1.5x": (1.5, 47.0), "2x": (2.0, 43.0), "2.5x": (2.5, 45.0), "2.4calls": (2.4, 45.0), "4x": (4.0, 44.0)}
+    for name, (speedup, psnr) in figures.items():
+        choice.plans.append(MeasuredPlan(name, None, speedup, None, 0.1, psnr))  # type: ignore[arg-type]
+        choice.faster[name], choice.fewer_steps[name], choice.cache_bytes[name] = speedup, (3, 20.0), 1
+    choice.faster["2.5x"] = 2.3  # here it is slower than it should be
+    choice.leave_out_beaten()
+    assert [plan.name for plan in choice.plans] == ["1.5x", "2.5x", "2.4calls", "4x"]
+    assert choice.faster.keys() == choice.fewer_steps.keys() == choice.cache_bytes.keys() == figures.keys() - {"2x"}
+    assert choice.notes == ["At 2x the plan of 2.5x is better, and saves more (45.0 dB, 43.0 dB)."]
+
+
 @pytest.mark.slow
 def test_a_search_asked_for_corrections_has_them_or_says_why_not(tiny_model: Models, tmp_path: Path) -> None:
     options: dict[str, Any] = {"budgets": ("1.5x",), "steps": 6, "samples": 2, "output": tmp_path / "plans.json"}
