@@ -180,6 +180,7 @@ def prune_stage(
     found: Outlook,
     recipe: Recipe,
     prompts: Sequence[str],
+    judge: FinalLatents,
     work: Path,
     report: Progress,
 ) -> PruneResult:
@@ -190,7 +191,8 @@ def prune_stage(
         recorded: its calibration set.
         found: what can be cut.
         recipe: with the stage.
-        prompts: of the recipe, for final latents.
+        prompts: of the recipe, for masks.
+        judge: of final latents.
         work: folder of resumable results, of this recipe, model and calibration set.
         report: called with a text, the count done and the total.
     """
@@ -221,9 +223,6 @@ def prune_stage(
         keep=lambda name, measure: errors.get(digest(name), measure, lambda data: [float(value) for value in data]),
     )
     agreement = additivity(subject, scored) if scored.units is not None else None
-    judge = FinalLatents(
-        pipeline, prompts, generation_of(recipe.calibration), work / "prune-latents.safetensors", report
-    )
     count = stage.proposals if METHODS[stage.method].measured else 1
     judged: list[tuple[float, Proposal, nn.Module, CutList]] = []
     for one in proposals(subject, scored.problem, found.needed, stage.method, count):

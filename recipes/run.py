@@ -18,6 +18,7 @@ from torch import nn
 from dcomp import UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
+from dcomp.calibrate.final_latents import FinalLatents
 from dcomp.calibrate.mismatch import check_matches
 from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
@@ -41,6 +42,7 @@ from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
 from dcomp.recipes.settings import generation_of
+from dcomp.recipes.stage_rows import StageRow, StageRows
 from dcomp.recipes.work_folder import work_folder
 
 __all__ = ["RunResult", "default_output", "plan_recipe", "quantize", "record_calibration", "run_recipe"]
@@ -58,6 +60,7 @@ class RunResult:
         notes: what a person should know, the plan's included.
         schedules: cache plans that were searched; None if the recipe asks for none.
         pruned: what was cut; None if the recipe asks for nothing of it.
+        stages: what each stage made of the model, for a recipe that prunes.
     """
 
     output: Path
@@ -67,6 +70,7 @@ class RunResult:
     notes: tuple[str, ...] = ()
     schedules: ScheduleResult | None = None
     pruned: PruneResult | None = None
+    stages: tuple[StageRow, ...] = ()
 
     @property
     def load_line(self) -> str:
@@ -85,6 +89,7 @@ class RunResult:
             "load": self.load_line,
             "schedules": None if self.schedules is None else self.schedules.to_dict(),
             "pruning": None if self.pruned is None else self.pruned.to_dict(),
+            "stages": [asdict(row) for row in self.stages],
             "notes": list(self.notes),
         }
 
@@ -204,11 +209,16 @@ def run_recipe(
         changed = _changed_components(pipeline, recipe, adapters, work / "changed")
         recorded: CalibrationSet | None = None
         pruned: PruneResult | None = None
+        stages: StageRows | None = None
         if plan.outlook:
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "whole", progress)
-            pruned = prune_stage(pipeline, recorded, plan.outlook, recipe, prompts, work, report)
+            file = work / "whole-latents.safetensors"
+            judge = FinalLatents(pipeline, prompts, generation_of(recipe.calibration), file, report)
+            stages = StageRows(pipeline, judge, plan.macs)
+            pruned = prune_stage(pipeline, recorded, plan.outlook, recipe, prompts, judge, work, report)
             given = None  # it is of the whole model
             plan, probe = make_plan(pipeline, recipe.without("prune"), prompts, plan.notes)
+            stages.add("prune", plan.macs, pruned.error)
         schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
         result = StageResult(plan.decisions)
         foreign: ForeignResult | None = None
@@ -220,13 +230,16 @@ def run_recipe(
         elif stage and schemes:
             recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
             result = quantize_stage(pipeline, recorded, plan, stage, prompts, work, report)
+            if stages:
+                stages.add("quantize", plan.macs)
         found: list[ScheduleResult] = []
 
         def search(folder: Path) -> None:
             if recipe.schedule:
-                found.append(
-                    _search(recipe.schedule, folder, output, work, None if adapters else model, device, report)
-                )
+                original = None if adapters or pruned else model
+                found.append(_search(recipe.schedule, folder, output, work, original, device, report))
+                if stages:
+                    stages.add_plans(found[0].plans, plan.macs)
 
         report("writing and checking", 0, 1)
         manifest = write_checkpoint(
@@ -252,7 +265,8 @@ def run_recipe(
     of_pruning = pruned.notes if pruned else ()
     all_notes = (*plan.notes, *of_pruning, *(recorded.notes if recorded else ()), *result.notes)
     seconds = time.perf_counter() - started
-    return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None, pruned)
+    rows = tuple(stages.rows) if stages else ()
+    return RunResult(output, manifest, result.errors, seconds, all_notes, found[0] if found else None, pruned, rows)
 
 
 def _search(

@@ -79,6 +79,12 @@ def print_result(result: RunResult) -> None:
         say(f"Note: {note}")
     if result.pruned:
         print_pruned(result.pruned)
+    if len(result.stages) > 1:
+        stages = [
+            (row.name, f"{row.latent_error:.4f}", bytes_text(row.nbytes), f"{row.macs:.3f}") for row in result.stages
+        ]
+        columns = ("after", "error of final latents", "denoiser", "multiply-accumulates")
+        print_table("Stages, each on those before, against the original", columns, stages, right=(1, 2, 3))
     print_table("Written", ("", ""), facts)
     if result.schedules:
         print_schedules(result.schedules)

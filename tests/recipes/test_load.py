@@ -22,7 +22,7 @@ def test_every_preset_is_a_recipe(name: str) -> None:
 
 
 def test_the_presets_are_all_there_is() -> None:
-    assert builtin_names() == sorted([*PRESETS, "joint", "prune"])
+    assert builtin_names() == sorted([*PRESETS, "all", "joint", "prune"])
     assert [stage.kind for stage in load_recipe("joint").stages] == ["quantize", "schedule"]
 
 

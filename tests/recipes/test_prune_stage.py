@@ -147,6 +147,32 @@ def test_pruned_then_quantized_in_one_run(tiny_model: Models, tmp_path: Path) ->
     assert {name for name, record in result.manifest.layers.items() if record.scheme} == {
         *quantized_layers(opened.transformer)
     }
+    first, second = result.stages
+    assert (first.name, second.name) == ("prune", "quantize")
+    assert result.pruned is not None
+    assert first.latent_error == result.pruned.error
+    assert second.nbytes < 0.7 * first.nbytes
+    assert first.macs == second.macs == result.pruned.after.macs / result.pruned.before.macs
+
+
+@pytest.mark.slow
+def test_all_stages_in_one_run(tiny_model: Models, tmp_path: Path, time_goes_by_products: pytest.MonkeyPatch) -> None:
+    name = "UNet2DModel"
+    stages = (
+        {"kind": "quantize", "preset": "w8a8", "tune": 0, "rows": 16},
+        {"kind": "schedule", "budgets": ["1.3x"], "samples": 2},
+    )
+    recipe = recipe_of(name, *stages, parameters=0.1)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"steps": 6})})
+    result = run_recipe(tiny_model(name), recipe, tmp_path / "out")
+    assert result.schedules is not None
+    plans = [f"plan {plan.name}" for plan in result.schedules.plans]
+    assert [row.name for row in result.stages] == ["prune", "quantize", *plans]
+    assert all(0 < row.latent_error < 1 for row in result.stages)
+    for row, plan in zip(result.stages[2:], result.schedules.plans, strict=True):
+        assert row.macs == pytest.approx(result.stages[1].macs / plan.speedup)
+        assert row.nbytes == result.stages[1].nbytes
+    assert (tmp_path / "out" / "dcomp_cache.json").is_file() == bool(plans)
 
 
 def test_what_was_made_of_the_whole_model_is_stale(pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
