@@ -401,7 +401,14 @@ def _watch_steps(
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise UsageError(
+                f"{type(scheduler).__name__} cannot sample in this pipeline, which calls it otherwise: {error}",
+                where="scheduler",
+                remedy="Use the pipeline's own scheduler, or one of its kind.",
+            ) from error
         if "generator" in signature.parameters and given.get("generator") is None:
             rows = len(given["sample"])
             kwargs["generator"] = [generators[row % len(generators)] for row in range(rows)]

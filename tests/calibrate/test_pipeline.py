@@ -8,7 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+)
 from torch import Tensor, nn
 
 from dcomp import UsageError
@@ -290,3 +297,12 @@ def test_opening_prints_nothing(opened: Opener) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"OMP_NUM_THREADS": "1"})
     assert (done.stdout, done.stderr) == ("", "")
     assert json.loads((opened(SD).source / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_scheduler_that_the_pipeline_calls_otherwise_is_refused(tmp_path: Path) -> None:
+    unet = tiny.tiny_denoiser("UNet2DModel")
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
+    pipeline = open_pipeline(tmp_path, scheduler="DPMSolverMultistepScheduler")
+    with pytest.raises(UsageError, match="DPMSolverMultistepScheduler cannot sample in this pipeline.*'eta'"):
+        pipeline.run([""], [0], Generation(steps=2))
+    open_pipeline(tmp_path).run([""], [0], Generation(steps=2))
