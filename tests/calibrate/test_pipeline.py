@@ -303,6 +303,6 @@ def test_a_scheduler_that_the_pipeline_calls_otherwise_is_refused(tmp_path: Path
     unet = tiny.tiny_denoiser("UNet2DModel")
     DDIMPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(tmp_path)
     pipeline = open_pipeline(tmp_path, scheduler="DPMSolverMultistepScheduler")
-    with pytest.raises(UsageError, match="DPMSolverMultistepScheduler cannot sample in this pipeline.*'eta'"):
+    with pytest.raises(UsageError, match=r"DPMSolverMultistepScheduler cannot sample in this pipeline.*'eta'"):
         pipeline.run([""], [0], Generation(steps=2))
     open_pipeline(tmp_path).run([""], [0], Generation(steps=2))
