@@ -231,8 +231,8 @@ def prune_stage(
             error = judge.error()
         finally:
             setattr(pipeline.pipe, pipeline.denoiser_name, denoiser)
-        cuts = one.cuts.simplified(units)
-        about = Proposal(len(cuts.removed), len(cuts.kept), one.chosen.saving, one.expected, error)
+        cuts = one.chosen.cuts.simplified(units)
+        about = Proposal(len(cuts.removed), len(cuts.kept), one.chosen.saving, one.chosen.error, error)
         judged.append((error, about, one.denoiser, cuts))
     judged.sort(key=lambda each: each[0])
     unrecovered, _, small, cuts = judged[0]

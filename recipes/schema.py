@@ -72,7 +72,8 @@ class PruneStage(_Frozen):
         max_megabytes: what may be left of the denoiser, in its own dtype, in millions of bytes.
         round_to: channels that stay of heads, hidden channels and groups are a multiple of this, where there are so
             many.
-        pin: patterns of what stays whole; of a module that cannot be cut itself, all within it.
+        pin: patterns of what stays whole, and with it what lies around it; of a module that cannot be cut itself, all
+            within it.
         tie: sets of patterns; all that one of a set names is cut alike, or not at all.
         contiguous: blocks of a list that go lie side by side.
         rows: samples of recorded calls that errors are measured on.

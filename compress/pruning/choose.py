@@ -48,7 +48,7 @@ class Constraints:
     """What a choice must keep to.
 
     Attributes:
-        pinned: sites that stay whole.
+        pinned: sites that stay whole, and with them those around them.
         tied: sets of sites that choose options of the same label, or none of them any.
         contiguous: lists of sites, in order, of which those that are removed must lie side by side.
     """
@@ -98,7 +98,7 @@ class Problem:
 
     def most(self) -> Saving:
         """Return the most that can be saved of each."""
-        found = [self._solve([-getattr(o.saving, key) for o in self._all()], Saving(0, 0), []) for key in _KEYS]
+        found = [self._solve([-getattr(o.saving, key) for o in self.able()], Saving(0, 0), []) for key in _KEYS]
         return Saving(*(getattr(one.saving, key) for one, key in zip(found, _KEYS, strict=True) if one))
 
     def best(self, needed: Saving, count: int = 1) -> list[Chosen]:
@@ -113,7 +113,7 @@ class Problem:
         """
         found: list[Chosen] = []
         while len(found) < count:
-            one = self._solve([o.error for o in self._all()], needed, found)
+            one = self._solve([o.error for o in self.able()], needed, found)
             if one is None:
                 break
             found.append(one)
@@ -126,12 +126,15 @@ class Problem:
             )
         return found
 
-    def _all(self) -> list[Option]:
-        return [o for site, found in self.options.items() if site not in self.constraints.pinned for o in found]
+    def able(self) -> list[Option]:
+        """Return the options that no pin forbids."""
+        pinned = self.constraints.pinned
+        staying = pinned.union(*(self.around.get(site, ()) for site in pinned))
+        return [option for site, found in self.options.items() if site not in staying for option in found]
 
     def _solve(self, objective: Sequence[float], needed: Saving, unlike: Sequence[Chosen]) -> Chosen | None:
         """Return the choice with the least objective that differs from others; None if there is none."""
-        options = self._all()
+        options = self.able()
         if not options:
             return Chosen((), 0.0, Saving(0, 0)) if needed == Saving(0, 0) and not unlike else None
         rows, limits = self._rows(options)

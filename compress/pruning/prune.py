@@ -6,7 +6,7 @@ well sums and errors of whole choices agree is measured on choices at random, an
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -62,22 +62,16 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Pruned:
+class Made:
     """A choice that was made.
 
     Attributes:
-        cuts: what goes.
-        chosen: the options that they come from.
+        chosen: what goes.
         denoiser: without it.
-        error: as judged; None if it was not.
-        expected: sum of the errors of the options.
     """
 
-    cuts: CutList
     chosen: Chosen
     denoiser: nn.Module
-    error: float | None
-    expected: float
 
 
 @dataclass(frozen=True)
@@ -129,17 +123,17 @@ def score(
         )
     how = METHODS[method]
     options = list_options(subject, costs, SCORERS[how.scorer](subject), round_to=round_to)
-    pinned = (constraints or Constraints()).pinned
-    options = {site: found for site, found in options.items() if site not in pinned}
-    units = None
-    if how.measured:
-        options, units = measured_options(subject, options, keep)
-    return Scored(Problem(options, dict(sites(subject.units)), constraints or Constraints()), units)
+    problem = Problem(options, dict(sites(subject.units)), constraints or Constraints())
+    if not how.measured:
+        return Scored(problem, None)
+    able = {option.site for option in problem.able()}
+    options, units = measured_options(subject, {site: options[site] for site in options if site in able}, keep)
+    return Scored(replace(problem, options=options), units)
 
 
 def proposals(
     subject: Subject, problem: Problem, needed: Saving, method: str, count: int = PROPOSALS
-) -> Iterator[Pruned]:
+) -> Iterator[Made]:
     """Yield the best choices within a budget, made, and not judged; the best one first.
 
     Beside the best of all there are those of parts alone and of widths alone, which a sum of errors may rank wrongly.
@@ -161,8 +155,7 @@ def proposals(
         for chosen in found:
             if chosen.cuts not in seen and len(seen) < count:
                 seen.append(chosen.cuts)
-                small = altered(subject, chosen.cuts, made_up=METHODS[method].made_up)
-                yield Pruned(chosen.cuts, chosen, small, None, chosen.error)
+                yield Made(chosen, altered(subject, chosen.cuts, made_up=METHODS[method].made_up))
 
 
 def additivity(subject: Subject, scored: Scored, count: int = CHECKED) -> Additivity:

@@ -49,7 +49,8 @@ def every_choice(problem: Problem) -> Iterator[tuple[Option, ...]]:
         labels = [{taken[site].label if site in taken else None for site in tied} for tied in rules.tied]
         runs = [[key for key, _ in itertools.groupby(site in removed for site in line)] for line in rules.contiguous]
         allowed = all(len(one) == 1 for one in labels) and all(run.count(True) < 2 for run in runs)
-        if allowed and not any(site in rules.pinned for site in taken):
+        staying = {*rules.pinned, *(outer for site in rules.pinned for outer in problem.around[site])}
+        if allowed and not staying & taken.keys():
             yield tuple(taken.values())
 
 

@@ -60,7 +60,7 @@ def test_every_method_saves_what_was_asked_for_and_touches_nothing(name: str, ma
         best, *_ = proposals(subject, score(subject, costs, method).problem, needed, method)
         left = sum(p.numel() for p in best.denoiser.parameters())
         assert costs.whole.parameters - left >= needed.parameters
-        assert costs.of(best.cuts, subject.units).parameters >= needed.parameters
+        assert costs.of(best.chosen.cuts, subject.units).parameters >= needed.parameters
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[key]) for key, tensor in subject.denoiser.state_dict().items())
     assert [m.training for m in subject.denoiser.modules()] == training
@@ -76,8 +76,7 @@ def test_a_silent_block_goes_first(make_subject: Make) -> None:
     assert errors[BLOCK, "gone"] < 1e-7
     assert errors[f"{BLOCK}.ff", "gone"] < 1e-7 < errors["transformer_blocks.0.ff", "gone"]
     best, *_ = proposals(subject, scored.problem, Saving(costs.parts[BLOCK].parameters, 0), "reconstruction")
-    assert best.cuts == CutList(frozenset({BLOCK}))
-    assert best.error is None
+    assert best.chosen.cuts == CutList(frozenset({BLOCK}))
     assert float(errors_of(subject, best.denoiser).max()) < 1e-9
     with pytest.raises(ChoiceError, match="at most"):
         [*proposals(subject, scored.problem, costs.whole, "reconstruction")]
@@ -144,6 +143,10 @@ def test_pins_and_multiples_are_kept_to(make_subject: Make) -> None:
     problem = score(subject, costs, "magnitude", constraints=Constraints(pinned)).problem
     best, *_ = proposals(subject, problem, Saving(costs.whole.parameters // 10, 0), "magnitude")
     assert not pinned & {o.site for o in best.chosen.options}
+    inner = Constraints(frozenset({f"{BLOCK}.ff"}))
+    able = {o.site for o in score(subject, costs, "magnitude", constraints=inner).problem.able()}
+    assert BLOCK not in able  # with the block its feed-forward would go
+    assert f"{BLOCK}.attn1" in able
 
 
 @pytest.mark.parametrize(
