@@ -100,14 +100,12 @@ def ahead() -> list[str]:
 def both() -> list[str]:
     """Return the table of bits and a cache plan together."""
     report = json.loads((RESULTS / "cache_speed.json").read_text())
-    plan = report["plan"]
     head = (
-        f"Bits and a cache plan together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
-        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plan was made on the "
-        f"{report['preset'].upper()} checkpoint of the embedded pipeline, {plan['calls']} calls of which "
-        f"{plan['whole_calls']} compute everything, and its pictures are {plan['psnr']} dB from those of that "
-        "checkpoint without a plan; products and time are those of calls that compute everything over those of the "
-        "plan's:"
+        f"Bits and cache plans together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
+        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plans were made on "
+        f"the {report['preset'].upper()} checkpoint of the embedded pipeline, and PSNR is that of its pictures with "
+        "and without them; products and time are those of calls that compute everything over those of the plan's, and "
+        "the last column is the speed over fp32:"
     )
     return [head, cache_speed.table(report)]
 
