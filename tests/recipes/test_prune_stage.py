@@ -88,7 +88,7 @@ def test_the_same_again_is_the_same(pruned: RunResult, tiny_model: Models, tmp_p
     assert file_hashes(tmp_path / "again") == file_hashes(pruned.output)
 
 
-@pytest.mark.parametrize("text", ["errors of cuts", "trajectories", "writing and checking"])
+@pytest.mark.parametrize("text", sweep(["errors of cuts", "trajectories", "writing and checking"], ["errors of cuts"]))
 def test_an_interrupted_run_goes_on(text: str, pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
     recipe, seen = recipe_of(TEXT, parameters=0.25), list[str]()
 

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,19 @@ from dcomp.compress.pruning.units import find_units
 from dcomp.compress.split import quantized_layers
 from dcomp.compress.verify import call_denoiser
 from tests.compress.pruning.test_cut import some
+from tests.support.checkpoints import checked_in_a_fork
 from tests.support.quantized import quantized_pipeline
 from tests.support.sweep import sweep
 from tests.support.tiny import FEW_NAMES, NAMES, TRANSFORMER_NAMES, denoiser_inputs, save_tiny_pipeline
 
 FIELDS = ManifestFields(recipe={"kind": "prune"})
 NESTED = "UNet2DConditionModel"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_check() -> Iterator[None]:
+    with checked_in_a_fork():
+        yield
 
 
 def pruned(name: str, folder: Path, *, parts: int = 2) -> OpenPipeline:
@@ -53,7 +61,7 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_pruned_model_is_what_it_was_in_memory(name: str, tmp_path: Path) -> None:
     pipeline = pruned(name, tmp_path / "source")
     expected = values(pipeline.denoiser, name)
-    # The fresh process that writing starts compares the bits of a call.
+    # Writing opens the folder again and compares the bits of a call.
     write_checkpoint(pipeline, tmp_path / "out", FIELDS, probe=denoiser_inputs(name))
     part = check_model_folder(tmp_path / "out").denoiser
     counted = sum(tensor.numel for tensor in part.tensors.values())
