@@ -4,23 +4,18 @@ Errors of layers are taken to add up, which is what `sensitivity.py` measures th
 program, a knapsack with one item out of each group of layers, solved by HiGHS; its result is checked in whole bytes.
 """
 
-import ctypes
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from dcomp import UsageError
+from dcomp.compress.binary_program import minimise_binary
 
 NODES = 20_000  # of the search tree; what is not proven by then is told as the gap
-_OBJECTIVE_RANGE = 1e4  # of numbers that the solver sees: its absolute tolerance of 1e-6 is then nothing
-_ATTEMPTS = 50
 
 
 class AllocationError(UsageError):
@@ -216,41 +211,38 @@ class _Problem:
     def _minimise(self, objective: Callable[[_Item], float]) -> tuple[list[_Item], float]:
         """Solve in excesses over the least of each group, as parts of the room that is left.
 
-        The solver takes a budget as kept if it is exceeded by a millionth. Such a choice is forbidden, by the items
-        that are too much together, and the problem is solved again.
+        A choice that exceeds a budget is forbidden by the items that are too much together.
         """
         if not self.groups:
             return [], 0.0
         values = [[objective(item) for item in group] for group in self.groups]
         floor = math.fsum(min(group) for group in values)
         excess = np.array([value - min(group) for group in values for value in group], dtype=float)
-        unit = _OBJECTIVE_RANGE / excess.max() if excess.max() > 0 else 1.0
         rows, fits = self._rows()
         constraints = [self._one_each(), *(LinearConstraint(row[None], ub=[1]) for row in rows)]
-        for _ in range(_ATTEMPTS):
-            with silent_stdout():
-                result = milp(
-                    excess * unit,
-                    integrality=np.ones(len(excess)),
-                    bounds=Bounds(0, fits),
-                    constraints=constraints,
-                    options={"mip_rel_gap": 0.0, "node_limit": NODES},
-                )
-            if result.x is None:
-                break
-            where = self._picked(result.x)
-            picked = [group[i] for group, i in zip(self.groups, where, strict=True)]
-            excluded = self._too_much(picked)
+        starts = np.cumsum([0, *map(len, self.groups[:-1])])
+
+        def forbid(x: Any) -> LinearConstraint | None:
+            where = self._picked(x)
+            excluded = self._too_much(self._items_at(where))
             if not excluded:
-                bound = floor + max(0.0, float(result.mip_dual_bound)) / unit
-                return picked, min(bound, math.fsum(objective(item) for item in picked))
-            starts = np.cumsum([0, *map(len, self.groups[:-1])])
+                return None
             row = np.zeros((1, len(excess)))
             row[0, [starts[g] + where[g] for g in excluded]] = 1
-            constraints.append(LinearConstraint(row, ub=[len(excluded) - 1]))
-        raise AllocationError(
-            "No choice was found that meets all budgets", where="budgets", remedy="Allow more bytes or a higher cost."
-        )
+            return LinearConstraint(row, ub=[len(excluded) - 1])
+
+        found = minimise_binary(excess, constraints, forbid, nodes=NODES, upper=fits)
+        if found is None:
+            raise AllocationError(
+                "No choice was found that meets all budgets",
+                where="budgets",
+                remedy="Allow more bytes or a higher cost.",
+            )
+        picked = self._items_at(self._picked(found[0]))
+        return picked, min(floor + max(0.0, found[1]), math.fsum(objective(item) for item in picked))
+
+    def _items_at(self, places: Sequence[int]) -> list[_Item]:
+        return [group[place] for group, place in zip(self.groups, places, strict=True)]
 
     def _budgets(self) -> Iterator[tuple[float, Callable[[_Item], float]]]:
         """Yield the room that each budget leaves over the least of all groups, and the excess of a choice."""
@@ -291,27 +283,6 @@ class _Problem:
     def _picked(self, x: Any) -> list[int]:
         parts = np.split(x, np.cumsum([len(group) for group in self.groups])[:-1])
         return [int(np.argmax(part)) for part in parts]
-
-
-@contextmanager
-def silent_stdout() -> Iterator[None]:
-    """Drop what native code prints: HiGHS has a forgotten line, which would end up in the JSON of a command."""
-    try:
-        stdout = os.dup(1)
-    except OSError:  # there is no stdout
-        yield
-        return
-    flush, nothing = ctypes.CDLL(None).fflush, os.open(os.devnull, os.O_WRONLY)
-    sys.stdout.flush()
-    flush(None)
-    os.dup2(nothing, 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
-        os.close(nothing)
 
 
 def _require_reachable(problem: _Problem, fixed_bytes: int, parameters: int) -> None:

@@ -1,7 +1,7 @@
 """Which of many cuts to make: those whose errors add up to the least among all that save enough.
 
 Each site has options, of which one or none is taken; a part within another one has no say where that is removed. It is
-a knapsack with multiple choice, solved exactly by HiGHS, as in `allocation.py` for bits. Errors of cuts are taken to
+a knapsack with multiple choice, solved exactly, as in `allocation.py` for bits. Errors of cuts are taken to
 add up, which is what they are measured for (Zhang et al. 2024, LAPTOP-Diff, section 3.2).
 """
 
@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import LinearConstraint
 
 from dcomp import UsageError
-from dcomp.compress.allocation import silent_stdout
+from dcomp.compress.binary_program import Floats, minimise_binary
 from dcomp.compress.pruning.costs import Saving
 from dcomp.compress.pruning.cut_list import CutList
 
 NODES = 50_000  # of the search tree
-_ATTEMPTS = 50
 
 
 class ChoiceError(UsageError):
@@ -143,31 +142,34 @@ class Problem:
                 rows.append([-getattr(option.saving, key) / enough for option in options])
                 limits.append(-1.0)
         for other in unlike:
-            taken = [option in other.options for option in options]
-            rows.append([1.0 if one else -1.0 for one in taken])
-            limits.append(sum(taken) - 1.0)
+            self._forbid([option in other.options for option in options], rows, limits)
         starts = self._starts(options, rows, limits)
         values = np.array([*objective, *[0.0] * starts])
-        unit = 1e4 / peak if (peak := float(np.abs(values).max())) > 0 else 1.0
-        for _ in range(_ATTEMPTS):
-            with silent_stdout():
-                result = milp(
-                    values * unit,
-                    integrality=np.ones(len(values)),
-                    bounds=Bounds(0, 1),
-                    constraints=[LinearConstraint(_padded(rows, len(values)), ub=limits)] if rows else [],
-                    options={"mip_rel_gap": 0.0, "node_limit": NODES},
-                )
-            if result.x is None:
+
+        def taken(x: Floats) -> list[bool]:
+            return [bool(value > 0.5) for value in x[: len(options)]]
+
+        def choice(x: Floats) -> Chosen:
+            return _chosen([option for option, one in zip(options, taken(x), strict=True) if one])
+
+        def forbid(x: Floats) -> LinearConstraint | None:
+            saving = choice(x).saving
+            if all(getattr(saving, key) >= getattr(needed, key) for key in _KEYS):
                 return None
-            taken = [bool(x > 0.5) for x in result.x[: len(options)]]
-            chosen = _chosen([option for option, one in zip(options, taken, strict=True) if one])
-            if all(getattr(chosen.saving, key) >= getattr(needed, key) for key in _KEYS):
-                return chosen
-            # The solver takes a budget as met that is missed by a millionth.
-            rows.append([1.0 if one else -1.0 for one in taken])
-            limits.append(sum(taken) - 1.0)
-        return None
+            own: list[list[float]] = []
+            limit: list[float] = []
+            self._forbid(taken(x), own, limit)
+            return LinearConstraint(_padded(own, len(values)), ub=limit)
+
+        constraints = [LinearConstraint(_padded(rows, len(values)), ub=limits)]
+        found = minimise_binary(values, constraints, forbid, nodes=NODES)
+        return choice(found[0]) if found else None
+
+    @staticmethod
+    def _forbid(taken: Sequence[bool], rows: list[list[float]], limits: list[float]) -> None:
+        """Add a row that this very choice breaks."""
+        rows.append([1.0 if one else -1.0 for one in taken])
+        limits.append(sum(taken) - 1.0)
 
     def _rows(self, options: Sequence[Option]) -> tuple[list[list[float]], list[float]]:
         """Return rows and limits: one option of a site and of all around it, and equal labels of tied ones."""
@@ -216,7 +218,7 @@ def _chosen(options: Sequence[Option]) -> Chosen:
     return Chosen(tuple(options), sum(option.error for option in options), saving)
 
 
-def _padded(rows: Sequence[Sequence[float]], width: int) -> "np.ndarray[tuple[int, int], np.dtype[np.float64]]":
+def _padded(rows: Sequence[Sequence[float]], width: int) -> Floats:
     return np.array([[*row, *[0.0] * (width - len(row))] for row in rows])
 
 
