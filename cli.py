@@ -129,6 +129,11 @@ def _resolve(
     return load_recipe(source, overrides or (), values)
 
 
+def _calibration(**options: Any) -> dict[str, Any]:
+    """Return the keys of a recipe that options of the calibration stand for."""
+    return {f"calibration.{key}": value for key, value in options.items()}
+
+
 def _named_settings(method: str | None, quality: str | None) -> dict[str, Any]:
     from dcomp.recipes.methods import settings_of
 
@@ -262,15 +267,17 @@ def quantize(
             **_budgets(budget or []),
             "stages.quantize.format": format,
             "stages.quantize.keep": keep,
-            "calibration.prompts": prompts,
-            "calibration.column": column,
-            "calibration.samples": samples,
-            "calibration.steps": steps,
-            "calibration.guidance": guidance,
-            "calibration.scheduler": scheduler,
-            "calibration.seed": seed,
-            "calibration.batch_size": batch_size,
-            "calibration.along": along,
+            **_calibration(
+                prompts=prompts,
+                column=column,
+                samples=samples,
+                steps=steps,
+                guidance=guidance,
+                scheduler=scheduler,
+                seed=seed,
+                batch_size=batch_size,
+                along=along,
+            ),
         },
     )
     _compress(
@@ -348,13 +355,15 @@ def prune(
         "stages.prune.recover": recover,
         "stages.prune.recover_iterations": iterations,
         "lora": lora,
-        "calibration.prompts": prompts,
-        "calibration.column": column,
-        "calibration.samples": samples,
-        "calibration.steps": steps,
-        "calibration.guidance": guidance,
-        "calibration.scheduler": scheduler,
-        "calibration.seed": seed,
+        **_calibration(
+            prompts=prompts,
+            column=column,
+            samples=samples,
+            steps=steps,
+            guidance=guidance,
+            scheduler=scheduler,
+            seed=seed,
+        ),
     }
     resolved = _resolve({}, recipe, overrides, values)
     _compress(model, resolved, output, calibration, device, None, dry_run, fresh, overwrite, json)
@@ -463,18 +472,18 @@ def calibrate(
     from dcomp.recipes.load import load_recipe
     from dcomp.recipes.run import record_calibration
 
-    options = {
-        "prompts": prompts,
-        "column": column,
-        "samples": samples,
-        "steps": steps,
-        "guidance": guidance,
-        "scheduler": scheduler,
-        "seed": seed,
-        "batch_size": batch_size,
-        "along": along,
-    }
-    recipe = load_recipe("float", (), {"lora": lora} | {f"calibration.{key}": v for key, v in options.items()})
+    values = _calibration(
+        prompts=prompts,
+        column=column,
+        samples=samples,
+        steps=steps,
+        guidance=guidance,
+        scheduler=scheduler,
+        seed=seed,
+        batch_size=batch_size,
+        along=along,
+    )
+    recipe = load_recipe("float", (), {"lora": lora, **values})
     with console.progress() as progress:
         summary = record_calibration(model, recipe, output, device=device, low_memory=low_memory, progress=progress)
     console.print_json(summary) if json else console.print_facts("Calibration set", summary)

@@ -16,7 +16,7 @@ from dcomp.compress.coverage import Coverage, coverage
 from dcomp.compress.policy import Decision, Treatment, choose_schemes
 from dcomp.compress.pruning.options import PARTS
 from dcomp.compress.pruning.prune import METHODS
-from dcomp.recipes.prune_stage import Outlook, outlook, stored_bytes
+from dcomp.recipes.prune_outlook import Outlook, outlook, stored_bytes
 from dcomp.recipes.schema import QuantizeStage, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

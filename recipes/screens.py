@@ -15,7 +15,8 @@ from dcomp.recipes.error_curves import draw_error_curves, has_curves
 from dcomp.recipes.inspect import InspectedLayer, Inspection
 from dcomp.recipes.ladder import Rung
 from dcomp.recipes.plan import Plan
-from dcomp.recipes.prune_stage import Outlook, PruneResult
+from dcomp.recipes.prune_outlook import Outlook
+from dcomp.recipes.prune_stage import PruneResult
 from dcomp.recipes.run import RunResult
 from dcomp.recipes.schedule import ScheduleResult
 
@@ -27,15 +28,14 @@ def print_plan(plan: Plan, *, full: bool = False) -> None:
     on: Literal["stdout", "stderr"] = "stdout" if full else "stderr"
     if full:
         print(yaml.safe_dump(plan.recipe.to_dict(), sort_keys=False).rstrip() + "\n")
-    if plan.outlook and not plan.recipe.quantize:
-        pass  # no layer changes its precision
-    elif full:
+    precisions = plan.recipe.quantize is not None or plan.outlook is None  # pruning alone changes none
+    if precisions and full:
         layers = [
             (name, _role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason)
             for name, decision in plan.decisions.items()
         ]
         print_table("Layers", ("layer", "role", "scheme", "reason"), layers, on=on)
-    else:
+    elif precisions:
         groups: dict[tuple[str, str, str], int] = defaultdict(int)
         for name, decision in plan.decisions.items():
             groups[_role(plan, name), decision.scheme.label if decision.scheme else "float", decision.reason] += 1
@@ -49,7 +49,7 @@ def print_plan(plan: Plan, *, full: bool = False) -> None:
         ("bits per parameter", f"{sizes.bits_per_param:.2f}, all parameters counted"),
         ("this run", f"about {time_text(plan.seconds)} and {bytes_text(plan.memory_bytes)} of memory"),
     ]
-    if plan.recipe.quantize or not plan.outlook:
+    if precisions:
         facts.append(("left in float", _left_in_float(sizes.left_in_float)))
     print_table("", ("", ""), facts, on=on)
     if plan.outlook:

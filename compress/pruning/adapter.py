@@ -19,6 +19,7 @@ from dcomp.compress.pruning.plain import OF_THE_PROCESS
 from dcomp.compress.pruning.units import Part, Units, find_units
 
 _METADATA = "lora_adapter_metadata"  # of diffusers
+_BLOCK = re.compile(r"[\w.]+\.\d{1,9}")
 _PAIR = re.compile(r"(?P<path>.+?)\.(?P<which>lora_A|lora_B|lora\.down|lora\.up)(?P<rest>\.weight|\..+\.weight)$")
 
 
@@ -78,7 +79,7 @@ def _cuts_and_units(denoiser: Any) -> tuple[CutList, Units]:
     if not (folder / MANIFEST).is_file():
         return cuts, Units({}, {})
     removed = (read_manifest(folder).pruning or {}).get("removed", [])
-    blocks = {str(name): Part(str(name), "block") for name in removed}
+    blocks = {name: Part(name, "block") for name in map(str, removed) if _BLOCK.fullmatch(name)}
     return CutList(frozenset(blocks)), Units(blocks, {})
 
 
@@ -86,6 +87,7 @@ def _fitted(
     denoiser: Any, component: str, tensors: Mapping[str, Tensor], cuts: CutList, units: Units, where: str
 ) -> dict[str, Tensor]:
     gone = lost((units.groups[name], members) for name, members in cuts.kept.items())
+    paths = {path for path, _ in denoiser.named_modules()}
     fitted: dict[str, Tensor] = {}
     known = used = 0
     for key, tensor in tensors.items():
@@ -108,7 +110,7 @@ def _fitted(
         known += 1
         path = match["path"].removeprefix(f"{component}.")
         new = renamed(path, cuts, units)
-        if new is None or not _has(denoiser, new):
+        if new not in paths:
             continue
         used += 1
         axis = 1 if match["which"] in ("lora_A", "lora.down") else 0
@@ -129,10 +131,3 @@ def _fitted(
             remedy="Fuse it before pruning, with --lora.",
         )
     return fitted
-
-
-def _has(denoiser: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(denoiser.get_submodule(path), nn.Module)
-    except AttributeError:
-        return False

@@ -15,6 +15,7 @@ from dcomp.compress.pruning.removed import stand_in
 from dcomp.compress.pruning.units import Group, Units, find_units
 
 _CUTS = "dcomp_cuts"
+_DIGITS = 10  # of a number in a path
 
 
 def cut(denoiser: nn.Module, cuts: CutList, units: Units | None = None) -> None:
@@ -71,12 +72,16 @@ def renamed(path: str, cuts: CutList, units: Units) -> str | None:
     blocks = {name for name in cuts.removed if units.parts[name].kind == "block"}
     if any(path.startswith(f"{part}.") for part in cuts.removed) or path in blocks:
         return None
-    found: list[str] = []
+    gone: dict[str, list[int]] = {}
+    for block in blocks:
+        around, _, number = block.rpartition(".")
+        gone.setdefault(around, []).append(int(number))
     names = path.split(".")
     for place, name in enumerate(names):
-        before = [".".join([*names[:place], str(i)]) for i in range(int(name))] if name.isdigit() else []
-        found.append(str(len(before) - len(blocks.intersection(before))) if name.isdigit() else name)
-    return ".".join(found)
+        before = gone.get(".".join(path.split(".")[:place]))
+        if before and name.isdecimal() and len(name) < _DIGITS:  # paths also come from adapters' files
+            names[place] = str(int(name) - sum(number < int(name) for number in before))
+    return ".".join(names)
 
 
 def lost(slices: Iterable[tuple[Group, Iterable[int]]]) -> dict[tuple[str, int], list[int]]:

@@ -1,7 +1,7 @@
 """How much the members of each group matter: the one with the least score goes first.
 
-Every scorer is an entry of `SCORERS`. Scores of all but `reconstruction` are taken to add up over members, groups and
-parts; those are places in an order, which say nothing about another group. Letters: M members.
+Which scorers there are is said in `prune.METHODS`. Scores of all but `reconstruction` are taken to add up over members,
+groups and parts; those are places in an order, which say nothing about another group. Letters: M members.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -148,16 +148,6 @@ def learned(subject: Subject) -> dict[str, Tensor]:
         progress=subject.progress,
     )
     return {name: logits.double().sigmoid() for name, logits in found.items()}
-
-
-SCORERS: dict[str, Scorer] = {
-    "reconstruction": reconstruction,
-    "magnitude": magnitude,
-    "taylor": taylor,
-    "random": at_random,
-    "masks": learned,
-}
-"""Name -> scorer."""
 
 
 def _weighed(subject: Subject, values: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from dcomp import UsageError
 from dcomp.compress.pruning.choose import Chosen, Constraints, Option, Problem
 from dcomp.compress.pruning.costs import Costs, Saving, sites
 from dcomp.compress.pruning.cut_list import CutList
-from dcomp.compress.pruning.importance import SCORERS, Subject
+from dcomp.compress.pruning.importance import Scorer, Subject, at_random, learned, magnitude, reconstruction, taylor
 from dcomp.compress.pruning.options import altered, errors_of, in_units, list_options, measured_options
 
 PROPOSALS = 4  # choices that are made and judged
@@ -28,22 +28,22 @@ class Method:
     """How errors of cuts are known.
 
     Attributes:
-        scorer: key of `SCORERS`, which orders the members of each group.
+        scorer: orders the members of each group.
         measured: each cut is tried; else scores are summed up.
         made_up: what stays makes up for what goes.
     """
 
-    scorer: str
+    scorer: Scorer
     measured: bool
     made_up: bool
 
 
 METHODS: dict[str, Method] = {
-    "reconstruction": Method("reconstruction", measured=True, made_up=True),
-    "magnitude": Method("magnitude", measured=False, made_up=False),
-    "taylor": Method("taylor", measured=False, made_up=False),
-    "random": Method("random", measured=False, made_up=False),
-    "masks": Method("masks", measured=False, made_up=True),
+    "reconstruction": Method(reconstruction, measured=True, made_up=True),
+    "magnitude": Method(magnitude, measured=False, made_up=False),
+    "taylor": Method(taylor, measured=False, made_up=False),
+    "random": Method(at_random, measured=False, made_up=False),
+    "masks": Method(learned, measured=False, made_up=True),
 }
 """Name -> method. The default is that of LAPTOP-Diff for parts and of optimal brain compression within groups."""
 
@@ -122,7 +122,7 @@ def score(
             remedy="Quantize it instead.",
         )
     how = METHODS[method]
-    options = list_options(subject, costs, SCORERS[how.scorer](subject), round_to=round_to)
+    options = list_options(subject, costs, how.scorer(subject), round_to=round_to)
     problem = Problem(options, dict(sites(subject.units)), constraints or Constraints())
     if not how.measured:
         return Scored(problem, None)

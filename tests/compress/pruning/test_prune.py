@@ -13,7 +13,7 @@ from dcomp.calibrate.pipeline import prediction_of
 from dcomp.compress.pruning.choose import ChoiceError, Constraints
 from dcomp.compress.pruning.costs import Saving
 from dcomp.compress.pruning.cut_list import CutList
-from dcomp.compress.pruning.importance import SCORERS, Subject, going_order, widths
+from dcomp.compress.pruning.importance import Subject, going_order, widths
 from dcomp.compress.pruning.options import altered, errors_of, list_options
 from dcomp.compress.pruning.prune import METHODS, additivity, proposals, score
 from tests.compress.pruning.conftest import costs_of
@@ -84,9 +84,9 @@ def test_a_silent_block_goes_first(make_subject: Make) -> None:
 
 def test_copies_go_first_and_are_made_up_for(make_subject: Make) -> None:
     subject = make_subject(DIT, repeat)
-    order = going_order(SCORERS["reconstruction"](subject)[f"{BLOCK}.attn1:heads"])
+    order = going_order(METHODS["reconstruction"].scorer(subject)[f"{BLOCK}.attn1:heads"])
     assert order[0] in (0, 2)
-    assert going_order(SCORERS["magnitude"](subject)[f"{BLOCK}.attn1:heads"])[0] == 1  # which nothing else does
+    assert going_order(METHODS["magnitude"].scorer(subject)[f"{BLOCK}.attn1:heads"])[0] == 1  # which nothing else does
     kept = tuple(i for i in range(4) if i != order[0])
     cuts = CutList(kept={f"{BLOCK}.attn1:heads": kept})
     plain = float(errors_of(subject, altered(subject, cuts, made_up=False)).sum())
@@ -137,7 +137,7 @@ def test_pins_and_multiples_are_kept_to(make_subject: Make) -> None:
     subject = make_subject(DIT)
     costs = costs_of(subject)
     pinned = frozenset({BLOCK, f"{BLOCK}.ff"})
-    options = list_options(subject, costs, SCORERS["magnitude"](subject), round_to=32)
+    options = list_options(subject, costs, METHODS["magnitude"].scorer(subject), round_to=32)
     assert [o.label for o in options[f"{BLOCK}.ff"]] == ["192 of 256", "128 of 256", "64 of 256", "gone"]
     assert [o.label for o in options[f"{BLOCK}.attn1"]] == ["2 of 4", "gone"]  # 32 channels are two heads
     problem = score(subject, costs, "magnitude", constraints=Constraints(pinned)).problem
