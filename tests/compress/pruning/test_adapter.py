@@ -93,7 +93,7 @@ REFUSED = {
     "lora_unet_down_blocks_0_attentions_0.lora_down.weight": "another format",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": "were cut out",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight": "not of this model",
-    f"unet.mid_block.attentions.{10**15}.transformer_blocks.{'9' * 5000}.attn1.to_q.lora_A.weight": "were cut out",
+    f"unet.mid_block.attentions.{10**15}.transformer_blocks.{'9' * 60}.attn1.to_q.lora_A.weight": "were cut out",
 }
 
 
