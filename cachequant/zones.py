@@ -21,6 +21,7 @@ from dcomp.cachequant.rows import halves_apart, joined_halves, second_half
 from dcomp.cachequant.tensors import leaves, like, map_tensors, parts_of, placeholder
 
 SUBMODULES = {"attention": ("attn", "attn1"), "cross_attention": ("attn2",), "feed_forward": ("ff", "ff_context")}
+SUBLAYERS = "sublayers"  # name of the zone that is all of them together
 WHOLE = "all"  # name of the zone that is the denoiser itself
 GUIDANCE = "guidance"  # name of the zone that is one of two guidance contexts in a batch
 MAX_MODULES = 10_000
@@ -340,6 +341,10 @@ def _ranges(chains: Sequence[Sequence[_Link]]) -> list[Zone]:
 
 
 def _submodules(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Zone]:
+    """All modules of each kind in `SUBMODULES`, and of all kinds: what is between them is computed at every call.
+
+    Source: Liu et al. 2025, TaylorSeer, section 3.2, forecasts attentions and feed-forwards so.
+    """
     ran: list[str] = []
     modules = dict(denoiser.named_modules())
     wanted = {child for children in SUBMODULES.values() for child in children}
@@ -352,11 +357,12 @@ def _submodules(denoiser: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             if name.rpartition(".")[2] in wanted:
                 stack.callback(module.register_forward_hook(note(name)).remove)
         denoiser(*args, **kwargs)
-    return [
+    kinds = [
         Zone(kind, "output", names)
         for kind, children in SUBMODULES.items()
         if (names := tuple(name for name in ran if name.rpartition(".")[2] in children))
     ]
+    return [*kinds, *([Zone(SUBLAYERS, "output", tuple(ran))] if len(kinds) > 1 else [])]
 
 
 def _paths_around(name: str) -> list[str]:

@@ -124,12 +124,14 @@ def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
 def different_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
     """Return zones without those that lie within one another and save about the same; the one that saves more is left.
 
-    The denoiser itself has no like, because its costs are measured for nothing.
+    The denoiser itself has no like, because its costs are measured for nothing. Zones of many tensors are not like those
+    of one: what is between their modules is computed at every call.
     """
     chosen: list[Zone] = []
     for zone in sorted(zones, key=lambda zone: prices.macs([zone.name])):
         alike = (
             other.name != WHOLE
+            and (_tensors(other) > 1) == (_tensors(zone) > 1)
             and (other.encloses(zone) or zone.encloses(other))
             and prices.macs([zone.name]) - prices.macs([other.name]) < _ALIKE * prices.macs()
             for other in chosen
@@ -143,3 +145,8 @@ def _gaps_of(zones: Sequence[Zone], prices: CallPrices) -> dict[str, int]:
     """Return how long gaps of each zone are tried: where much of a call is left, long ones never pay."""
     cheap = _VERY_CHEAP * prices.macs()
     return {zone.name: LONGEST_GAP if prices.macs([zone.name]) <= cheap else LONGEST_GAP // 2 for zone in zones}
+
+
+def _tensors(zone: Zone) -> int:
+    """How many modules' outputs are kept."""
+    return 1 if zone.streams else len(zone.predicted)

@@ -436,14 +436,18 @@ def test_expected_errors_are_compared_with_measured_ones(searched: tuple[Path, S
     assert 0.2 < additivity.median_ratio < 5
 
 
-@pytest.mark.parametrize(("inner", "names"), [(28, ["all", "wide", "inner", "other"]), (24, ["all", "wide", "other"])])
+@pytest.mark.parametrize(
+    ("inner", "names"), [(28, ["all", "wide", "inner", "other", "many"]), (24, ["all", "wide", "other", "many"])]
+)
 def test_of_zones_within_one_another_that_save_about_the_same_one_is_searched(inner: int, names: list[str]) -> None:
-    left = {WHOLE: 0, "wide": 5, "inner": inner, "other": inner}  # hundredths of a call that are computed then
+    # Hundredths of a call that are computed then.
+    left = {WHOLE: 0, "wide": 5, "inner": inner, "other": inner, "many": 6}
     zones = [
         Zone(WHOLE, "output", ("",)),
         Zone("wide", "output", ("b",), ("a", "c", "d")),
         Zone("inner", "output", ("c",), ("d",)),
         Zone("other", "output", ("e",)),
+        Zone("many", "output", ("b", "c")),
     ]
     prices = SimpleNamespace(macs=lambda chosen=(): sum(left[name] for name in chosen) if chosen else 100)
     assert [zone.name for zone in different_zones(zones, prices)] == names  # type: ignore[arg-type]
