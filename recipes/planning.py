@@ -124,8 +124,8 @@ def useful_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
 def different_zones(zones: Sequence[Zone], prices: CallPrices) -> tuple[Zone, ...]:
     """Return zones without those that lie within one another and save about the same; the one that saves more is left.
 
-    The denoiser itself has no like, because its costs are measured for nothing. Zones of many tensors are not like those
-    of one: what is between their modules is computed at every call.
+    The denoiser itself has no like, because its costs are measured for nothing. Zones of many tensors are not like
+    those of one: what is between their modules is computed at every call.
     """
     chosen: list[Zone] = []
     for zone in sorted(zones, key=lambda zone: prices.macs([zone.name])):
