@@ -4,10 +4,10 @@
 
 All plans run through the same executor on the same model, prompts and noise, which no planner saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
-of these the row has the best one on a few of the pictures, so that it is never judged by a badly chosen branch.
-`joint` is ours, and proposes two plans a budget and some plain ones. Other packages (`cache_peers.py`) are measured
-on all settings of a grid on the same few pictures, and the best one that saves enough goes on; what they multiply is
-counted while they run. Pictures of a quantized model are compared with those that it makes when nothing is skipped and
+of these the row has the one that a search would keep, so that no rule is judged by a badly chosen branch. `joint` is
+ours, and proposes two plans a budget and some plain ones. Other packages (`cache_peers.py`) are measured on all
+settings of a grid on a few of the pictures, and the best one that saves enough goes on; what they multiply is counted
+while they run. Pictures of a quantized model are compared with those that it makes when nothing is skipped and
 no input is rounded. `speedup` is the measured time of the plan's calls against calls that compute everything, in turns
 in this process; of another package, of whole trajectories.
 
@@ -37,8 +37,8 @@ BUDGETS = (1.5, 2.0, 2.5, 4.0, 6.0)
 FIRST_INDEX = 3_000_000  # of noise that nothing else starts from
 BATCH = 8
 EXTRACTOR = "random-conv"
-SCOUTED = 4  # pictures that the best of a planner's proposals is chosen on
-SEARCHED = 8  # pictures that planners measure on
+SCOUTED = 4  # pictures that the best setting of another package is chosen on
+SEARCHED = 8  # pictures that planners measure on; of their proposals one is chosen on as many others
 
 Rows = tuple[Any, ...]
 
@@ -61,7 +61,10 @@ def main(
     from dcomp.cachequant.zones import find_zones, single_modules
     from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
+    from dcomp.compress.split import quantized_layers
+    from dcomp.compress.unrounded import unrounded_calls
     from dcomp.recipes.bench import fill_prompts, record_calls
+    from dcomp.recipes.plan_choice import PlanChoice, PlanJudge
     from dcomp.recipes.planning import planning_task
 
     pipeline = open_pipeline(model, scheduler=scheduler)
@@ -78,16 +81,21 @@ def main(
     seconds: dict[str, float] = {}
     judge = Judge(pipeline, every, trials.timesteps, prompts, settings)
     scout = Judge(pipeline, every, trials.timesteps, prompts[-SCOUTED:], settings)
+    between = range(FIRST_INDEX - 2 * SEARCHED, FIRST_INDEX - SEARCHED)
+    others = fill_prompts(found, 2 * SEARCHED)[SEARCHED:]
+    exact = unrounded_calls(pipeline.denoiser) if quantized_layers(pipeline.denoiser) else None
+    choosing = PlanJudge(pipeline, every, trials, others, between, settings, exact)
+    choice = PlanChoice(task, prices, choosing)
     tried, not_run = try_peers(pipeline, scout) if peers else ([], {})
     table: list[dict[str, Any]] = []
     for budget in BUDGETS:
         for name in planner or PLANNERS:
             started = time.perf_counter()
             shares = {zone: prices.macs([zone]) / prices.macs() for zone in task.zones_for(name)}
-            proposed = [one.rows for one in PLANNERS[name](task, shares, task.calls / budget)]
+            proposed = PLANNERS[name](task, shares, task.calls / budget)
             if not proposed:
                 continue
-            rows = max(proposed, key=lambda rows: scout.rows(rows)["psnr"]) if len(proposed) > 1 else proposed[0]
+            rows = choice.best(f"{budget:g}x", proposed)[0].plan.rows if len(proposed) > 1 else proposed[0].rows
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             zone = " ".join(sorted({name.rpartition(".")[2] for row in rows for name in row}))
             row = {"budget": budget, "planner": name, "zone": zone, **judge.rows(rows)}

@@ -16,7 +16,7 @@ from dcomp.cachequant.gap_costs import GapCosts
 from dcomp.cachequant.plan import Actions
 from dcomp.cachequant.predict import PREDICTORS
 from dcomp.cachequant.schedules import SCHEDULES, ScheduleError, ScheduleTask
-from dcomp.cachequant.zones import SUBMODULES, WHOLE
+from dcomp.cachequant.zones import SUBLAYERS, SUBMODULES, WHOLE
 
 BEST = 2  # plans of a front that are proposed
 _INTERVALS = (2, 3, 4, 5)  # of the plans that evolution begins with
@@ -88,11 +88,12 @@ Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule
 def joint(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
     """Place of every gap and zone of every call in it together, by what they do to the final latents.
 
-    Plain plans of the whole denoiser are proposed too: they need no costs, and where few calls are left to compute,
-    errors that add up no longer tell which of two plans is the better one.
+    Plain plans of the whole denoiser, and of all its attentions and feed-forwards, are proposed too: they need no
+    costs, and where few calls are left to compute, errors that add up no longer tell which of two plans is better.
     """
     able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
-    plain = [one for name in _PLAIN for one in PLANNERS[name](task, {WHOLE: prices[WHOLE]}, limit)]
+    simple = {zone: prices[zone] for zone in (WHOLE, SUBLAYERS) if zone in prices}
+    plain = [one for name in _PLAIN for one in PLANNERS[name](task, simple, limit)]
     other = [one for place, one in enumerate(plain) if one not in plain[:place]]  # with few calls rules agree
     return [*able[: -BEST - 1 : -1], *other]  # the dearer of a front, the better
 
@@ -119,14 +120,18 @@ def _by_rule(name: str) -> Planner:
 
 def _by_interval(predictor: str) -> Planner:
     def plan(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
-        price = prices[WHOLE]
-        count = _affordable(task.calls, price, limit)
-        if not count:
-            return []
-        computing = [i * task.calls // count for i in range(count)]
-        return [_placed(task.calls, computing, WHOLE, predictor, price)]
+        found: list[Schedule] = []
+        for zone in (WHOLE, SUBLAYERS):
+            count = _affordable(task.calls, prices[zone], limit) if zone in prices else 0
+            equal = [i * task.calls // count for i in range(count)]
+            # A line needs two calls: with the second at once, nothing but the first gap is reused.
+            early = [0, *(1 + i * (task.calls - 1) // (count - 1) for i in range(count - 1))] if count > 2 else equal
+            for computing in (equal, early):
+                one = _placed(task.calls, computing, zone, predictor, prices[zone]) if count else None
+                found += [one] if one and one not in found else []
+        return found
 
-    plan.__doc__ = f"Equal distances, the prediction of the denoiser forecast by `{predictor}`."
+    plan.__doc__ = f"Equal distances, the prediction or all attentions and feed-forwards forecast by `{predictor}`."
     return plan
 
 

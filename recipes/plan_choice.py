@@ -286,7 +286,7 @@ class PlanChoice:
                 why = f": with gaps of {task.costs.longest} calls {nearest.amount:.3g}{nearest.unit} is the nearest"
             self.notes.append(f"No plan keeps {budget.name}{why}.")
             return
-        best, found = self._best(budget.name, proposed)
+        best, found = self.best(budget.name, proposed)
         if self._correct is not None:
             best, found = self._corrected(self._correct, best, found)
         part = self._prices.seconds_of(best.plan)
@@ -307,6 +307,28 @@ class PlanChoice:
         of_one_call = fewer.seconds / max(1.0, calls * steps / self._judge.steps - 1)
         if of_one_call and part * calls > 1:
             self.time_ratios[best.name] = found.seconds / (of_one_call * (part * calls - 1))
+
+    def best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, Distance]:
+        """Return the proposal with the best pictures, and how far these are.
+
+        All are followed on a few pictures, two on a few more, and one on the rest. Those that expect no error are left
+        out where the error of the best of the others is about what it expected: then there is no need to guess.
+        """
+        every = range(self._judge.samples)
+        first, second, rest = every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]
+        alive = _best_first(self._begin(one, first) for one in proposed if one.error is not None)
+        if not alive or not alive[0].as_expected:
+            alive = _best_first([*alive, *(self._begin(one, first) for one in proposed if one.error is None)])
+        leads = len(alive) > 1 and alive[0].found.psnr - alive[1].found.psnr > CLEAR
+        one, *others = _best_first(self._go_on(each, second) for each in alive[: 1 if leads else FINALISTS])
+        one = self._go_on(one, rest)
+        self._expected += [
+            (each.schedule.error, each.found.typical_error)
+            for each in (one, *others)
+            if each.schedule.error is not None
+        ]
+        speedup, found = 1 / self._prices.macs_of(one.plan), one.found
+        return MeasuredPlan(name, one.plan, speedup, one.schedule.error, found.error, found.psnr), found
 
     def leave_out_beaten(self) -> None:
         """Leave out plans than which another one of these is better and saves no less: speeds find that one."""
@@ -338,28 +360,6 @@ class PlanChoice:
         if measure == "calls":
             return 0.0
         return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
-
-    def _best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, Distance]:
-        """Return the proposal with the best pictures, and how far these are.
-
-        All are followed on a few pictures, two on a few more, and one on the rest. Those that expect no error are left
-        out where the error of the best of the others is about what it expected: then there is no need to guess.
-        """
-        every = range(self._judge.samples)
-        first, second, rest = every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]
-        alive = _best_first(self._begin(one, first) for one in proposed if one.error is not None)
-        if not alive or not alive[0].as_expected:
-            alive = _best_first([*alive, *(self._begin(one, first) for one in proposed if one.error is None)])
-        leads = len(alive) > 1 and alive[0].found.psnr - alive[1].found.psnr > CLEAR
-        one, *others = _best_first(self._go_on(each, second) for each in alive[: 1 if leads else FINALISTS])
-        one = self._go_on(one, rest)
-        self._expected += [
-            (each.schedule.error, each.found.typical_error)
-            for each in (one, *others)
-            if each.schedule.error is not None
-        ]
-        speedup, found = 1 / self._prices.macs_of(one.plan), one.found
-        return MeasuredPlan(name, one.plan, speedup, one.schedule.error, found.error, found.psnr), found
 
     def _begin(self, schedule: Schedule, places: range) -> _Followed:
         plan = self._judge.plan(schedule)

@@ -1,6 +1,7 @@
 import pytest
 
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
+from dcomp.cachequant.zones import SUBLAYERS
 
 FRONT, REAR = "blocks[0:3]", "blocks[3:6]"
 
@@ -33,6 +34,16 @@ def test_the_stage_rule_needs_both_halves_of_one_chain_and_a_budget_that_they_ca
 @pytest.mark.parametrize("name", ["taylor", "hermite"])
 @pytest.mark.parametrize("limit", [3.0, 4.0, 6.0])
 def test_forecasts_at_equal_distances_cost_what_they_may(name: str, limit: float) -> None:
-    (plan,) = PLANNERS[name](task("all"), {"all": 0.0}, limit)
-    assert sum(not row for row in plan.rows) == limit == plan.cost
-    assert not plan.rows[0]
+    equal, early = PLANNERS[name](task("all"), {"all": 0.0}, limit)
+    assert all(sum(not row for row in plan.rows) == limit == plan.cost for plan in (equal, early))
+    assert not equal.rows[0]
+    # With the second call computed all gaps have two calls to draw a line through.
+    assert [not row for row in early.rows[:2]] == [True, True]
+    assert all("reuse" not in row.values() for row in early.rows)
+    assert any("reuse" in row.values() for row in equal.rows)
+
+
+def test_forecasts_are_of_the_prediction_and_of_all_sublayers() -> None:
+    plans = PLANNERS["taylor"](task("all", "deep1", SUBLAYERS), {"all": 0.0, "deep1": 0.1, SUBLAYERS: 0.1}, 4.0)
+    assert {name for plan in plans for row in plan.rows for name in row} == {"all", SUBLAYERS}
+    assert all(plan.cost <= 4.0 for plan in plans)

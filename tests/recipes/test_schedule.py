@@ -471,7 +471,7 @@ class MadeUpJudge:
 
     def choose(self, count: int) -> tuple[MeasuredPlan, Additivity | None]:
         choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), self)  # type: ignore[arg-type]
-        return choice._best("2x", [Schedule((), float(i), 0.1) for i in range(count)])[0], choice.additivity
+        return choice.best("2x", [Schedule((), float(i), 0.1) for i in range(count)])[0], choice.additivity
 
 
 FIRST, SECOND, LAST = range(2), range(2, 4), range(4, 8)
@@ -498,9 +498,9 @@ def test_plans_without_an_expectation_are_followed_where_expectations_do_not_hol
     judge = MadeUpJudge({1: [30.0] * 8, 5: [40.0] * 8})
     choice = PlanChoice(None, SimpleNamespace(macs_of=lambda _: 0.5), judge)  # type: ignore[arg-type]
     proposed = [Schedule((), 1.0, expected), Schedule((), 5.0, None)]
-    best, _ = choice._best("2x", proposed)
+    best, _ = choice.best("2x", proposed)
     assert best.plan == (1 if expected == 0.1 else 5), "0.1 was measured, and twice as much as expected will do"
-    alone, _ = choice._best("2x", proposed[1:])
+    alone, _ = choice.best("2x", proposed[1:])
     assert (alone.plan, alone.expected_error) == (5, None)
 
 
@@ -509,7 +509,7 @@ def test_corrections_are_kept_where_pictures_that_they_were_not_fitted_to_are_be
     judge = MadeUpJudge({0: [30.0] * 8, 7: [30.5 if better else 29.5] * 8})
     prices = SimpleNamespace(macs_of=lambda _: 0.5, seconds_of=lambda _: 0.5)
     choice = PlanChoice(None, prices, judge, lambda plan: 7)  # type: ignore[arg-type, return-value]
-    plain, seen = choice._best("2x", [Schedule((), 0.0, 0.1)])
+    plain, seen = choice.best("2x", [Schedule((), 0.0, 0.1)])
     kept, _ = choice._corrected(lambda plan: 7, plain, seen)  # type: ignore[arg-type, return-value]
     assert (kept.plan, kept.psnr, kept.error) == ((7, 30.5, pytest.approx(0.7)) if better else (0, 30.0, 0.0))
     notes = ["At 2x corrections make pictures no better (29.5 dB, 30.0 dB without them), and are left out."]
@@ -546,6 +546,6 @@ def test_the_joint_planner_proposes_plain_plans_too_and_measures_nothing_for_the
     proposed = PLANNERS["joint"](task, {WHOLE: 0.0, "deep1": 0.5}, 4.0)
     plain = {name: PLANNERS[name](task, {WHOLE: 0.0}, 4.0) for name in ("uniform", "power", "taylor", "hermite")}
     assert proposed == [plan for plans in plain.values() for plan in plans]
-    assert len({str(plan.rows) for plan in proposed}) == 4 == len(proposed)
+    assert len({str(plan.rows) for plan in proposed}) == 6 == len(proposed)
     assert all(sum(not row for row in plan.rows) == 4 == plan.cost for plan in proposed)
     assert len(PLANNERS["joint"](task, {WHOLE: 0.0, "deep1": 0.5}, 1.0)) == 1  # all of them reuse the first call
