@@ -95,7 +95,7 @@ def main(
             proposed = PLANNERS[name](task, shares, task.calls / budget)
             if not proposed:
                 continue
-            rows = choice.best(f"{budget:g}x", proposed)[0].plan.rows if len(proposed) > 1 else proposed[0].rows
+            rows = choice.best(f"{budget:g}x", proposed)[0].plan.actions if len(proposed) > 1 else proposed[0].rows
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             zone = " ".join(sorted({name.rpartition(".")[2] for row in rows for name in row}))
             row = {"budget": budget, "planner": name, "zone": zone, **judge.rows(rows)}
