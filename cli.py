@@ -316,6 +316,10 @@ def prune(
         typer.Option(help="Learn again what the whole model predicts: full, lora, norms, or none (default)."),
     ] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps of recovery at most; default 1000.")] = None,
+    learn_guidance: Annotated[
+        bool | None,
+        typer.Option("--learn-guidance", help="Recovery learns guided predictions: calls then run half the rows."),
+    ] = None,
     recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file with a stage that prunes.")] = "prune",
     overrides: Set = None,
     lora: Lora = None,
@@ -343,6 +347,8 @@ def prune(
       dcomp prune my-model/ --macs 0.2 --pin mid_block --contiguous
 
       dcomp prune my-model/ -o small/ --parameters 0.4 --recover full --iterations 3000
+
+      dcomp prune my-model/ -o small/ --recover full --learn-guidance --guidance 4
     """
     values = {
         "stages.prune.parameters": parameters,
@@ -354,6 +360,7 @@ def prune(
         "stages.prune.round_to": round_to,
         "stages.prune.recover": recover,
         "stages.prune.recover_iterations": iterations,
+        "stages.prune.recover_guidance": learn_guidance,
         "lora": lora,
         **_calibration(
             prompts=prompts,

@@ -53,6 +53,10 @@ class FinalLatents:
                 save_file(kept, unfinished)
         self._original = kept[key]
 
+    def deploy(self, settings: Generation) -> None:
+        """Make the trajectories of what is compared with other settings than the original's from now on."""
+        self._settings = settings
+
     def error(self) -> float:
         """Return the geometric mean of the pictures' relative errors: in a mean, a few pictures would decide alone."""
         errors = relative_errors(self._original, self._run("trajectories"))

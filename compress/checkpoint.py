@@ -97,6 +97,7 @@ class ManifestFields:
         quality: measured quality, if any.
         source: name and hash of the original model; hashed here when it is not given.
         pruning: what was cut, JSON values only; None if nothing was.
+        guidance: scale that the denoiser has learned; None: its pipeline guides it.
     """
 
     recipe: dict[str, Any]
@@ -107,6 +108,7 @@ class ManifestFields:
     quality: dict[str, Any] | None = None
     source: Source | None = None
     pruning: dict[str, Any] | None = None
+    guidance: float | None = None
 
 
 def write_checkpoint(
@@ -278,6 +280,7 @@ def _manifest(
         ),
         quality=fields.quality,
         pruning=fields.pruning,
+        guidance=fields.guidance,
         files=dict(sorted(hashes.items())),
     ).sealed()
 

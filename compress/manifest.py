@@ -91,6 +91,8 @@ class Manifest(_Part):
     Attributes:
         timesteps: those of the layers' `error_by_step`, noisiest first; empty where they are not known.
         pruning: what was cut out of the source, and what that did; None if nothing was.
+        guidance: scale of guidance that the denoiser has learned to predict with, in one context; None: it has not, and
+            the pipeline guides it.
     """
 
     schema_: Annotated[Literal[1], Field(alias="schema")] = 1
@@ -105,6 +107,7 @@ class Manifest(_Part):
     totals: Totals
     quality: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
+    guidance: float | None = None
     files: Annotated[dict[Text, Hash], Field(max_length=10_000)]
     sha256: Text = ""
 

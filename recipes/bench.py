@@ -22,7 +22,7 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.timing import time_in_turns
 from dcomp.recipes.peak_memory import PeakMemory, measure_peak
-from dcomp.recipes.settings import calibration_of, generation_settings
+from dcomp.recipes.settings import calibration_of, generation_settings, settings_of_original
 
 MIN_REPEATS = 3
 RECORDED_STEPS = 2  # of the short trajectory whose denoiser calls are replayed
@@ -121,12 +121,13 @@ def bench(
         raise UsageError(f"{repeats} repeats tell nothing about the spread", remedy=f"Ask for at least {MIN_REPEATS}.")
     settings = generation_settings(compressed, steps=steps, guidance=guidance, seed=seed, batch_size=batch)
     scheduler = scheduler or scheduler_of(compressed)
+    both = (settings_of_original(compressed, settings), settings)
     report = progress or silent
     models = (against, compressed)
     sides = []
     for number, model in enumerate(models):
         report("opening both pipelines", number, 2)
-        sides.append(_Side(open_pipeline(model, scheduler=scheduler, device=device)))
+        sides.append(_Side(open_pipeline(model, scheduler=scheduler, device=device), both[number]))
     report("opening both pipelines", 2, 2)
     first = sides[0].pipeline
     if not prompts:
@@ -134,12 +135,12 @@ def bench(
         prompts = read_prompts(None, batch, first.kind, model=first.source, classes=classes)
     texts = fill_prompts(prompts, batch)
     del first
-    pairs, whole, figures = _take_turns(sides, texts, settings, repeats, generations, report)
+    pairs, whole, figures = _take_turns(sides, texts, repeats, generations, report)
     sides.clear()  # before other processes open them again
     memory: list[PeakMemory] = []
     for number, model in enumerate(models if peak else ()):
         report("peak memory, one fresh process each", number, 2)
-        memory.append(measure_peak(model, texts, settings, scheduler=scheduler, device=device))
+        memory.append(measure_peak(model, texts, both[number], scheduler=scheduler, device=device))
         report("peak memory, one fresh process each", number + 1, 2)
     return BenchResult(
         **_ratios("speedup", pairs),
@@ -202,17 +203,18 @@ def fill_prompts(prompts: Sequence[str], count: int) -> list[str]:
 
 @dataclass
 class _Side:
-    """An open pipeline and the denoiser calls that were recorded from it."""
+    """An open pipeline, how it makes pictures, and the denoiser calls that were recorded from it."""
 
     pipeline: OpenPipeline
+    settings: Generation
     calls: list[Call] = field(default_factory=list)
 
     @property
     def denoiser(self) -> nn.Module:
         return self.pipeline.denoiser
 
-    def record(self, prompts: Sequence[str], settings: Generation) -> None:
-        self.calls = record_calls(self.pipeline, prompts, settings)
+    def record(self, prompts: Sequence[str]) -> None:
+        self.calls = record_calls(self.pipeline, prompts, self.settings)
 
     def macs(self) -> int:
         return _count(self.denoiser, self.calls)
@@ -223,8 +225,8 @@ class _Side:
                 self.denoiser(*args, **kwargs)
         self._finish()
 
-    def generate(self, prompts: Sequence[str], settings: Generation) -> None:
-        self.pipeline.run(prompts, range(len(prompts)), settings, decode=False)
+    def generate(self, prompts: Sequence[str]) -> None:
+        self.pipeline.run(prompts, range(len(prompts)), self.settings, decode=False)
         self._finish()
 
     def _finish(self) -> None:
@@ -236,7 +238,6 @@ class _Side:
 def _take_turns(
     sides: Sequence[_Side],
     prompts: Sequence[str],
-    settings: Generation,
     repeats: int,
     generations: int,
     report: Progress,
@@ -244,7 +245,7 @@ def _take_turns(
     """Return the timed pairs of denoiser calls and of generations, and what can be counted."""
     original, compressed = sides
     for side in sides:
-        side.record(prompts, settings)
+        side.record(prompts)
     if len(original.calls) != len(compressed.calls):
         raise UsageError(
             f"For the same steps the denoisers are called {len(original.calls)} and {len(compressed.calls)} times",
@@ -256,8 +257,8 @@ def _take_turns(
     whole: list[tuple[float, float]] = []
     if generations:
         whole = time_in_turns(
-            lambda: original.generate(prompts, settings),
-            lambda: compressed.generate(prompts, settings),
+            lambda: original.generate(prompts),
+            lambda: compressed.generate(prompts),
             generations,
             lambda done, total: report("generations in turns", done, total),
             warm_ups=0,  # the denoisers are warm

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 from torch import nn
 
+from dcomp import UsageError
 from dcomp.calibrate.cost import count_macs, layer_bytes
 from dcomp.calibrate.final_latents import PICTURES
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
@@ -142,10 +143,17 @@ def make_plan(
             seconds += call_seconds * PICTURES * options.steps * (1 + 2 * rounds)
     found = None
     if recipe.prune:
+        scale = pipeline.guidance(options.guidance)
+        if recipe.prune.recover_guidance and (scale is None or scale <= 1):
+            raise UsageError(
+                f"There is no guidance to learn: {type(pipeline.pipe).__name__} runs without",
+                where="recover_guidance",
+                remedy="Leave it out, or ask for a guidance above 1.",
+            )
         found = outlook(denoiser, recipe.prune, stored_bytes(pipeline), args, kwargs)
         cuts = len(found.units.parts) + len(PARTS) * len(found.units.groups)
         seconds += call_seconds * len(prompts) * options.steps  # a calibration set of the whole model
-        contexts = 1 if pipeline.guidance(options.guidance) is None else 2
+        contexts = 1 if scale is None else 2
         seconds += call_seconds * cuts * recipe.prune.rows / contexts * METHODS[recipe.prune.method].measured
         seconds += call_seconds * PICTURES * options.steps * (1 + recipe.prune.proposals)
         if recipe.prune.recover != "none":

@@ -26,12 +26,12 @@ from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
 from dcomp.compress.pruning.prune import METHODS, Additivity, additivity, proposals, score
-from dcomp.compress.pruning.recovery import RecoveryResult, recover
+from dcomp.compress.pruning.recovery import RecoveryResult, guided_rows, recover
 from dcomp.compress.pruning.units import Units
 from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.prune_outlook import Outlook, constraints_of
 from dcomp.recipes.schema import PruneStage, Recipe
-from dcomp.recipes.settings import generation_of
+from dcomp.recipes.settings import UNGUIDED, generation_of
 
 MASKED = 32  # trajectories that masks are learned on
 
@@ -70,6 +70,7 @@ class PruneResult:
         proposals: that were compared, the chosen one first.
         additivity: of errors of single cuts; None where they were not measured.
         notes: what a person should know.
+        guidance: scale that the denoiser has learned; None: its pipeline guides it.
     """
 
     cuts: CutList
@@ -83,6 +84,7 @@ class PruneResult:
     proposals: tuple[Proposal, ...]
     additivity: Additivity | None
     notes: tuple[str, ...] = ()
+    guidance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the account as JSON data."""
@@ -96,6 +98,7 @@ class PruneResult:
             "latent_error": self.error,
             "latent_error_unrecovered": self.unrecovered,
             "recovery": vars(self.recovery) if self.recovery else None,
+            "learned_guidance": self.guidance,
             "removed": sorted(self.cuts.removed),
             "narrowed": {name: len(members) for name, members in sorted(self.cuts.kept.items())},
             "rank_correlation": found.correlation if found else None,
@@ -167,8 +170,12 @@ def prune_stage(
     judged.sort(key=lambda each: each[0])
     unrecovered, _, small, cuts = judged[0]
     setattr(pipeline.pipe, pipeline.denoiser_name, small.eval())
-    error, recovery = unrecovered, None
-    if stage.recover != "none":
+    error, recovery, learned = unrecovered, None, None
+    if stage.recover != "none" and stage.recover_guidance:
+        judge.deploy(replace(settings, guidance=UNGUIDED))
+        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, judge.error(), work, report)
+        learned = guidance
+    elif stage.recover != "none":
         recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, unrecovered, work, report)
     saving = costs.of(cuts, units)
     result = PruneResult(
@@ -183,6 +190,7 @@ def prune_stage(
         tuple(each[1] for each in judged),
         agreement,
         tuple(f"{path} was left alone: {reason}." for path, reason in units.left.items()),
+        learned,
     )
     _write(finished, small, result)
     return result
@@ -206,15 +214,20 @@ def _recover(
     """
     assert stage.recover != "none"
     student, seed = pipeline.denoiser, int(recorded.settings["seed"])
+    guidance = pipeline.guidance(recorded.settings["guidance"])
     rows = gather_rows(recorded, stage.recover_rows, seed, denoiser=student)
+    if stage.recover_guidance:
+        rows, guidance = guided_rows(rows, guidance), None
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     result = recover(
         student,
         rows,
-        features=FeatureLoss(original, student, units, rows) if stage.recover_features else None,
+        features=FeatureLoss(original, student, units, rows)
+        if stage.recover_features and not stage.recover_guidance
+        else None,
         learned=stage.recover,
         iterations=stage.recover_iterations,
-        guidance=pipeline.guidance(recorded.settings["guidance"]),
+        guidance=guidance,
         seed=seed,
         snapshot=work / "recovery.safetensors",
         progress=report,
@@ -243,6 +256,7 @@ def _write(folder: Path, denoiser: nn.Module, result: PruneResult) -> None:
         "proposals": [vars(each) | {"saving": vars(each.saving)} for each in result.proposals],
         "additivity": vars(found) if found else None,
         "notes": [*result.notes],
+        "guidance": result.guidance,
     }
     with replacing(folder / "account.json") as unfinished:
         unfinished.write_text(json.dumps(account))
@@ -269,4 +283,5 @@ def _read(folder: Path, pipeline: OpenPipeline, units: Units) -> PruneResult | N
         tuple(made),
         Additivity(**data["additivity"]) if data["additivity"] else None,
         tuple(data["notes"]),
+        data["guidance"],
     )

@@ -41,7 +41,7 @@ from dcomp.recipes.prune_stage import PruneResult, prune_stage
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
-from dcomp.recipes.settings import generation_of
+from dcomp.recipes.settings import UNGUIDED, generation_of, guided_by_itself, learned_guidance
 from dcomp.recipes.stage_rows import StageRow, StageRows
 from dcomp.recipes.work_folder import work_folder
 
@@ -124,7 +124,7 @@ def plan_recipe(
     low_memory: bool | None = None,
 ) -> Plan:
     """Probe a model and return what the recipe would do, or raise what `run_recipe` would; writes nothing."""
-    given, recipe = _with_set(recipe, calibration, allow_mismatch)
+    given, recipe = _with_set(_as_guided(model, recipe), calibration, allow_mismatch)
     pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
     mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
     plan, _ = make_plan(pipeline, recipe, prompts, (*notes, *mismatch))
@@ -142,6 +142,7 @@ def record_calibration(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Record the calibration set of a recipe for reuse by `run_recipe(..., calibration=output)`; return its facts."""
+    recipe = _as_guided(model, recipe)
     pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
     recorded = _record(pipeline, prompts, recipe.calibration, output, progress)
     return {
@@ -195,7 +196,8 @@ def run_recipe(
     check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":
         _check_foreign(stage, device)
-    given, recipe = _with_set(recipe, calibration, allow_mismatch)
+    given, recipe = _with_set(_as_guided(model, recipe), calibration, allow_mismatch)
+    asked, learned = recipe, learned_guidance(model)
     with work_folder(output, fresh) as root:
         pipeline, adapters, prompts, notes = _open(model, recipe, device, low_memory, root / "fused")
         mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
@@ -217,6 +219,9 @@ def run_recipe(
             stages = StageRows(pipeline, judge, plan.macs)
             pruned = prune_stage(pipeline, recorded, plan.outlook, recipe, prompts, judge, work, report)
             given = None  # it is of the whole model
+            if pruned.guidance is not None:
+                learned, recipe = pruned.guidance, _guided(recipe, UNGUIDED)
+                judge.deploy(generation_of(recipe.calibration))
             plan, probe = make_plan(pipeline, recipe.without("prune"), prompts, plan.notes)
             stages.add("prune", plan.macs, pruned.error)
         schemes = {name: d.scheme for name, d in plan.decisions.items() if d.scheme is not None}
@@ -246,7 +251,7 @@ def run_recipe(
             pipeline,
             output,
             ManifestFields(
-                recipe=recipe.to_dict(),
+                recipe=asked.to_dict(),
                 layers=_records(plan, result, pipeline.denoiser)
                 if foreign is None
                 else _foreign_records(plan, foreign),
@@ -254,6 +259,7 @@ def run_recipe(
                 loras=[asdict(adapter) for adapter in adapters],
                 timesteps=_timesteps(recorded, result),
                 pruning=pruned.to_dict() if pruned else None,
+                guidance=learned,
             ),
             overwrite=overwrite,
             replaced=changed,
@@ -363,6 +369,16 @@ def _record(
         sampling=Sampling(options.sampling, options.mu, options.sigma),
         along=along_plan(options.along, pipeline, options.steps) if options.along else None,
     )
+
+
+def _as_guided(model: str | Path, recipe: Recipe) -> Recipe:
+    """Return the recipe for a model that may have learned its guidance."""
+    guidance = guided_by_itself(model, recipe.calibration.guidance)
+    return recipe if guidance == recipe.calibration.guidance else _guided(recipe, guidance)
+
+
+def _guided(recipe: Recipe, guidance: float | None) -> Recipe:
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"guidance": guidance})})
 
 
 def _with_set(recipe: Recipe, calibration: Path | None, allow_mismatch: bool) -> tuple[CalibrationSet | None, Recipe]:

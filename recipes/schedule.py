@@ -37,7 +37,7 @@ from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.ladder import Rung, climb
 from dcomp.recipes.plan_choice import Additivity, PlanChoice, PlanJudge
 from dcomp.recipes.planning import planning_task
-from dcomp.recipes.settings import calibration_of, generation_settings
+from dcomp.recipes.settings import calibration_of, generation_settings, settings_of_original
 from dcomp.recipes.work_folder import work_folder
 
 BUDGETS = ("1.5x", "2x", "3x", "4x")
@@ -216,11 +216,12 @@ def search_schedule(
             PlanSet(trajectory, plans).write(file)
         if against is not None and plans:
             original = open_pipeline(against, scheduler=scheduler or type(pipeline.scheduler).__name__, device=device)
-            original.check(prompts, settings)
+            theirs = settings_of_original(model, settings)
+            original.check(prompts, theirs)
             also = [budget for budget in asked if budget.name in choice.fewer_steps]
             own = trajectory_of(local_folder(against), original, settings.steps)
-            kept = KeptResults(root, [*question, asdict(own)])
-            alone = _choose(original, also, *about, kept, **more)
+            kept = KeptResults(root, [*question, asdict(theirs), asdict(own)])
+            alone = _choose(original, also, planner, prompts, theirs, progress, kept, **more)
             rungs = climb(plans, judge, {plan.name: plan for plan in alone[0].plans}, alone[1])
         if work is None:
             for entry in root.iterdir():

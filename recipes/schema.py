@@ -83,6 +83,8 @@ class PruneStage(_Frozen):
         recover_iterations: steps of that at most.
         recover_rows: samples of recorded calls that are learned from.
         recover_features: also compare what stages and blocks return.
+        recover_guidance: learn the guided prediction in one context, so that calls run half the rows from then on; then
+            no features are compared.
     """
 
     kind: Literal["prune"] = "prune"
@@ -100,6 +102,13 @@ class PruneStage(_Frozen):
     recover_iterations: Annotated[int, Field(ge=1, le=10_000_000)] = 1_000
     recover_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
     recover_features: bool = True
+    recover_guidance: bool = False
+
+    @model_validator(mode="after")
+    def _recovery_learns_guidance(self) -> Self:
+        if self.recover_guidance and self.recover == "none":
+            raise ValueError("recover_guidance needs recover: full, lora or norms")
+        return self
 
 
 class QuantizeStage(_Frozen):

@@ -115,6 +115,8 @@ def print_pruned(result: PruneResult) -> None:
         facts.append(
             ("before recovery", f"{result.unrecovered:.4f}; {learned}" if found.best else f"{learned}: no gain")
         )
+    if result.guidance is not None:
+        facts.append(("guidance", f"{result.guidance:g} is learned: call the pipeline with guidance_scale=1"))
     if len(result.proposals) > 1:
         others = ", ".join(f"{each.error:.4f}" for each in result.proposals[1:])
         facts.append(("other choices", f"{others}: the best was taken"))

@@ -34,7 +34,7 @@ from dcomp.recipes.compare import Comparison, choose_pictures, compare
 from dcomp.recipes.follow import FollowedPlan
 from dcomp.recipes.plan_fit import FittedPlan, fit_plan
 from dcomp.recipes.plan_summary import summaries
-from dcomp.recipes.settings import calibration_of, generation_settings
+from dcomp.recipes.settings import calibration_of, generation_settings, settings_of_original
 from dcomp.recipes.trajectories import SampleFolder
 from dcomp.recipes.verdict import ValidationResult, check, check_thresholds
 
@@ -116,7 +116,8 @@ def validate(
     with _work_folder(work, compressed) as root:
         sides: list[_Side] = []
         texts: list[str] | None = None
-        for name, model in (("original", against), ("compressed", compressed)):
+        theirs = settings_of_original(compressed, settings)
+        for name, model, own in (("original", against, theirs), ("compressed", compressed, settings)):
             report(f"opening the {name} pipeline", 0, 1)
             pipeline = open_pipeline(model, scheduler=scheduler, device=device)
             report(f"opening the {name} pipeline", 1, 1)
@@ -128,7 +129,7 @@ def validate(
                 fitted = fit_plan(plan, local_folder(model), pipeline, texts, settings, report)
                 followed = FollowedPlan(fitted.plan, pipeline.denoiser, pipeline.scheduler) if fitted.plan else None
             facts = followed.plan.plan.to_dict() if followed else None
-            folder = SampleFolder(root / name, pipeline, texts, settings, FIRST_INDEX, facts)
+            folder = SampleFolder(root / name, pipeline, texts, own, FIRST_INDEX, facts)
             with followed or nullcontext():
                 folder.make(pipeline, functools.partial(report, f"{name} pictures"))
             short = texts[: settings.batch_size]
@@ -138,7 +139,7 @@ def validate(
                     where="min_ssim",
                     remedy="Use another threshold, such as min_psnr.",
                 )
-            sides.append(_Side.of(pipeline, folder, macs_of(pipeline, short, settings)))
+            sides.append(_Side.of(pipeline, folder, macs_of(pipeline, short, own)))
             del pipeline  # one model at a time: the original may need all the memory there is
         original, other = sides
         comparison = compare(original.folder, other.folder, extractor, report)

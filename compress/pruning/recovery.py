@@ -8,7 +8,7 @@ is the teacher's cache. Beside the prediction, features of stages may be compare
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -148,6 +148,30 @@ def recover(
             for leaf, value in zip(leaves, course.best, strict=True):
                 leaf.copy_(value)
     return RecoveryResult(before, course.error, course.iteration, course.best_iteration, ending)
+
+
+def guided_rows(rows: RowBatch, guidance: float | None) -> RowBatch:
+    """Return the rows with a condition, each with the guided prediction to learn: its pair is not needed any more.
+
+    Args:
+        rows: of recorded calls.
+        guidance: scale that they were guided with.
+
+    Raises:
+        RecoveryError: calls have no two contexts, or were not guided.
+
+    Source: Meng et al. 2023, On Distillation of Guided Diffusion Models, section 3.1, for one scale; Golnari et al.
+    2023, LoRA-Enhanced Distillation, section 3.
+    """
+    if rows.pairs is None or guidance is None or guidance <= 1:
+        raise RecoveryError(
+            "There is no guidance to learn: calls have one context",
+            where="recover_guidance",
+            remedy="Leave it out, or ask for a guidance above 1.",
+        )
+    without, with_condition = rows.pairs.unbind(1)
+    guided = rows.outputs[without].lerp(rows.outputs[with_condition], guidance)
+    return replace(rows.take(with_condition), outputs=guided, pairs=None)
 
 
 class _Course:

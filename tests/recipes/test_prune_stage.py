@@ -16,10 +16,13 @@ from dcomp.calibrate.pipeline import open_pipeline
 from dcomp.compress.manifest import read_manifest
 from dcomp.compress.pruning.cut import cuts_of
 from dcomp.compress.split import quantized_layers
+from dcomp.recipes.bench import bench
 from dcomp.recipes.generate import generate
 from dcomp.recipes.load import load_recipe, parse_recipe
 from dcomp.recipes.run import RunResult, plan_recipe, record_calibration, run_recipe
 from dcomp.recipes.schema import PruneStage, Recipe
+from dcomp.recipes.settings import generation_settings, settings_of_original
+from dcomp.recipes.validate import validate
 from tests.support.checkpoints import checked_in_a_fork, file_hashes
 from tests.support.sweep import sweep
 from tests.support.tiny import NAMES
@@ -269,3 +272,45 @@ def test_an_edited_manifest_is_noticed(pruned: RunResult, tmp_path: Path) -> Non
     with pytest.raises(DcompError, match="its own hash"):
         dcomp.load(copy)
     assert open_pipeline(copy).denoiser is not None
+
+
+@pytest.mark.slow
+def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model: Models, tmp_path: Path) -> None:
+    recover: dict[str, Any] = {"recover": "full", "recover_iterations": 30, "recover_guidance": True}
+    recipe = recipe_of(TEXT, {"kind": "quantize", "preset": "w8a8", "rows": 8}, parameters=0.1, **recover)
+    calibration = recipe.calibration.model_copy(update={"samples": 4, "guidance": 3.0})
+    out = tmp_path / "out"
+    result = run_recipe(tiny_model(TEXT), recipe.model_copy(update={"calibration": calibration}), out)
+    assert result.pruned is not None
+    assert result.pruned.recovery is not None
+    assert result.pruned.recovery.after < result.pruned.recovery.before
+    assert result.manifest.guidance == result.pruned.guidance == 3.0
+    assert [row.macs < 0.5 for row in result.stages] == [True, True]  # one context instead of two, and less of it
+    assert generation_settings(out).guidance == 1.0
+    assert settings_of_original(out, generation_settings(out)).guidance == 3.0
+    with pytest.raises(UsageError, match="has learned a guidance of 3 and cannot be guided again by 4"):
+        generate(out, ["a cat"], tmp_path / "pictures", guidance=4.0)
+    found = validate(out, tiny_model(TEXT), samples=2, features=None)
+    assert found.macs_ratio < 0.5
+    assert found.settings["guidance"] == 1.0
+    assert bench(out, tiny_model(TEXT), repeats=5, generations=0, peak=False).macs_ratio < 0.5
+    # The same pruned model through a second run: it still knows.
+    floats = tmp_path / "floats"
+    run_recipe(tiny_model(TEXT), recipe.without("quantize").model_copy(update={"calibration": calibration}), floats)
+    again = parse_recipe({"calibration": {"samples": 3, "steps": 3}, "stages": [{"kind": "quantize"}]}, where="test")
+    second = run_recipe(floats, again, tmp_path / "second").manifest
+    assert second.guidance == 3.0
+    assert second.recipe["calibration"]["guidance"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("UNet2DModel", None), (TEXT, 1.0), (DIT, 0.5)])
+def test_where_nothing_guides_no_guidance_is_learned(
+    name: str, guidance: float | None, tiny_model: Models, tmp_path: Path
+) -> None:
+    recipe = recipe_of(name, parameters=0.1, recover="full", recover_guidance=True)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"guidance": guidance})})
+    with pytest.raises(UsageError, match="There is no guidance to learn"):
+        run_recipe(tiny_model(name), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="recover_guidance needs recover"):
+        recipe_of(name, recover_guidance=True)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dcomp.cachequant.tensors import leaves
 from dcomp.compress.pruning import recovery
 from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
 from dcomp.compress.pruning.options import altered
-from dcomp.compress.pruning.recovery import RecoveryError, recover
+from dcomp.compress.pruning.recovery import RecoveryError, guided_rows, recover
 from tests.support.sweep import sweep
 from tests.support.tiny import NAMES
 
@@ -170,3 +171,29 @@ def test_what_cannot_be_learned_is_refused(make_subject: Make) -> None:
         recover(student.double(), subject.rows, iterations=1)
     with pytest.raises(RecoveryError, match="nothing that could be learned"):
         recover(nn.Sequential(nn.Linear(3, 3)), subject.rows, learned="lora", iterations=1)
+
+
+def test_rows_that_learn_guidance_have_the_condition_and_the_guided_prediction(make_subject: Make) -> None:
+    rows = make_subject("UNet2DConditionModel", rows=12).rows
+    assert rows.pairs is not None
+    learned = guided_rows(rows, 3.0)
+    assert learned.pairs is None
+    assert len(learned) == len(rows.pairs)
+    for place, (without, with_condition) in enumerate(rows.pairs.tolist()):
+        own = rows.take([with_condition])
+        one = learned.take([place])
+        wanted = rows.outputs[without] + 3.0 * (rows.outputs[with_condition] - rows.outputs[without])
+        torch.testing.assert_close(one.outputs[0], wanted)
+        assert torch.equal(one.timesteps, own.timesteps)
+        assert torch.equal(one.trajectories, own.trajectories)
+        pairs = zip(leaves((one.args, one.kwargs)), leaves((own.args, own.kwargs)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("guidance", [None, 0.5, 1.0])
+def test_without_two_contexts_there_is_no_guidance_to_learn(guidance: float | None, make_subject: Make) -> None:
+    rows = make_subject("UNet2DConditionModel", rows=4).rows
+    with pytest.raises(RecoveryError, match="no guidance to learn"):
+        guided_rows(rows, guidance)
+    with pytest.raises(RecoveryError, match="no guidance to learn"):
+        guided_rows(replace(rows, pairs=None), 3.0)
