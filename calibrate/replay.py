@@ -2,19 +2,22 @@
 
 A set holds calls as the pipeline made them, each with one timestep. A pass over the model wants rows from everywhere at
 once: many timesteps, many trajectories, all contexts. What has a batch axis is found by shape, in every call; the rest
-must be the same in all of them. The denoiser is not run here. N is the number of rows, P of guidance pairs.
+must be the same in all of them. N is the number of rows, P of guidance pairs.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from dcomp.calibrate.calibration_set import CalibrationError, CalibrationSet, RecordedCall
+from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.structure import POSITIONS, TIMESTEP
 
 Path = tuple[str | int, ...]
@@ -108,6 +111,16 @@ def gather_rows(calibration: CalibrationSet, count: int, seed: int = 0, *, denoi
             order += wanted[index]
     batch = _joined(found, names).take(torch.tensor(order).argsort())
     return replace(batch, pairs=torch.arange(len(batch)).view(-1, 2)) if survey.paired else batch
+
+
+def predict(denoiser: nn.Module, rows: RowBatch) -> Tensor:
+    """Return what a denoiser predicts for rows, `[N, ...]`, in the memory where they lie.
+
+    They are brought to where the denoiser is, and its prediction back.
+    """
+    anywhere = next(chain(denoiser.parameters(), denoiser.buffers()), rows.outputs)
+    args, kwargs = send_to_device((rows.args, rows.kwargs), anywhere.device)
+    return prediction_of(denoiser(*args, **kwargs)).to(rows.outputs.device)
 
 
 @dataclass

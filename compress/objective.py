@@ -13,9 +13,8 @@ Letters: N rows; U units, which are pairs of rows or single ones; T timesteps.
 import torch
 from torch import Tensor, nn
 
-from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.progress import Progress
-from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.replay import RowBatch, predict
 from dcomp.calibrate.tree_file import tensor_sha256
 
 _LEAST_UNIT = 1e-6  # of the largest error of a step: one without error must not drown the others
@@ -43,7 +42,7 @@ class Objective:
         """Return the mean squared error of some units, with what lies along the prediction T times; differentiable."""
         batch = self._rows.take(self.units[units].flatten())
         exact = batch.outputs.float()
-        error = self._guided(prediction_of(self._denoiser(*batch.args, **batch.kwargs)).float() - exact).flatten(1)
+        error = self._guided(predict(self._denoiser, batch).float() - exact).flatten(1)
         exact = self._guided(exact).flatten(1)
         along = (error * exact).sum(1).square() / exact.square().sum(1).clamp_min(torch.finfo(torch.float32).tiny)
         return (error.square().sum(1) + (len(self.timesteps) - 1) * along) / error.shape[1]

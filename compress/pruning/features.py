@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.replay import RowBatch, predict
 from dcomp.compress.pruning.cut import cuts_of, renamed
 from dcomp.compress.pruning.units import Units
 
@@ -63,7 +63,7 @@ class FeatureLoss:
         if unknown:
             batch = self._rows.take(unknown)
             with _listening(self._teacher, [path for path, _ in self.taps]) as found, torch.no_grad():
-                self._teacher(*batch.args, **batch.kwargs)
+                predict(self._teacher, batch)
             for place, number in enumerate(unknown):
                 fresh[number] = [tensor[place].to(torch.bfloat16) for tensor in found]
                 nbytes = sum(tensor.nbytes for tensor in fresh[number])
@@ -89,7 +89,7 @@ def _listening(denoiser: nn.Module, paths: list[str]) -> Iterator[list[Tensor]]:
 
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        found.extend(each for each in outputs if isinstance(each, Tensor))
+        found.extend(each.cpu() for each in outputs if isinstance(each, Tensor))
 
     with ExitStack() as stack:
         for path in paths:

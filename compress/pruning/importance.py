@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcomp.calibrate.pipeline import prediction_of
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.replay import RowBatch, predict
 from dcomp.compress.pruning.compensation import ConsumerFit
 from dcomp.compress.pruning.masks import Latents, learn_masks
 from dcomp.compress.pruning.observe import CHUNK_ROWS, Observed, observe
@@ -93,7 +92,7 @@ def taylor(subject: Subject) -> dict[str, Tensor]:
         for place, rows in enumerate(subject.rows.chunks(CHUNK_ROWS)):
             subject.progress("gradients", place * CHUNK_ROWS, len(subject.rows))
             with torch.enable_grad():
-                values = prediction_of(subject.denoiser(*rows.args, **rows.kwargs))
+                values = predict(subject.denoiser, rows)
                 loss = (values - values.detach() - torch.randn(values.shape, generator=noise)).square().mean()
                 gradients = torch.autograd.grad(loss, [*weights.values()], allow_unused=True)
             for name, gradient in zip(weights, gradients, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.replay import RowBatch
+from dcomp.calibrate.replay import RowBatch, predict
 from dcomp.compress.moments import WIDEST, Moments, input_moments
 
 CHUNK_ROWS = 16
@@ -70,7 +70,7 @@ def observe(
                 stack.callback(denoiser.get_submodule(name).register_forward_hook(makes).remove)
             for chunk in rows.chunks(CHUNK_ROWS):
                 progress("inputs of layers", done, total)
-                denoiser(*chunk.args, **chunk.kwargs)
+                predict(denoiser, chunk)
                 done += len(chunk)
     progress("inputs of layers", total, total)
     return Observed(moments, {name: (sum_ / count).float() for name, (sum_, count) in sums.items()})

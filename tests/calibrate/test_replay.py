@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcomp.calibrate.calibration_set import CalibrationError, CalibrationSet, RecordedCall
-from dcomp.calibrate.pipeline import Generation, open_pipeline, prediction_of
+from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.calibrate.record import record_calibration_set
-from dcomp.calibrate.replay import RowBatch, _spreading, gather_rows
+from dcomp.calibrate.replay import RowBatch, _spreading, gather_rows, predict
 from tests.support import tiny
 
 PROMPTS = {"text": ["a cat", "a dog", "a tree"], "class": ["1", "207", "7"], "unconditional": [""] * 3}
@@ -36,11 +36,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
         return made[name]
 
     return record
-
-
-def predict(denoiser: nn.Module, rows: RowBatch) -> Tensor:
-    with torch.no_grad():
-        return prediction_of(denoiser(*rows.args, **rows.kwargs))
 
 
 def identities(calls: "CalibrationSet | FakeSet", rows: RowBatch) -> list[tuple[int, str, int, int]]:
@@ -231,3 +226,27 @@ def test_every_beginning_of_the_order_of_calls_is_spread_over_them(count: int) -
     for length in range(1, count + 1):
         edges = [-1, *sorted(order[:length]), count]
         assert max(after - before for before, after in itertools.pairwise(edges)) <= 4 * count / length + 1
+
+
+class _Elsewhere(nn.Module):
+    """A denoiser on a device without values, that answers from memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, device="meta"))
+        self.seen: list[str] = []
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, extra: dict[str, Any]) -> tuple[torch.Tensor]:
+        self.seen += [tensor.device.type for tensor in (sample, timestep, extra["text"])]
+        return (torch.full(sample.shape, 2.0),)
+
+
+def test_rows_go_to_where_the_denoiser_is_and_predictions_come_back() -> None:
+    ones = torch.ones(3, 2)
+    rows = RowBatch((ones, ones[:, 0]), {"extra": {"text": ones}}, ones, ones[:, 0], torch.zeros(3), None, frozenset())
+    denoiser = _Elsewhere()
+    found = predict(denoiser, rows)
+    assert denoiser.seen == ["meta"] * 3
+    assert found.device.type == "cpu"
+    assert torch.equal(found, 2 * ones)
+    assert rows.args[0].device.type == "cpu"

@@ -187,7 +187,7 @@ def test_an_error_along_the_prediction_counts_once_for_each_step(case):
 
     def error_of(predictions):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objective, "_denoiser", lambda *args, **kwargs: (predictions[:16],))
+            patch.setattr(denoiser, "forward", lambda *args, **kwargs: (predictions[:16],))
             return objective.errors(units[:8])
 
     size = objective._guided(exact)[:8].square().mean((1, 2, 3))
