@@ -1,12 +1,13 @@
 """Speed of cache plans with quantization at Stable Diffusion 1.5's shape, and what following a plan costs itself.
 
-    python benchmarks/cache_speed.py PLANS.json [--min-psnr 30] [--preset w8a8] [--batch 2] [--repeats 5]
+    python benchmarks/cache_speed.py PLANS.json [--min-psnr 30] [--preset w8a8] [--pruned OUT] [--batch 2] [--repeats 5]
 
 `PLANS.json` comes from `dcomp search-schedule` on a quantized checkpoint of the embedded pipeline; the plans whose
 pictures were within `--min-psnr` are taken. Their calls are timed at the other shape, with random weights: fp32 and
 quantized calls in turns, and quantized calls that predict each of the plans' zones in turns with whole ones. A call's
-time depends on its zones alone, so that the sum over a plan is the time of all calls. Prints a table and writes
-`benchmarks/results/cache_speed.json`.
+time depends on its zones alone, so that the sum over a plan is the time of all calls. With `--pruned` what was cut out of
+a checkpoint of the embedded pipeline is cut out of the other shape first, at the same relative places
+(`relative_cuts.py`). Prints a table and writes `--out`.
 """
 
 import copy
@@ -35,6 +36,8 @@ def main(
     batch: int = 2,
     latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
     repeats: int = 5,
+    pruned: Annotated[Path | None, typer.Option(help="Checkpoint with cuts.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_speed.json",
 ) -> None:
     """Measure, print the table, write the JSON."""
     from diffusers import UNet2DConditionModel
@@ -42,6 +45,7 @@ def main(
     from dcomp.cachequant.plan_set import PlanSet
     from dcomp.cachequant.prices import CallPrices
     from dcomp.cachequant.zones import find_zones
+    from dcomp.calibrate.cost import count_macs
     from dcomp.calibrate.timing import time_in_turns
 
     torch.manual_seed(0)
@@ -50,6 +54,8 @@ def main(
     original = UNet2DConditionModel(**UNET_SD15).eval()
     small = copy.deepcopy(original)
     args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    if pruned:
+        cut_alike(small, pruned)
     quantized(small, preset, (args[0][:, :, :16, :16], *args[1:]), {})
     names = {zone.name for plan in chosen for zone in plan.plan.zones}
     zones = [zone for zone in find_zones(small, args, {}) if zone.name in names]
@@ -65,13 +71,27 @@ def main(
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
+        "macs": round(prices.macs() / count_macs(original, args, {}).total, 3),
         "bits": [round(number, 2) for number in (statistics.median(bits), min(bits), max(bits))],
         "plans": [timed(plan, prices, statistics.median(bits)) for plan in chosen],
         "overhead": round(overhead(), 4),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cache_speed.json").write_text(json.dumps(report, indent=2) + "\n")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
     print("\n" + table(report))
+
+
+def cut_alike(denoiser: Any, checkpoint: Path) -> None:
+    """Cut out of a denoiser what was cut out of a checkpoint of the embedded pipeline."""
+    from relative_cuts import carried_over
+
+    from dcomp.calibrate.pipeline import open_pipeline
+    from dcomp.compress.pruning.cut import cut, cuts_of
+    from dcomp.compress.pruning.units import find_units
+
+    small = open_pipeline(ROOT / "examples" / "emoji-sd").denoiser
+    units = find_units(denoiser)
+    cut(denoiser, carried_over(cuts_of(open_pipeline(checkpoint).denoiser), find_units(small), units), units)
 
 
 def timed(chosen: Any, prices: Any, bits: float) -> dict[str, Any]:
