@@ -5,8 +5,8 @@
 `PLANS.json` comes from `dcomp search-schedule` on a quantized checkpoint of the embedded pipeline; the plans whose
 pictures were within `--min-psnr` are taken. Their calls are timed at the other shape, with random weights: fp32 and
 quantized calls in turns, and quantized calls that predict each of the plans' zones in turns with whole ones. A call's
-time depends on its zones alone, so that the sum over a plan is the time of all calls. With `--pruned` what was cut out of
-a checkpoint of the embedded pipeline is cut out of the other shape first, at the same relative places
+time depends on its zones alone, so that the sum over a plan is the time of all calls. With `--pruned` what was cut out
+of a checkpoint of the embedded pipeline is cut out of the other shape first, at the same relative places
 (`relative_cuts.py`). Prints a table and writes `--out`.
 """
 

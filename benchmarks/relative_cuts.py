@@ -41,12 +41,9 @@ def _likeness(names: Iterable[str], others: Iterable[str]) -> Iterable[tuple[str
     """Yield each name with that of the other model at the same relative place, where there is one."""
     own, theirs = _places(names), _places(others)
     for name, (words, place) in own.items():
-        alike = [other for other, (same, _) in theirs.items() if same == words]
+        alike = [(there, other) for other, (same, there) in theirs.items() if same == words]
         if alike:
-            yield (
-                name,
-                min(alike, key=lambda other: sum(abs(a - b) for a, b in zip(place, theirs[other][1], strict=True))),
-            )
+            yield name, min(alike, key=lambda each: sum(abs(a - b) for a, b in zip(place, each[0], strict=True)))[1]
 
 
 def _places(names: Iterable[str]) -> dict[str, tuple[str, list[float]]]:
