@@ -13,35 +13,27 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dcomp import UsageError
-from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
+from dcomp.calibrate.adapters import FusedAdapter
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.final_latents import FinalLatents
-from dcomp.calibrate.mismatch import check_matches
-from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import OpenPipeline
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.prompts import read_prompts
-from dcomp.calibrate.record import record_calibration_set
-from dcomp.calibrate.sampling import Sampling
-from dcomp.calibrate.stored_weights import StoredWeight, is_large, move_to_files
 from dcomp.compress.checkpoint import ManifestFields, check_output, write_checkpoint
 from dcomp.compress.foreign import ForeignResult, check_foreign, quantize_foreign
-from dcomp.compress.manifest import LayerRecord, Manifest
-from dcomp.compress.pruning.adapter import fit_lora
+from dcomp.compress.manifest import Manifest
 from dcomp.compress.quantize import LayerErrors
-from dcomp.compress.time_table import Absent, TimeTable
 from dcomp.recipes.along import along_plan
 from dcomp.recipes.bit_budget import check_budget
-from dcomp.recipes.console import value_text
+from dcomp.recipes.inputs import as_guided, check_set, guided_with, open_as_asked, record_set, with_set
+from dcomp.recipes.layer_records import foreign_records, layer_records, timesteps_of
 from dcomp.recipes.load import load_recipe
 from dcomp.recipes.plan import Plan, make_plan, weight_bits
 from dcomp.recipes.prune_stage import PruneResult, prune_stage
 from dcomp.recipes.quantize_stage import StageResult, quantize_stage
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
-from dcomp.recipes.schema import Calibration, QuantizeStage, Recipe, ScheduleStage
-from dcomp.recipes.settings import UNGUIDED, generation_of, guided_by_itself, learned_guidance
+from dcomp.recipes.schema import QuantizeStage, Recipe, ScheduleStage
+from dcomp.recipes.settings import UNGUIDED, generation_of, learned_guidance
 from dcomp.recipes.stage_rows import StageRow, StageRows
 from dcomp.recipes.work_folder import work_folder
 
@@ -124,9 +116,9 @@ def plan_recipe(
     low_memory: bool | None = None,
 ) -> Plan:
     """Probe a model and return what the recipe would do, or raise what `run_recipe` would; writes nothing."""
-    given, recipe = _with_set(_as_guided(model, recipe), calibration, allow_mismatch)
-    pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
-    mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
+    given, recipe = with_set(as_guided(model, recipe), calibration, allow_mismatch)
+    pipeline, _, prompts, notes = open_as_asked(model, recipe, device, low_memory)
+    mismatch = check_set(given, pipeline, recipe, allow_mismatch)
     plan, _ = make_plan(pipeline, recipe, prompts, (*notes, *mismatch))
     check_budget(pipeline.denoiser, plan)
     return plan
@@ -142,9 +134,9 @@ def record_calibration(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Record the calibration set of a recipe for reuse by `run_recipe(..., calibration=output)`; return its facts."""
-    recipe = _as_guided(model, recipe)
-    pipeline, _, prompts, notes = _open(model, recipe, device, low_memory)
-    recorded = _record(pipeline, prompts, recipe.calibration, output, progress)
+    recipe = as_guided(model, recipe)
+    pipeline, _, prompts, notes = open_as_asked(model, recipe, device, low_memory)
+    recorded = record_set(pipeline, prompts, recipe.calibration, output, progress)
     return {
         "schema_version": 1,
         "folder": str(output),
@@ -196,11 +188,11 @@ def run_recipe(
     check_output(output, overwrite, Path(model))
     if stage and stage.format != "dcomp":
         _check_foreign(stage, device)
-    given, recipe = _with_set(_as_guided(model, recipe), calibration, allow_mismatch)
+    given, recipe = with_set(as_guided(model, recipe), calibration, allow_mismatch)
     asked, learned = recipe, learned_guidance(model)
     with work_folder(output, fresh) as root:
-        pipeline, adapters, prompts, notes = _open(model, recipe, device, low_memory, root / "fused")
-        mismatch = _check_set(given, pipeline, recipe, allow_mismatch)
+        pipeline, adapters, prompts, notes = open_as_asked(model, recipe, device, low_memory, root / "fused")
+        mismatch = check_set(given, pipeline, recipe, allow_mismatch)
         plan, probe = make_plan(pipeline, recipe, prompts, (*notes, *mismatch))
         check_budget(pipeline.denoiser, plan)
         if on_plan:
@@ -213,14 +205,14 @@ def run_recipe(
         pruned: PruneResult | None = None
         stages: StageRows | None = None
         if plan.outlook:
-            recorded = given or _record(pipeline, prompts, recipe.calibration, work / "whole", progress)
+            recorded = given or record_set(pipeline, prompts, recipe.calibration, work / "whole", progress)
             file = work / "whole-latents.safetensors"
             judge = FinalLatents(pipeline, prompts, generation_of(recipe.calibration), file, report)
             stages = StageRows(pipeline, judge, plan.macs)
             pruned = prune_stage(pipeline, recorded, plan.outlook, recipe, prompts, judge, work, report)
             given = None  # it is of the whole model
             if pruned.guidance is not None:
-                learned, recipe = pruned.guidance, _guided(recipe, UNGUIDED)
+                learned, recipe = pruned.guidance, guided_with(recipe, UNGUIDED)
                 judge.deploy(generation_of(recipe.calibration))
             plan, probe = make_plan(pipeline, recipe.without("prune"), prompts, plan.notes)
             stages.add("prune", plan.macs, pruned.error)
@@ -233,7 +225,7 @@ def run_recipe(
             changed[pipeline.denoiser_name] = foreign.folder
             report(f"{stage.format} weights", 1, 1)
         elif stage and schemes:
-            recorded = given or _record(pipeline, prompts, recipe.calibration, work / "calibration", progress)
+            recorded = given or record_set(pipeline, prompts, recipe.calibration, work / "calibration", progress)
             result = quantize_stage(pipeline, recorded, plan, stage, prompts, work, report)
             if stages:
                 stages.add("quantize", plan.macs)
@@ -252,12 +244,12 @@ def run_recipe(
             output,
             ManifestFields(
                 recipe=asked.to_dict(),
-                layers=_records(plan, result, pipeline.denoiser)
+                layers=layer_records(plan, result, pipeline.denoiser)
                 if foreign is None
-                else _foreign_records(plan, foreign),
+                else foreign_records(plan, foreign),
                 calibration_sha256=recorded.hash if recorded else None,
                 loras=[asdict(adapter) for adapter in adapters],
-                timesteps=_timesteps(recorded, result),
+                timesteps=timesteps_of(recorded, result),
                 pruning=pruned.to_dict() if pruned else None,
                 guidance=learned,
             ),
@@ -311,125 +303,6 @@ def _check_foreign(stage: QuantizeStage, device: str) -> None:
     check_foreign(stage.format, weight_bits(stage), device)
 
 
-def _open(
-    model: str | Path, recipe: Recipe, device: str, low_memory: bool | None, fused: Path | None = None
-) -> tuple[OpenPipeline, tuple[FusedAdapter, ...], list[str], tuple[str, ...]]:
-    """Open a model as a recipe wants it; `fused` is a folder for the weights that adapters changed."""
-    options = recipe.calibration
-    if recipe.quantize and recipe.quantize.format != "dcomp":
-        low_memory = False  # other packages read tensors by their address
-    # Adapters are added to weights in memory, and what is cut is copied.
-    in_files = False if recipe.lora or recipe.prune else low_memory
-    pipeline = open_pipeline(model, scheduler=options.scheduler, device=device, low_memory=in_files)
-    if getattr(pipeline.denoiser, "is_quantized", False):
-        raise UsageError(
-            "The model is quantized already", where=str(model), remedy="Start from the original, unquantized model."
-        )
-    prompts = read_prompts(
-        options.prompts,
-        options.samples,
-        pipeline.kind,
-        options.column,
-        model=pipeline.source,
-        classes=num_classes(pipeline.denoiser),
-    )
-    notes: tuple[str, ...] = ()
-    if len(prompts) < options.samples:
-        notes = (f"There are only {len(prompts)} prompts; {options.samples} samples were asked for.",)
-    pipeline.check(prompts, generation_of(options))
-    if options.along:
-        along_plan(options.along, pipeline, options.steps)  # a plan that cannot be followed is refused now
-    adapters = fuse_lora(pipeline.pipe, recipe.lora, fit_lora)
-    if adapters and fused and device == "cpu":
-        nbytes = sum(parameter.nbytes for parameter in pipeline.denoiser.parameters())
-        if is_large(nbytes) if low_memory is None else low_memory:
-            move_to_files(pipeline.denoiser, fused)
-    stored = sum(p.nbytes for p in pipeline.denoiser.parameters() if isinstance(p, StoredWeight))
-    if stored:
-        notes += (f"Float weights of {stored / 1e9:.1f} GB stay in files, and are read when they are used.",)
-    notes += tuple(
-        f"{adapter.ignored} matrix pairs of {adapter.name} belong to no layer of this model and were left out."
-        for adapter in adapters
-        if adapter.ignored
-    )
-    return pipeline, adapters, prompts, notes
-
-
-def _record(
-    pipeline: OpenPipeline, prompts: Sequence[str], options: Calibration, folder: Path, progress: Progress | None
-) -> CalibrationSet:
-    return record_calibration_set(
-        pipeline,
-        prompts,
-        generation_of(options),
-        folder,
-        max_calls=options.max_calls,
-        max_bytes=options.max_megabytes << 20,
-        progress=(lambda done, total: progress("calibration set", done, total)) if progress else None,
-        sampling=Sampling(options.sampling, options.mu, options.sigma),
-        along=along_plan(options.along, pipeline, options.steps) if options.along else None,
-    )
-
-
-def _as_guided(model: str | Path, recipe: Recipe) -> Recipe:
-    """Return the recipe for a model that may have learned its guidance."""
-    guidance = guided_by_itself(model, recipe.calibration.guidance)
-    return recipe if guidance == recipe.calibration.guidance else _guided(recipe, guidance)
-
-
-def _guided(recipe: Recipe, guidance: float | None) -> Recipe:
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"guidance": guidance})})
-
-
-def _with_set(recipe: Recipe, calibration: Path | None, allow_mismatch: bool) -> tuple[CalibrationSet | None, Recipe]:
-    """Open a calibration set that was recorded before, and put its settings into the recipe."""
-    if calibration is None:
-        return None, recipe
-    if recipe.calibration.along:
-        raise UsageError(
-            "A calibration set that was recorded before follows no other plan now",
-            where=f"--along {recipe.calibration.along}",
-            remedy="Record one along the plan with `dcomp calibrate --along`, or leave one of both out.",
-        )
-    given = CalibrationSet.open(calibration)
-    return given, recipe.model_copy(update={"calibration": _settings_of(given, recipe.calibration, allow_mismatch)})
-
-
-def _check_set(given: CalibrationSet | None, pipeline: OpenPipeline, recipe: Recipe, allow_mismatch: bool) -> list[str]:
-    """Compare a set that was recorded before with what will be deployed; foreign formats and no stage need none."""
-    if given is None or not recipe.quantize or recipe.quantize.format != "dcomp":
-        return []
-    return check_matches(given, pipeline, generation_of(recipe.calibration), allow_mismatch)
-
-
-def _settings_of(recorded: CalibrationSet, asked: Calibration, allow_mismatch: bool) -> Calibration:
-    """Return the settings that a set was recorded with; what was asked for by name must agree, or is kept."""
-    known = {key: recorded.settings[key] for key in ("steps", "guidance", "seed", "height", "width", "batch_size")}
-    known["samples"] = len(recorded.prompts)
-    other = {key for key in asked.model_fields_set & known.keys() if getattr(asked, key) != known[key]}
-    deployed = {"steps", "guidance", "height", "width"}
-    if other - (deployed if allow_mismatch else set()):
-        texts = (
-            f"{key} {_or_default(known[key])} instead of {_or_default(getattr(asked, key))}" for key in sorted(other)
-        )
-        ways = ["Leave these options out", "record another set with `dcomp calibrate`"]
-        fixed = sorted(other - deployed)
-        if not fixed:
-            ways.append("pass --allow-mismatch to deploy with them all the same")
-        elif other & deployed:
-            ways.append(f"leave {' and '.join(fixed)} out and pass --allow-mismatch")
-        raise UsageError(
-            f"The calibration set was recorded with {', '.join(texts)}",
-            where=str(recorded.folder),
-            remedy=f"{', '.join(ways[:-1])}, or {ways[-1]}.",
-        )
-    return asked.model_copy(update={key: value for key, value in known.items() if key not in other})
-
-
-def _or_default(value: object) -> str:
-    return "the pipeline's default" if value is None else value_text(value)
-
-
 def _changed_components(
     pipeline: OpenPipeline, recipe: Recipe, adapters: Sequence[FusedAdapter], folder: Path
 ) -> dict[str, Path]:
@@ -442,54 +315,6 @@ def _changed_components(
         saved[name] = folder / name
         getattr(pipeline.pipe, name).save_pretrained(saved[name])
     return saved
-
-
-def _timesteps(recorded: CalibrationSet | None, result: StageResult) -> list[float]:
-    """Return the timesteps of the errors by step; a pass over few rows may have met fewer than were recorded."""
-    if recorded is None or not any(len(e.by_step) == len(recorded.timesteps) for e in result.errors.values()):
-        return []
-    return [float(timestep) for timestep in recorded.timesteps]
-
-
-def _records(plan: Plan, result: StageResult, denoiser: nn.Module) -> dict[str, LayerRecord]:
-    records = {}
-    for position, (name, decision) in enumerate(result.decisions.items()):
-        module = denoiser.get_submodule(name)
-        scheme, error = decision.scheme, result.errors.get(name)
-        table = isinstance(module, TimeTable | Absent)
-        records[name] = LayerRecord(
-            role=str(plan.structure.layers[name].role),
-            scheme=scheme.label if scheme else "table" if table else None,
-            weight_bits=scheme.weight_bits if scheme else 16 if table else 32,
-            input_bits=scheme.input_bits if scheme else 32,
-            bytes_before=plan.layer_bytes[name][0],
-            bytes_after=sum(t.nbytes for t in (*module.parameters(), *module.buffers())),
-            weight_error=error.weight if error else None,
-            output_error=error.output if error else None,
-            error_by_step=list(error.by_step) if error else [],
-            reason=decision.reason,
-            remarks=list(error.remarks) if error else [],
-            position=position,
-        )
-    return records
-
-
-def _foreign_records(plan: Plan, foreign: ForeignResult) -> dict[str, LayerRecord]:
-    records = {}
-    for position, (name, facts) in enumerate(plan.structure.layers.items()):
-        before, _ = plan.layer_bytes[name]
-        kept = name in foreign.left_float
-        records[name] = LayerRecord(
-            role=str(facts.role),
-            scheme=None if kept else f"{foreign.format} W{foreign.weight_bits}A16",
-            weight_bits=32 if kept else foreign.weight_bits,
-            input_bits=32 if kept else 16,
-            bytes_before=before,
-            bytes_after=before if kept else before * foreign.weight_bits // 32,
-            reason=f"diffusers' {foreign.format} quantizer left it" if kept else f"in the format of {foreign.format}",
-            position=position,
-        )
-    return records
 
 
 def _key(*parts: str) -> str:
