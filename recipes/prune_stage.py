@@ -137,6 +137,8 @@ def prune_stage(
     denoiser, units, costs = pipeline.denoiser, found.units, found.costs
     rows = gather_rows(recorded, stage.rows, int(recorded.settings["seed"]), denoiser=denoiser)
     guidance = pipeline.guidance(recorded.settings["guidance"])
+    if stage.recover_guidance:
+        guided_rows(rows, guidance)  # refuses calls of one context before cuts are measured
     settings = generation_of(recipe.calibration)
 
     def latents(number: int) -> Tensor:

@@ -303,14 +303,21 @@ def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model
     assert second.recipe["calibration"]["guidance"] == 1.0
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("UNet2DModel", None), (TEXT, 1.0), (DIT, 0.5)])
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("UNet2DModel", None), (TEXT, 1.0), (DIT, 0.5), ("FluxTransformer2DModel", 3.5)]
+)
 def test_where_nothing_guides_no_guidance_is_learned(
     name: str, guidance: float | None, tiny_model: Models, tmp_path: Path
 ) -> None:
     recipe = recipe_of(name, parameters=0.1, recover="full", recover_guidance=True)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"guidance": guidance})})
-    with pytest.raises(UsageError, match="There is no guidance to learn"):
-        run_recipe(tiny_model(name), recipe, tmp_path / "out")
+    with pytest.raises(DcompError, match="There is no guidance to learn"):
+        run_recipe(
+            tiny_model(name),
+            recipe,
+            tmp_path / "out",
+            progress=lambda text, *_: pytest.fail("too late") if "cuts" in text else None,
+        )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="recover_guidance needs recover"):
         recipe_of(name, recover_guidance=True)
