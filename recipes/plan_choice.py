@@ -34,6 +34,7 @@ Correct = Callable[[CachePlan], CachePlan]
 
 ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many are on as many more
 CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
+SLOW = 0.1  # of a call: a zone that takes so much longer than its products costs its time
 TRUSTED = 2.0  # times the expected error: a plan that is no further off was planned with costs that hold
 
 
@@ -357,9 +358,18 @@ class PlanChoice:
         return plain, seen
 
     def _price(self, zone: str, measure: Measure) -> float:
+        """Return what is left of a call where a zone is predicted.
+
+        Of products too, unless it takes clearly longer than its products here: many small tensors that are predicted
+        cost little arithmetic and much time.
+        """
         if measure == "calls":
             return 0.0
-        return self._prices.seconds([zone]) if measure == "seconds" else self._prices.macs([zone]) / self._prices.macs()
+        products = self._prices.macs([zone]) / self._prices.macs()
+        if measure == "macs" and zone in self._task.modules:  # of which there are hundreds
+            return products
+        seconds = self._prices.seconds([zone])
+        return seconds if measure == "seconds" or seconds > products + SLOW else products
 
     def _begin(self, schedule: Schedule, places: range) -> _Followed:
         plan = self._judge.plan(schedule)

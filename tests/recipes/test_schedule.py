@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dcomp
 from dcomp import UsageError
+from dcomp.cachequant.budget import Budget
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.executor import following
 from dcomp.cachequant.gap_costs import GapCosts
@@ -549,3 +550,23 @@ def test_the_joint_planner_proposes_plain_plans_too_and_measures_nothing_for_the
     assert len({str(plan.rows) for plan in proposed}) == 6 == len(proposed)
     assert all(sum(not row for row in plan.rows) == 4 == plan.cost for plan in proposed)
     assert len(PLANNERS["joint"](task, {WHOLE: 0.0, "deep1": 0.5}, 1.0)) == 1  # all of them reuse the first call
+
+
+@pytest.mark.parametrize(
+    ("unit", "zone", "price"),
+    [
+        ("2x", "fine", 0.2),
+        ("2x", "slow", 0.5),
+        ("2x", "ff", 0.2),
+        ("9GMACs", "slow", 0.5),
+        ("9ms", "fine", 0.25),
+        ("9ms", "ff", 0.9),
+        ("5calls", "slow", 0.0),
+    ],
+)
+def test_a_zone_that_takes_longer_than_its_products_costs_its_time(unit: str, zone: str, price: float) -> None:
+    seconds = {"fine": 0.25, "slow": 0.5, "ff": 0.9}
+    prices = SimpleNamespace(macs=lambda chosen=(): 20 if chosen else 100, seconds=lambda chosen: seconds[chosen[0]])
+    task = SimpleNamespace(modules=("ff",))
+    choice = PlanChoice(task, prices, MadeUpJudge({}))  # type: ignore[arg-type]
+    assert choice._price(zone, Budget.parse(unit).measure) == price
