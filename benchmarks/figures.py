@@ -16,6 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own f
 import cache_quality  # noqa: E402
 import cache_speed  # noqa: E402
 import precompute  # noqa: E402
+import prune_quality  # noqa: E402
 import ptq_quality  # noqa: E402
 import ptq_tables  # noqa: E402
 import speed  # noqa: E402
@@ -55,6 +56,7 @@ def heart() -> list[str]:
         "Cache plans: PSNR in dB of pictures against those of calls that compute everything, at most as many products "
         "as stated; in brackets the best of the planners of the literature, of other packages and of fewer steps:",
         cache_quality.summary(reports),
+        *(text for report in pruned()[:1] for text in (_errors_of_cuts(report), prune_quality.summary(report))),
     ]
 
 
@@ -73,7 +75,16 @@ def page() -> str:
     parts += ["## Speed", *shape(), "## Layers that run ahead", *ahead(), "## Cache plans", *both()]
     for report in plans():
         parts += [f"{cache_quality.setup(report)}, at most as many products as stated:", cache_quality.grid(report)]
+    for report in pruned():
+        parts += [f"## Pruning of {report['model']}", prune_quality.setup(report), prune_quality.table(report)]
     return "\n\n".join(parts) + "\n"
+
+
+def _errors_of_cuts(report: dict[str, Any]) -> str:
+    return (
+        f"Pruning `{report['model']}`, {report['steps']} steps, guidance {report['guidance']:g}, without recovery: "
+        "relative error of final latents by the part of the parameters that goes. `reconstruction` is the default:"
+    )
 
 
 def shape() -> list[str]:
@@ -113,6 +124,11 @@ def both() -> list[str]:
 def plans() -> list[dict[str, Any]]:
     """Return the reports of planners and other packages' caches."""
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("cache_quality*.json"))]
+
+
+def pruned() -> list[dict[str, Any]]:
+    """Return the reports of pruning."""
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("prune_quality*.json"), key=lambda f: f.stem)]
 
 
 if __name__ == "__main__":

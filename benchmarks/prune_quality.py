@@ -166,6 +166,7 @@ def shape(original: Any, student: Any, rows: Any) -> dict[str, float]:
 def setup(report: dict[str, Any]) -> str:
     """Return in words what all rows share."""
     guidance = "no guidance" if report["guidance"] is None else f"guidance {report['guidance']:g}"
+    recovery = f"{report['iterations']} steps of recovery at most" if report["iterations"] else "no recovery"
     found = report["additivity"]
     words = (
         f" Sums of errors of single cuts have a rank correlation of {found['correlation']:.2f} with errors of several."
@@ -173,24 +174,37 @@ def setup(report: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"`{report['model']}`, {report['steps']} steps, {guidance}, {report['samples']} pictures, "
-        f"{report['iterations']} steps of recovery at most; the original against itself with other noise has a FID of "
-        f"{report['seed_to_seed_fid']:.2e}.{words}"
+        f"`{report['model']}`, {report['steps']} steps, {guidance}, {report['samples']} pictures, {recovery}; "
+        f"the original against itself with other noise has a FID of {report['seed_to_seed_fid']:.2e}.{words}"
     )
 
 
 def table(report: dict[str, Any]) -> str:
     """Return a Markdown table."""
+    columns = ["latent error", "PSNR dB", "FID"] + ["recovered: error", "PSNR dB", "FID"] * bool(report["iterations"])
     lines = [
-        "| parameters less | method | left | products | speed | latent error | PSNR dB | FID | recovered: error "
-        "| PSNR dB | FID |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| parameters less | method | left | products | speed | {' | '.join(columns)} |",
+        f"|---:|---|---:|---:|---:|{'---:|' * len(columns)}",
     ]
     for row in sorted(report["rows"], key=lambda row: (row["part"], row["error"])):
-        after = [f"{row[f'recovered_{key}']:{form}}" if f"recovered_{key}" in row else "" for key, form in _FIGURES]
-        before = [f"{row[key]:{form}}" for key, form in _FIGURES]
+        values = [f"{row[key]:{form}}" for key, form in _FIGURES]
+        if report["iterations"]:
+            values += [f"{row[f'recovered_{key}']:{form}}" for key, form in _FIGURES]
         size = f"{row['parameters']:.3f} | {row['macs']:.3f} | {row['speed']:.2f}"
-        lines.append(f"| {row['part']:.0%} | {row['method']} | {size} | {' | '.join([*before, *after])} |")
+        lines.append(f"| {row['part']:.0%} | {row['method']} | {size} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return the latent errors of all methods as a small Markdown table, the least first."""
+    parts = sorted({row["part"] for row in report["rows"]})
+    errors: dict[str, dict[float, float]] = {}
+    for row in report["rows"]:
+        errors.setdefault(row["method"], {})[row["part"]] = row["error"]
+    lines = ["| method | " + " | ".join(f"{part:.0%} less" for part in parts) + " |", "|---|" + "---:|" * len(parts)]
+    for method, found in sorted(errors.items(), key=lambda item: min(item[1].values())):
+        cells = [f"{found[part]:.4f}" if part in found else "" for part in parts]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
