@@ -277,7 +277,8 @@ def test_an_edited_manifest_is_noticed(pruned: RunResult, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model: Models, tmp_path: Path) -> None:
     recover: dict[str, Any] = {"recover": "full", "recover_iterations": 30, "recover_guidance": True}
-    recipe = recipe_of(TEXT, {"kind": "quantize", "preset": "w8a8", "rows": 8}, parameters=0.1, **recover)
+    short: dict[str, Any] = {"kind": "quantize", "preset": "w8a8", "rows": 8, "tune": 0, "rounding": "nearest"}
+    recipe = recipe_of(TEXT, short, parameters=0.1, method="magnitude", **recover)
     calibration = recipe.calibration.model_copy(update={"samples": 4, "guidance": 3.0})
     out = tmp_path / "out"
     result = run_recipe(tiny_model(TEXT), recipe.model_copy(update={"calibration": calibration}), out)
@@ -297,7 +298,7 @@ def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model
     # The same pruned model through a second run: it still knows.
     floats = tmp_path / "floats"
     run_recipe(tiny_model(TEXT), recipe.without("quantize").model_copy(update={"calibration": calibration}), floats)
-    again = parse_recipe({"calibration": {"samples": 3, "steps": 3}, "stages": [{"kind": "quantize"}]}, where="test")
+    again = parse_recipe({"calibration": {"samples": 3, "steps": 3}, "stages": [short]}, where="test")
     second = run_recipe(floats, again, tmp_path / "second").manifest
     assert second.guidance == 3.0
     assert second.recipe["calibration"]["guidance"] == 1.0
