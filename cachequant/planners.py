@@ -88,14 +88,24 @@ Planner = Callable[[PlanningTask, Mapping[str, float], float], Sequence[Schedule
 def joint(task: PlanningTask, prices: Mapping[str, float], limit: float) -> list[Schedule]:
     """Place of every gap and zone of every call in it together, by what they do to the final latents.
 
-    Plain plans of the whole denoiser, and of all its attentions and feed-forwards, are proposed too: they need no
-    costs, and where few calls are left to compute, errors that add up no longer tell which of two plans is better.
+    Errors of zones that are mixed add up less well than those of one, so that the best plans without sublayers, and of
+    the whole denoiser alone, are proposed beside the best of all: pictures decide. Plain plans of the whole denoiser,
+    and of all its attentions and feed-forwards, are proposed too: they need no costs, and where few calls are left to
+    compute, errors that add up no longer tell which of two plans is better.
     """
-    able = [one for one in task.front(prices) if one.cost <= limit + 1e-9 and any(one.rows)]
+    menus = [prices, {zone: price for zone, price in prices.items() if zone != SUBLAYERS}, {WHOLE: prices[WHOLE]}]
+    able = [
+        [one for one in task.front(menu) if one.cost <= limit + 1e-9 and any(one.rows)][::-1]  # the dearer, the better
+        for menu in menus
+    ]
+    best = [plans[0] for plans in able if plans] + able[0][1:BEST]
     simple = {zone: prices[zone] for zone in (WHOLE, SUBLAYERS) if zone in prices}
     plain = [one for name in _PLAIN for one in PLANNERS[name](task, simple, limit)]
-    other = [one for place, one in enumerate(plain) if one not in plain[:place]]  # with few calls rules agree
-    return [*able[: -BEST - 1 : -1], *other]  # the dearer of a front, the better
+    found: list[Schedule] = []
+    for one in (*best, *plain):  # with few calls rules agree, and without sublayers menus do
+        if one.rows not in [each.rows for each in found]:
+            found.append(one)
+    return found
 
 
 def _by_rule(name: str) -> Planner:

@@ -1,5 +1,9 @@
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
+from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.zones import SUBLAYERS
 
@@ -47,3 +51,29 @@ def test_forecasts_are_of_the_prediction_and_of_all_sublayers() -> None:
     plans = PLANNERS["taylor"](task("all", "deep1", SUBLAYERS), {"all": 0.0, "deep1": 0.1, SUBLAYERS: 0.1}, 4.0)
     assert {name for plan in plans for row in plan.rows for name in row} == {"all", SUBLAYERS}
     assert all(plan.cost <= 4.0 for plan in plans)
+
+
+def test_best_plans_of_fewer_zones_are_proposed_beside_the_best_of_all() -> None:
+    class Fronts(PlanningTask):
+        def front(self, prices: Mapping[str, float]) -> list[Schedule]:
+            def plan(cost: float) -> Schedule:
+                rows: list[Any] = [{} for _ in range(self.calls)]
+                rows[1] = dict.fromkeys(prices, f"reuse {cost}")
+                return Schedule(tuple(rows), cost, 1 / cost)
+
+            return [plan(3.0), plan(4.0), plan(5.0)]
+
+    def unasked() -> None:
+        raise AssertionError("this planner measures nothing")
+
+    able = Fronts(12, ("all", "deep1", SUBLAYERS), (), unasked, unasked, unasked)  # type: ignore[arg-type]
+    found = PLANNERS["joint"](able, {"all": 0.0, "deep1": 0.1, SUBLAYERS: 0.1}, 4.5)
+    expected = [({*row[1]}, one.cost) for one in found if one.error is not None for row in [one.rows]]
+    every = {"all", "deep1", SUBLAYERS}
+    assert expected == [(every, 4.0), ({"all", "deep1"}, 4.0), ({"all"}, 4.0), (every, 3.0)]
+    without = PLANNERS["joint"](able, {"all": 0.0, "deep1": 0.1}, 4.5)
+    assert [({*one.rows[1]}, one.cost) for one in without if one.error is not None] == [
+        ({"all", "deep1"}, 4.0),
+        ({"all"}, 4.0),
+        ({"all", "deep1"}, 3.0),
+    ]
