@@ -1,6 +1,7 @@
 """How good cache plans are: ours, the schedules of the literature, and fewer sampler steps, at equal products.
 
     python benchmarks/cache_quality.py [--model MODEL] [--steps 50] [--scheduler DDIMScheduler] [--samples 32]
+    python benchmarks/cache_quality.py --planner joint --no-peers --keep FILE --out FILE
 
 All plans run through the same executor on the same model, prompts and noise, which no planner saw. A schedule of the
 literature is placed by its own rule with as many computing calls as the budget allows, on every zone that it can use;
@@ -40,6 +41,7 @@ EXTRACTOR = "random-conv"
 SCOUTED = 4  # pictures that the best setting of another package is chosen on
 SEARCHED = 8  # pictures that planners measure on; of their proposals one is chosen on as many others
 
+SETTINGS = ("model", "scheduler", "steps", "guidance", "samples", "extractor")  # that rows of one file share
 Rows = tuple[Any, ...]
 
 
@@ -53,6 +55,7 @@ def main(
     samples: int = 32,
     planner: Annotated[list[str] | None, typer.Option(help="Planners to measure; default: all.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure other packages too.")] = True,
+    keep: Annotated[Path | None, typer.Option(help="JSON file whose other rows stay: same model and pictures.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_quality.json",
 ) -> None:
     """Measure, write the JSON, print the table."""
@@ -78,6 +81,7 @@ def main(
     prices = CallPrices(pipeline.denoiser, args, kwargs, every)
     searched = range(FIRST_INDEX - SEARCHED, FIRST_INDEX)
     task, trials = planning_task(pipeline, zones, prices, found[:SEARCHED], searched, settings)
+    before = json.loads(keep.read_text()) if keep else {"rows": [], "not_run": {}, "planning_seconds": {}}
     seconds: dict[str, float] = {}
     judge = Judge(pipeline, every, trials.timesteps, prompts, settings)
     scout = Judge(pipeline, every, trials.timesteps, prompts[-SCOUTED:], settings)
@@ -109,6 +113,8 @@ def main(
         fewer = max(1, round(steps / budget))
         row = {"budget": budget, "planner": "fewer steps", "zone": f"{fewer} steps", **judge.steps(fewer)}
         table.append(row | {"macs": steps / fewer, "speedup": steps / fewer})
+        measured = {row["planner"] for row in table if row["budget"] == budget}
+        table += [r for r in before["rows"] if r["budget"] == budget and r["planner"] not in measured]
         print(show([row for row in table if row["budget"] == budget]), flush=True)
         header = {
             "model": label_of(model),
@@ -117,10 +123,12 @@ def main(
             "guidance": guidance,
             "samples": samples,
             "extractor": EXTRACTOR,
-            "not_run": not_run,
-            "planning_seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "not_run": before["not_run"] | not_run,
+            "planning_seconds": before["planning_seconds"] | {name: round(value, 1) for name, value in seconds.items()},
             "torch": torch.__version__,
         }
+        same = all(before.get(key, header[key]) == header[key] for key in SETTINGS)
+        assert same, f"{keep} was measured with other settings"
         out.write_text(json.dumps({**header, "rows": table}, indent=1) + "\n")
     print(f"Written to {out}")
 
