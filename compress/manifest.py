@@ -107,7 +107,7 @@ class Manifest(_Part):
     totals: Totals
     quality: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
-    guidance: float | None = None
+    guidance: Annotated[float, Field(gt=1, le=1_000, allow_inf_nan=False)] | None = None
     files: Annotated[dict[Text, Hash], Field(max_length=10_000)]
     sha256: Text = ""
 

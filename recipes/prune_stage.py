@@ -70,7 +70,7 @@ class PruneResult:
         proposals: that were compared, the chosen one first.
         additivity: of errors of single cuts; None where they were not measured.
         notes: what a person should know.
-        guidance: scale that the denoiser has learned; None: its pipeline guides it.
+        guidance: scale that the denoiser has learned; None: its pipeline guides it, also where learning it failed.
     """
 
     cuts: CutList
@@ -173,12 +173,15 @@ def prune_stage(
     unrecovered, _, small, cuts = judged[0]
     setattr(pipeline.pipe, pipeline.denoiser_name, small.eval())
     error, recovery, learned = unrecovered, None, None
-    if stage.recover != "none" and stage.recover_guidance:
-        judge.deploy(replace(settings, guidance=UNGUIDED))
-        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, judge.error(), work, report)
-        learned = guidance
-    elif stage.recover != "none":
-        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, unrecovered, work, report)
+    if stage.recover != "none":
+        if stage.recover_guidance:
+            judge.deploy(replace(settings, guidance=UNGUIDED))
+        before = judge.error() if stage.recover_guidance else unrecovered
+        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, before, work, report)
+        learned = guidance if stage.recover_guidance and recovery.best else None
+        if stage.recover_guidance and learned is None:  # it is what it was, and its pipeline guides it as before
+            judge.deploy(settings)
+            error = unrecovered
     saving = costs.of(cuts, units)
     result = PruneResult(
         cuts,

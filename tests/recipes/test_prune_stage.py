@@ -15,6 +15,7 @@ from dcomp import DcompError, UsageError
 from dcomp.calibrate.pipeline import open_pipeline
 from dcomp.compress.manifest import read_manifest
 from dcomp.compress.pruning.cut import cuts_of
+from dcomp.compress.pruning.recovery import RecoveryResult
 from dcomp.compress.split import quantized_layers
 from dcomp.recipes.bench import bench
 from dcomp.recipes.generate import generate
@@ -322,3 +323,28 @@ def test_where_nothing_guides_no_guidance_is_learned(
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="recover_guidance needs recover"):
         recipe_of(name, recover_guidance=True)
+
+
+def test_guidance_that_could_not_be_learned_is_asked_of_the_pipeline_as_before(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing_helped(*_: Any, **__: Any) -> RecoveryResult:
+        return RecoveryResult(1.0, 1.0, 5, 0, "no better")
+
+    monkeypatch.setattr("dcomp.recipes.prune_stage.recover", nothing_helped)
+    options: dict[str, Any] = {"parameters": 0.1, "method": "magnitude", "recover": "full", "recover_guidance": True}
+    recipe = recipe_of(TEXT, **options)
+    calibration = recipe.calibration.model_copy(update={"guidance": 3.0})
+    result = run_recipe(tiny_model(TEXT), recipe.model_copy(update={"calibration": calibration}), tmp_path / "out")
+    assert result.pruned is not None
+    assert result.manifest.guidance is None is result.pruned.guidance
+    assert result.pruned.error == result.pruned.unrecovered
+    assert generation_settings(tmp_path / "out").guidance == 3.0
+
+
+@pytest.mark.parametrize("guidance", [0.5, 1e9, float("inf"), "7"])
+def test_an_impossible_guidance_in_a_manifest_is_refused(guidance: Any, pruned: RunResult, tmp_path: Path) -> None:
+    data = json.loads((pruned.output / "dcomp.json").read_text())
+    (tmp_path / "dcomp.json").write_text(json.dumps(data | {"guidance": guidance}))
+    with pytest.raises(DcompError):
+        read_manifest(tmp_path)
