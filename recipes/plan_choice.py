@@ -32,8 +32,8 @@ from dcomp.recipes.kept_results import KeptResults, digest
 
 Correct = Callable[[CachePlan], CachePlan]
 
-ROUND, FINALISTS = 2, 2  # pictures that all proposals are followed on, and how many are on as many more
-CLEAR = 3.0  # dB: a proposal that leads by so much after the first round is alone in the second
+ROUND, SEMIFINALISTS, FINALISTS = 2, 4, 2  # pictures that all, then those many more follow; the last two follow all
+CLEAR = 3.0  # dB behind the best: such a proposal is followed no further
 SLOW = 0.1  # of a call: a zone that takes so much longer than its products costs its time
 TRUSTED = 2.0  # times the expected error: a plan that is no further off was planned with costs that hold
 
@@ -312,17 +312,17 @@ class PlanChoice:
     def best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, Distance]:
         """Return the proposal with the best pictures, and how far these are.
 
-        All are followed on a few pictures, two on a few more, and one on the rest. Those that expect no error are left
-        out where the error of the best of the others is about what it expected: then there is no need to guess.
+        All are followed on a few pictures, the better ones on a few more, and two on the rest (successive halving:
+        Karnin, Koren & Somekh 2013, algorithm 3), as far as they are near the best. Those that expect no error are
+        left out where the error of the best of the others is about what it expected: there is no need to guess.
         """
         every = range(self._judge.samples)
         first, second, rest = every[:ROUND], every[ROUND : 2 * ROUND], every[2 * ROUND :]
         alive = _best_first(self._begin(one, first) for one in proposed if one.error is not None)
         if not alive or not alive[0].as_expected:
             alive = _best_first([*alive, *(self._begin(one, first) for one in proposed if one.error is None)])
-        leads = len(alive) > 1 and alive[0].found.psnr - alive[1].found.psnr > CLEAR
-        one, *others = _best_first(self._go_on(each, second) for each in alive[: 1 if leads else FINALISTS])
-        one = self._go_on(one, rest)
+        alive = _best_first(self._go_on(each, second) for each in _near(alive[:SEMIFINALISTS]))
+        one, *others = _best_first(self._go_on(each, rest) for each in _near(alive[:FINALISTS]))
         self._expected += [
             (each.schedule.error, each.found.typical_error)
             for each in (one, *others)
@@ -378,6 +378,10 @@ class PlanChoice:
     def _go_on(self, one: _Followed, places: range) -> _Followed:
         """Follow a proposal on more pictures, if there are more."""
         return replace(one, found=one.found + self._judge.judge(one.plan, places)) if places else one
+
+
+def _near(best_first: Sequence[_Followed]) -> list[_Followed]:
+    return [each for each in best_first if each.found.psnr >= best_first[0].found.psnr - CLEAR]
 
 
 def _best_first(followed: Iterable[_Followed]) -> list[_Followed]:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -479,18 +480,24 @@ FIRST, SECOND, LAST = range(2), range(2, 4), range(4, 8)
 
 
 def test_most_proposals_are_out_after_a_few_pictures() -> None:
-    """Five proposals; the best of the first two pictures is not the best of four."""
-    judge = MadeUpJudge({0: [20.0] * 8, 1: [31.0, 31.0, *[27.0] * 6], 2: [30.0] * 8, 3: [25.0] * 8, 4: [10.0] * 8})
-    best, additivity = judge.choose(5)
-    assert judge.followed == [*((i, FIRST) for i in range(5)), (1, SECOND), (2, SECOND), (2, LAST)]
-    assert (best.plan, best.psnr, best.error, best.speedup) == (2, 30.0, pytest.approx(0.2), 2.0)
-    assert additivity == Additivity(2, None, pytest.approx(2.0))
+    """Six proposals; four are left after two pictures, two after four, and the last four tell which one is best."""
+    first = [28.0, 31.0, 30.0, 29.0, 27.9, 10.0]
+    second = [28.0, 27.0, 28.5, 31.0, 40.0, 10.0]
+    last = [40.0, 40.0, 32.0, 31.0, 40.0, 10.0]
+    made_up = {i: [first[i]] * 2 + [second[i]] * 2 + [last[i]] * 4 for i in range(6)}
+    judge = MadeUpJudge(made_up)
+    best, additivity = judge.choose(6)
+    halves = [*((i, FIRST) for i in range(6)), *((i, SECOND) for i in (1, 2, 3, 0)), (3, LAST), (2, LAST)]
+    assert judge.followed == halves
+    assert (best.plan, best.psnr, best.error) == (2, fmean(made_up[2]), pytest.approx(0.2))
+    assert best.speedup == 2.0
+    assert additivity == Additivity(2, None, pytest.approx(3.0))
 
 
-def test_a_proposal_that_leads_clearly_is_alone_in_the_second_round() -> None:
-    judge = MadeUpJudge({0: [20.0] * 8, 1: [33.5, 34.5, *[32.0] * 6], 2: [30.0] * 8})
-    best, _ = judge.choose(3)
-    assert judge.followed == [(0, FIRST), (1, FIRST), (2, FIRST), (1, SECOND), (1, LAST)]
+def test_proposals_that_are_far_behind_the_best_are_followed_no_further() -> None:
+    judge = MadeUpJudge({0: [20.0] * 8, 1: [33.5, 34.5, *[32.0] * 6], 2: [30.0] * 8, 3: [31.5, 31.5, *[20.0] * 6]})
+    best, _ = judge.choose(4)
+    assert judge.followed == [*((i, FIRST) for i in range(4)), (1, SECOND), (3, SECOND), (1, LAST)]
     assert (best.plan, best.psnr) == (1, pytest.approx(32.5))
 
 
