@@ -292,10 +292,10 @@ def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model
     assert settings_of_original(out, generation_settings(out)).guidance == 3.0
     with pytest.raises(UsageError, match="has learned a guidance of 3 and cannot be guided again by 4"):
         generate(out, ["a cat"], tmp_path / "pictures", guidance=4.0)
-    found = validate(out, tiny_model(TEXT), samples=2, features=None)
+    found = validate(out, tiny_model(TEXT), samples=2, features=None, bench=False)
     assert found.macs_ratio < 0.5
     assert found.settings["guidance"] == 1.0
-    assert bench(out, tiny_model(TEXT), repeats=5, generations=0, peak=False).macs_ratio < 0.5
+    assert bench(out, tiny_model(TEXT), repeats=1, generations=0, peak=False).macs_ratio < 0.5
     # The same pruned model through a second run: it still knows.
     floats = tmp_path / "floats"
     run_recipe(tiny_model(TEXT), recipe.without("quantize").model_copy(update={"calibration": calibration}), floats)
