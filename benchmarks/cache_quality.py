@@ -62,7 +62,7 @@ def main(
     from dcomp.cachequant.planners import PLANNERS
     from dcomp.cachequant.prices import CallPrices
     from dcomp.cachequant.zones import find_zones, single_modules
-    from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
+    from dcomp.calibrate.pipeline import Generation, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.compress.split import quantized_layers
     from dcomp.compress.unrounded import unrounded_calls
@@ -73,7 +73,7 @@ def main(
     pipeline = open_pipeline(model, scheduler=scheduler)
     guidance = guidance if pipeline.kind != "unconditional" else None
     settings = Generation(steps=steps, guidance=guidance, batch_size=BATCH)
-    found = read_prompts(None, 64, pipeline.kind, model=pipeline.source, classes=num_classes(pipeline.denoiser))
+    found = read_prompts(None, 64, pipeline.kind, model=pipeline.source, classes=pipeline.classes)
     prompts = fill_prompts(found[::-1], samples)  # the search takes the first ones
     args, kwargs = record_calls(pipeline, prompts[:1], settings)[0]
     zones = find_zones(pipeline.denoiser, args, kwargs)

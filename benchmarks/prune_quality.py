@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Measure, write the JSON, print the table."""
     from dcomp.calibrate.final_latents import FinalLatents
-    from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
+    from dcomp.calibrate.pipeline import Generation, open_pipeline
     from dcomp.calibrate.prompts import read_prompts
     from dcomp.calibrate.record import record_calibration_set
     from dcomp.calibrate.replay import gather_rows
@@ -58,7 +58,7 @@ def main(
     pipeline = open_pipeline(model)
     guidance = guidance if pipeline.kind != "unconditional" else None
     settings = Generation(steps=steps, guidance=guidance, batch_size=BATCH)
-    texts = read_prompts(None, prompts, pipeline.kind, model=pipeline.source, classes=num_classes(pipeline.denoiser))
+    texts = read_prompts(None, prompts, pipeline.kind, model=pipeline.source, classes=pipeline.classes)
     original, name = pipeline.denoiser, pipeline.denoiser_name
     judge = Judge(pipeline, texts, samples, settings)
     report: dict[str, Any] = {

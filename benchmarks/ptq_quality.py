@@ -326,7 +326,7 @@ class Runner:
 
     def _peer_row(self, peer: Peer) -> dict[str, Any]:
         from dcomp.calibrate import quality
-        from dcomp.calibrate.pipeline import Generation, num_classes, open_pipeline
+        from dcomp.calibrate.pipeline import Generation, open_pipeline
         from dcomp.calibrate.prompts import read_prompts
         from dcomp.recipes.bench import fill_prompts, tensor_bytes
         from dcomp.recipes.compare import compare
@@ -337,9 +337,7 @@ class Runner:
         asked = self.settings
         pipeline = open_pipeline(asked.model)
         made = Generation(asked.steps, asked.guidance, SEED, batch_size=BATCH)
-        prompts = read_prompts(
-            None, asked.samples, pipeline.kind, model=pipeline.source, classes=num_classes(pipeline.denoiser)
-        )
+        prompts = read_prompts(None, asked.samples, pipeline.kind, model=pipeline.source, classes=pipeline.classes)
         prompts = fill_prompts(prompts, asked.samples)
         originals = SampleFolder(self._originals(), pipeline, prompts, made, FIRST_INDEX)
         originals.make(pipeline, lambda done, total: None)

@@ -154,6 +154,13 @@ class OpenPipeline:
         if self.kind == "class":
             self.class_ids(prompts)
 
+    @property
+    def classes(self) -> Sequence[int]:
+        """The classes that have names, else all that the denoiser has embeddings for; empty if nobody knows."""
+        names: dict[str, int] = getattr(self.pipe, "labels", None) or {}
+        every = range(_num_classes(self.denoiser) or 0)
+        return sorted(set(names.values()).intersection(every)) or every
+
     def class_ids(self, prompts: Sequence[str]) -> list[int]:
         """Translate class numbers or names, as strings, to numbers.
 
@@ -161,7 +168,7 @@ class OpenPipeline:
             UsageError: an unknown name, with the nearest one, or a number out of range.
         """
         names: dict[str, int] = getattr(self.pipe, "labels", None) or {}
-        count = num_classes(self.denoiser)
+        count = _num_classes(self.denoiser)
         ids: list[int] = []
         for prompt in prompts:
             text = prompt.strip()
@@ -375,8 +382,8 @@ def prediction_of(output: Any) -> Tensor:
     return prediction
 
 
-def num_classes(denoiser: nn.Module) -> int | None:
-    """Return how many classes a class-conditional denoiser knows, or None."""
+def _num_classes(denoiser: nn.Module) -> int | None:
+    """Return how many classes a class-conditional denoiser has embeddings for, or None."""
     config = getattr(denoiser, "config", {})
     counts = [config.get(name) for name in ("num_class_embeds", "num_embeds_ada_norm")]
     return next((count for count in counts if isinstance(count, int)), None)

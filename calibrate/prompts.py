@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def read_prompts(
     column: str | None = None,
     *,
     model: Path | None = None,
-    classes: int | None = None,
+    classes: Sequence[int] = (),
 ) -> list[str]:
     """Return the first `count` prompts of a source, or all of them where it holds fewer.
 
@@ -51,7 +51,7 @@ def read_prompts(
         kind: `text`, `class` or `unconditional`; the last gives `count` empty prompts and takes no source.
         column: of a table, or key of JSON objects; without it the first of `COLUMNS` that is there, or the only one.
         model: the pipeline's folder.
-        classes: number of classes; `DEFAULT_CLASSES` unless given.
+        classes: that the defaults are taken from; the first `DEFAULT_CLASSES` numbers unless given.
 
     Raises:
         PromptError: the source is missing, too large, of an unknown kind, empty or damaged, or a prompt is too long.
@@ -69,7 +69,7 @@ def read_prompts(
     if source is None:
         own = model / "prompts.txt" if model else None
         if own is None or not own.is_file():
-            return _defaults(kind, count, classes or DEFAULT_CLASSES)
+            return _defaults(kind, count, classes or range(DEFAULT_CLASSES))
         source = own
     prompts = list(itertools.islice(_checked(_read(source, column), str(source)), count))
     if not prompts:
@@ -77,10 +77,12 @@ def read_prompts(
     return prompts
 
 
-def _defaults(kind: str, count: int, classes: int) -> list[str]:
+def _defaults(kind: str, count: int, classes: Sequence[int]) -> list[str]:
     if kind == "text":
         return list(DEFAULT_PROMPTS[:count])
-    return [str(index * classes // count) if count <= classes else str(index % classes) for index in range(count)]
+    several = len(classes)
+    places = (index * several // count if count <= several else index % several for index in range(count))
+    return [str(classes[place]) for place in places]
 
 
 def _read(source: str | Path, column: str | None) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from dcomp import UsageError
 from dcomp.calibrate.cost import count_macs
-from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.timing import time_in_turns
@@ -131,8 +131,7 @@ def bench(
     report("opening both pipelines", 2, 2)
     first = sides[0].pipeline
     if not prompts:
-        classes = num_classes(first.denoiser)
-        prompts = read_prompts(None, batch, first.kind, model=first.source, classes=classes)
+        prompts = read_prompts(None, batch, first.kind, model=first.source, classes=first.classes)
     texts = fill_prompts(prompts, batch)
     del first
     pairs, whole, figures = _take_turns(sides, texts, repeats, generations, report)

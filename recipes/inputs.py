@@ -7,7 +7,7 @@ from dcomp import UsageError
 from dcomp.calibrate.adapters import FusedAdapter, fuse_lora
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.mismatch import check_matches
-from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
 from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.calibrate.record import record_calibration_set
@@ -40,7 +40,7 @@ def open_as_asked(
         pipeline.kind,
         options.column,
         model=pipeline.source,
-        classes=num_classes(pipeline.denoiser),
+        classes=pipeline.classes,
     )
     notes: tuple[str, ...] = ()
     if len(prompts) < options.samples:

@@ -25,7 +25,7 @@ from dcomp.cachequant.zones import find_zones, single_modules
 from dcomp.calibrate.clock import StepClock
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
-from dcomp.calibrate.pipeline import Generation, OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import Generation, OpenPipeline, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.compress.checkpoint import hash_model
@@ -197,9 +197,7 @@ def search_schedule(
     settings = generation_settings(model, steps=steps, guidance=guidance, seed=seed)
     source, column = (known.prompts, known.column) if known else (None, None)
     pipeline = open_pipeline(model, scheduler=scheduler, device=device)
-    found = read_prompts(
-        source, 2 * samples, pipeline.kind, column, model=pipeline.source, classes=num_classes(pipeline.denoiser)
-    )
+    found = read_prompts(source, 2 * samples, pipeline.kind, column, model=pipeline.source, classes=pipeline.classes)
     prompts = fill_prompts(found, 2 * samples)
     pipeline.check(prompts, settings)
     trajectory = trajectory_of(folder, pipeline, settings.steps)

@@ -22,7 +22,7 @@ from dcomp import UsageError
 from dcomp.calibrate import quality
 from dcomp.calibrate.components import local_folder
 from dcomp.calibrate.model_files import check_model_folder
-from dcomp.calibrate.pipeline import OpenPipeline, num_classes, open_pipeline
+from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
 from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.prompts import read_prompts
 from dcomp.compress.checkpoint import update_quality
@@ -243,9 +243,7 @@ class _Side:
 
 def _prompts(prompts: str | Sequence[str] | None, column: str | None, count: int, pipeline: OpenPipeline) -> list[str]:
     if prompts is None or isinstance(prompts, str):
-        prompts = read_prompts(
-            prompts, count, pipeline.kind, column, model=pipeline.source, classes=num_classes(pipeline.denoiser)
-        )
+        prompts = read_prompts(prompts, count, pipeline.kind, column, model=pipeline.source, classes=pipeline.classes)
     if not prompts:
         raise UsageError("The list of prompts is empty", where="prompts", remedy="Give at least one.")
     return fill_prompts(prompts, count)

@@ -89,6 +89,16 @@ def test_pictures_are_those_of_plain_diffusers(name: str, opened: Opener) -> Non
     assert torch.equal(ours, theirs.float())
 
 
+def test_classes_are_those_with_names(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = opened(DIT)
+    assert list(pipeline.classes) == [0, 1, 207]
+    monkeypatch.setattr(pipeline.pipe, "labels", {"cat": 3, "kitten": 3, "too many": 10**6})
+    assert list(pipeline.classes) == [3]
+    monkeypatch.setattr(pipeline.pipe, "labels", {})
+    assert pipeline.classes == range(pipeline.denoiser.config.num_embeds_ada_norm)
+    assert not opened(UNET).classes
+
+
 @pytest.mark.parametrize("name", [UNET, SD, DIT, FLUX])
 def test_batches_and_shards_change_no_noise(name: str, opened: Opener) -> None:
     # DiT's pipeline gives the scheduler no generator: with a noisy scheduler the wrapper must.

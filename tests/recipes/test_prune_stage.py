@@ -295,7 +295,7 @@ def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model
     found = validate(out, tiny_model(TEXT), samples=2, features=None, bench=False)
     assert found.macs_ratio < 0.5
     assert found.settings["guidance"] == 1.0
-    assert bench(out, tiny_model(TEXT), repeats=1, generations=0, peak=False).macs_ratio < 0.5
+    assert bench(out, tiny_model(TEXT), repeats=3, generations=0, peak=False).macs_ratio < 0.5
     # The same pruned model through a second run: it still knows.
     floats = tmp_path / "floats"
     run_recipe(tiny_model(TEXT), recipe.without("quantize").model_copy(update={"calibration": calibration}), floats)
