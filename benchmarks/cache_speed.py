@@ -7,7 +7,8 @@ pictures were within `--min-psnr` are taken. Their calls are timed at the other 
 quantized calls in turns, and quantized calls that predict each of the plans' zones in turns with whole ones. A call's
 time depends on its zones alone, so that the sum over a plan is the time of all calls. With `--pruned` what was cut out
 of a checkpoint of the embedded pipeline is cut out of the other shape first, at the same relative places
-(`relative_cuts.py`). Prints a table and writes `--out`.
+(`relative_cuts.py`); if that checkpoint has learned its guidance, its calls run half the rows of the original's. Prints
+a table and writes `--out`.
 """
 
 import copy
@@ -47,6 +48,7 @@ def main(
     from dcomp.cachequant.zones import find_zones
     from dcomp.calibrate.cost import count_macs
     from dcomp.calibrate.timing import time_in_turns
+    from dcomp.compress.manifest import read_manifest
 
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -54,15 +56,19 @@ def main(
     original = UNet2DConditionModel(**UNET_SD15).eval()
     small = copy.deepcopy(original)
     args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    own = args
     if pruned:
         cut_alike(small, pruned)
+        if read_manifest(pruned).guidance is not None:  # one context
+            own = (args[0][: batch // 2], args[1], args[2][: batch // 2])
+    counts = [sum(p.numel() for p in each.parameters()) for each in (original, small)]
     quantized(small, preset, (args[0][:, :, :16, :16], *args[1:]), {})
     names = {zone.name for plan in chosen for zone in plan.plan.zones}
-    zones = [zone for zone in find_zones(small, args, {}) if zone.name in names]
+    zones = [zone for zone in find_zones(small, own, {}) if zone.name in names]
     assert {zone.name for zone in zones} == names, f"this shape has no zones {names - {z.name for z in zones}}"
-    prices = CallPrices(small, args, {}, zones)
-    pairs = time_in_turns(lambda: original(*args), lambda: small(*args), repeats)
-    bits = [fp32 / own for fp32, own in pairs]
+    prices = CallPrices(small, own, {}, zones)
+    pairs = time_in_turns(lambda: original(*args), lambda: small(*own), repeats)
+    bits = [fp32 / quick for fp32, quick in pairs]
     report: dict[str, Any] = {
         "preset": preset,
         "batch": batch,
@@ -71,6 +77,8 @@ def main(
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
+        "parameters": round(counts[1] / counts[0], 3),
+        "contexts": 2 * len(own[0]) // batch,
         "macs": round(prices.macs() / count_macs(original, args, {}).total, 3),
         "bits": [round(number, 2) for number in (statistics.median(bits), min(bits), max(bits))],
         "plans": [timed(plan, prices, statistics.median(bits)) for plan in chosen],

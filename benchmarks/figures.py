@@ -63,7 +63,7 @@ def heart() -> list[str]:
 def page() -> str:
     """Return all tables."""
     parts = [HEAD.rstrip(), "## Bits"]
-    for file in sorted(RESULTS.glob("ptq_quality*.json"), key=lambda file: file.stem):
+    for file in sorted(RESULTS.glob("ptq_quality*.json"), key=_by_name):
         report = ptq_quality.Report.read(file)
         parts += [f"### {report.header['model']}", f"{ptq_tables.setup(report)}:", ptq_tables.matrix_table(report)]
         parts += [
@@ -78,6 +78,10 @@ def page() -> str:
     for report in pruned():
         parts += [f"## Pruning of {report['model']}", prune_quality.setup(report), prune_quality.table(report)]
     return "\n\n".join(parts) + "\n"
+
+
+def _by_name(file: Path) -> str:
+    return file.stem  # the plain name comes before those that go on
 
 
 def _errors_of_cuts(report: dict[str, Any]) -> str:
@@ -110,7 +114,7 @@ def ahead() -> list[str]:
 
 def both() -> list[str]:
     """Return the table of bits and a cache plan together."""
-    report = json.loads((RESULTS / "cache_speed.json").read_text())
+    report, *cut = (json.loads(file.read_text()) for file in sorted(RESULTS.glob("cache_speed*.json"), key=_by_name))
     head = (
         f"Bits and cache plans together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
         f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plans were made on "
@@ -118,7 +122,20 @@ def both() -> list[str]:
         "and without them; products and time are those of calls that compute everything over those of the plan's, and "
         "the last column is the speed over fp32:"
     )
-    return [head, cache_speed.table(report)]
+    return [
+        head,
+        cache_speed.table(report),
+        *(text for each in cut for text in (_cut_first(each), cache_speed.table(each))),
+    ]
+
+
+def _cut_first(report: dict[str, Any]) -> str:
+    """Return in words what was done before bits and plans."""
+    alone = ", guidance learned, so that a call runs one context instead of two" if report["contexts"] == 1 else ""
+    return (
+        f"The same with {report['preset'].upper()} after cuts at the places where the embedded pipeline was cut: "
+        f"{report['parameters']:.2f} of the parameters and {report['macs']:.2f} of the products are left{alone}:"
+    )
 
 
 def plans() -> list[dict[str, Any]]:
@@ -128,7 +145,7 @@ def plans() -> list[dict[str, Any]]:
 
 def pruned() -> list[dict[str, Any]]:
     """Return the reports of pruning."""
-    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("prune_quality*.json"), key=lambda f: f.stem)]
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("prune_quality*.json"), key=_by_name)]
 
 
 if __name__ == "__main__":
