@@ -18,7 +18,9 @@ from dcomp.compress.coverage import Coverage, coverage
 from dcomp.compress.policy import Decision, Treatment, choose_schemes
 from dcomp.compress.pruning.options import PARTS
 from dcomp.compress.pruning.prune import METHODS
+from dcomp.compress.pruning.recovery import BATCH_ROWS
 from dcomp.recipes.prune_outlook import Outlook, outlook, stored_bytes
+from dcomp.recipes.prune_stage import trajectories_to_learn_from
 from dcomp.recipes.schema import QuantizeStage, Recipe
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -29,7 +31,6 @@ WEIGHTS_PER_SECOND = 1_000_000
 PASS_CALLS, TUNE_CALLS = 3.0, 4.0
 WARM_CALLS, QUICK_SECONDS = 3, 2.0
 RECOVER_CALLS = 4.0
-RECOVER_ROWS = 16  # of one step of recovery
 SEARCH_CALLS = 20.0  # of each sample and step of a search for cache plans
 TUNE_ROWS = 16  # of one iteration of tuning
 FIXED_SECONDS = 15.0  # opening, writing, and the fresh process that checks what was written
@@ -159,7 +160,9 @@ def make_plan(
         seconds += call_seconds * cuts * recipe.prune.rows / contexts * METHODS[recipe.prune.method].measured
         seconds += call_seconds * PICTURES * options.steps * (1 + recipe.prune.proposals)
         if recipe.prune.recover != "none":
-            seconds += call_seconds * RECOVER_CALLS * RECOVER_ROWS / contexts * recipe.prune.recover_iterations
+            learned_from = trajectories_to_learn_from(recipe.prune, min(options.max_calls, options.steps) * contexts)
+            seconds += call_seconds * options.steps * (learned_from if learned_from > len(prompts) else 0)
+            seconds += call_seconds * RECOVER_CALLS * BATCH_ROWS / contexts * recipe.prune.recover_iterations
     if recipe.schedule:
         seconds += call_seconds * SEARCH_CALLS * recipe.schedule.samples * options.steps
     plan = Plan(

@@ -5,6 +5,7 @@ no cut was chosen on.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +27,10 @@ from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
 from dcomp.compress.pruning.prune import METHODS, Additivity, additivity, proposals, score
-from dcomp.compress.pruning.recovery import RecoveryResult, guided_rows, recover
+from dcomp.compress.pruning.recovery import BATCH_ROWS, RecoveryResult, guided_rows, recover
 from dcomp.compress.pruning.units import Units
+from dcomp.recipes.bench import fill_prompts
+from dcomp.recipes.inputs import record_set
 from dcomp.recipes.kept_results import KeptResults, digest
 from dcomp.recipes.prune_outlook import Outlook, constraints_of
 from dcomp.recipes.schema import PruneStage, Recipe
@@ -177,7 +180,20 @@ def prune_stage(
         if stage.recover_guidance:
             judge.deploy(replace(settings, guidance=UNGUIDED))
         before = judge.error() if stage.recover_guidance else unrecovered
-        recovery, error = _recover(pipeline, denoiser, units, recorded, stage, judge, before, work, report)
+        of_one = len(recorded.timesteps) * (1 if rows.pairs is None else 2)
+        count = trajectories_to_learn_from(stage, of_one)
+        many = recorded
+        if count > len(recorded.prompts):
+            setattr(pipeline.pipe, pipeline.denoiser_name, denoiser)
+            many = record_set(
+                pipeline,
+                fill_prompts(prompts, count),
+                recipe.calibration,
+                work / "to-learn-from",
+                lambda _, done, total: report("trajectories to learn from", done, total),
+            )
+            setattr(pipeline.pipe, pipeline.denoiser_name, small)
+        recovery, error = _recover(pipeline, denoiser, units, many, of_one, stage, judge, before, work, report)
         learned = guidance if stage.recover_guidance and recovery.best else None
         if stage.recover_guidance and learned is None:  # it is what it was, and its pipeline guides it as before
             judge.deploy(settings)
@@ -201,11 +217,24 @@ def prune_stage(
     return result
 
 
+def trajectories_to_learn_from(stage: PruneStage, rows: int) -> int:
+    """Return how many trajectories recovery learns from: so many that no row is met twice, if that is not too many.
+
+    A row that is met again teaches little: what is left learns it by heart.
+
+    Args:
+        stage: of the recipe.
+        rows: that a calibration set keeps of one trajectory.
+    """
+    return min(stage.recover_samples, math.ceil(stage.recover_iterations * BATCH_ROWS / rows))
+
+
 def _recover(
     pipeline: OpenPipeline,
     original: nn.Module,
     units: Units,
     recorded: CalibrationSet,
+    of_one: int,
     stage: PruneStage,
     judge: FinalLatents,
     before: float,
@@ -214,13 +243,13 @@ def _recover(
 ) -> tuple[RecoveryResult, float]:
     """Let the pruned denoiser of a pipeline learn; return what came of it, and the error of final latents then.
 
-    Predictions of single calls are what is learned; if final latents are not nearer for it, the denoiser stays as it
-    was.
+    Predictions of single calls are what is learned, `of_one` rows of each recorded trajectory; if final latents are
+    not nearer for it, the denoiser stays as it was.
     """
     assert stage.recover != "none"
     student, seed = pipeline.denoiser, int(recorded.settings["seed"])
     guidance = pipeline.guidance(recorded.settings["guidance"])
-    rows = gather_rows(recorded, stage.recover_rows, seed, denoiser=student)
+    rows = gather_rows(recorded, len(recorded.prompts) * of_one, seed, denoiser=student)
     if stage.recover_guidance:
         rows, guidance = guided_rows(rows, guidance), None
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}

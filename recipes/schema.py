@@ -81,7 +81,7 @@ class PruneStage(_Frozen):
         recover: what learns again what the whole model predicts: all parameters (`full`), updates of low rank that are
             merged at the end (`lora`), norms and biases (`norms`), or nothing (`none`).
         recover_iterations: steps of that at most.
-        recover_rows: samples of recorded calls that are learned from.
+        recover_samples: trajectories that are learned from, at most; as many as its steps need.
         recover_features: also compare what stages and blocks return.
         recover_guidance: learn the guided prediction in one context, so that calls run half the rows from then on; then
             no features are compared.
@@ -100,7 +100,7 @@ class PruneStage(_Frozen):
     proposals: Annotated[int, Field(ge=1, le=64)] = 4
     recover: Literal["none", "full", "lora", "norms"] = "none"
     recover_iterations: Annotated[int, Field(ge=1, le=10_000_000)] = 1_000
-    recover_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 2_048
+    recover_samples: Annotated[int, Field(ge=1, le=65_536)] = 256
     recover_features: bool = True
     recover_guidance: bool = False
 

@@ -30,10 +30,11 @@ Learned = Literal["full", "lora", "norms"]
 Ending = Literal["done", "no better", "diverged"]
 RATES: dict[str, float] = {"full": 1e-4, "lora": 5e-4, "norms": 1e-3}
 RANK = 16  # of the update of one layer
+BATCH_ROWS = 16  # of a step
 DECAY = 0.999  # of the mean of values over steps, which is what is kept
 WARM_UP = 100  # steps at most, and a tenth of all
 CHECKS = 20  # of the held-out error in a run
-PATIENCE = 6  # checks without a new best, after which it ends
+PATIENCE = 10  # checks without a new best, after which it ends: the first steps of Adam make everything worse
 DIVERGED = 4.0  # times the held-out error before, at which it ends
 MEASURED_PER_STEP = 8
 
@@ -68,7 +69,7 @@ def recover(
     features: FeatureLoss | None = None,
     learned: Learned = "full",
     iterations: int = 1000,
-    batch_rows: int = 16,
+    batch_rows: int = BATCH_ROWS,
     lr: float | None = None,
     guidance: float | None = None,
     seed: int = 0,

@@ -1,6 +1,7 @@
 """Pruning as a stage: from the command to a checkpoint that opens, and what comes before and after it."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from dcomp.compress.split import quantized_layers
 from dcomp.recipes.bench import bench
 from dcomp.recipes.generate import generate
 from dcomp.recipes.load import load_recipe, parse_recipe
+from dcomp.recipes.prune_stage import trajectories_to_learn_from
 from dcomp.recipes.run import RunResult, plan_recipe, record_calibration, run_recipe
 from dcomp.recipes.schema import PruneStage, Recipe
 from dcomp.recipes.settings import generation_settings, settings_of_original
@@ -139,6 +141,32 @@ def test_recovery_is_part_of_the_account_and_goes_on_where_it_was(tiny_model: Mo
         )
     assert seen[0] in (7, 8)
     assert file_hashes(tmp_path / "out") == file_hashes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("iterations", "rows", "samples", "count"), [(10, 8, 256, 20), (10, 7, 256, 23), (99, 8, 5, 5)]
+)
+def test_hardly_a_row_is_learned_from_twice(iterations: int, rows: int, samples: int, count: int) -> None:
+    """A step learns from 16 rows."""
+    stage = PruneStage(recover="full", recover_iterations=iterations, recover_samples=samples)
+    assert trajectories_to_learn_from(stage, rows) == count
+
+
+@pytest.mark.parametrize(("iterations", "recorded"), [(2, None), (4, 11)])
+def test_more_trajectories_are_recorded_where_those_at_hand_are_too_few(
+    iterations: int, recorded: int | None, tiny_model: Models, tmp_path: Path
+) -> None:
+    """Three steps of two contexts each: 32 steps' rows are those of six trajectories, 64 those of eleven."""
+    recipe = recipe_of(DIT, parameters=0.2, method="magnitude", recover="norms", recover_iterations=iterations)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 6})})
+    totals: set[int] = set()
+    run_recipe(
+        tiny_model(DIT),
+        recipe,
+        tmp_path / "out",
+        progress=lambda text, _, total: totals.add(total) if text == "trajectories to learn from" else None,
+    )
+    assert totals == (set() if recorded is None else {3 * math.ceil(recorded / 3)})
 
 
 def test_pruned_then_quantized_in_one_run(tiny_model: Models, tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Cuts of the embedded pipeline, which has been trained: there errors mean something."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcomp.recipes.demo import embedded_model
+from dcomp.recipes.load import parse_recipe
+from dcomp.recipes.prune_stage import PruneResult
+from dcomp.recipes.run import run_recipe
+from tests.support.checkpoints import checked_in_a_fork
+
+pytestmark = pytest.mark.slow
+CALIBRATION: dict[str, Any] = {"samples": 8, "steps": 8, "guidance": 4.0}
+Pruned = Callable[..., PruneResult]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_check() -> Iterator[None]:
+    with checked_in_a_fork():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    """Prune the embedded pipeline, once for the same options, and return what became of it."""
+
+    @cache
+    def run(**options: Any) -> PruneResult:
+        stage = {"kind": "prune", "rows": 16, "proposals": 2} | options
+        output: Path = tmp_path_factory.mktemp("pruned") / "out"
+        recipe = parse_recipe({"calibration": CALIBRATION, "stages": [stage]}, where="test")
+        result = run_recipe(embedded_model(), recipe, output).pruned
+        assert result is not None
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random"])
+def test_a_fifth_goes_with_half_the_error_of_plain_rules(method: str, pruned: Pruned) -> None:
+    ours, theirs = pruned(parameters=0.2), pruned(parameters=0.2, method=method)
+    assert ours.after.parameters <= 0.8 * ours.before.parameters
+    assert theirs.after.parameters > 0.75 * theirs.before.parameters
+    assert ours.error < theirs.error / 2
+
+
+def test_errors_of_single_cuts_tell_which_choice_is_better(pruned: Pruned) -> None:
+    found = pruned(parameters=0.2).additivity
+    assert found is not None
+    assert found.correlation is not None
+    assert found.correlation > 0.8
+
+
+def test_what_is_left_learns_what_the_whole_knew(pruned: Pruned) -> None:
+    result = pruned(parameters=0.5, recover="full", recover_iterations=150)
+    assert result.recovery is not None
+    assert result.recovery.after < 0.5 * result.recovery.before
+    assert result.error < 0.7 * result.unrecovered
