@@ -34,7 +34,7 @@ BATCH_ROWS = 16  # of a step
 DECAY = 0.999  # of the mean of values over steps, which is what is kept
 WARM_UP = 100  # steps at most, and a tenth of all
 CHECKS = 20  # of the held-out error in a run
-PATIENCE = 10  # checks without a new best, after which it ends: the first steps of Adam make everything worse
+PATIENCE = 5  # checks without a new best, after which it ends; from half of its steps on, since large rates hide gains
 DIVERGED = 4.0  # times the held-out error before, at which it ends
 MEASURED_PER_STEP = 8
 
@@ -140,7 +140,7 @@ def recover(
             if not math.isfinite(error) or error > DIVERGED * before:
                 ending = "diverged"
                 break
-            if course.iteration - course.best_iteration >= PATIENCE * every:
+            if course.iteration - max(course.best_iteration, iterations // 2) >= PATIENCE * every:
                 ending = "no better"
                 break
         progress("recovery", iterations, iterations)
