@@ -6,8 +6,8 @@ All methods cut the same denoiser to the same budgets; members, parts and widths
 the default's few best choices the one with the least error of final latents on pictures that no row is judged by.
 Figures are of pictures whose noise nobody else has seen, against those of the original: relative error of final latents
 (geometric mean), PSNR, FID by random features, and beside it the FID of the original against itself with other noise.
-`speed` is the time of the original's call by that of the pruned one, in turns in this process. Recovery learns from one
-calibration set, with the same steps for all.
+`speed` is the time of the original's call by that of the pruned one, in turns in this process. Recovery learns from the
+same trajectories, with the same steps for all; they are as many as a run would record.
 
 The table is printed and written to `--out` as JSON.
 """
@@ -38,7 +38,7 @@ def main(
     part: Annotated[list[float] | None, typer.Option(help="Of the parameters that goes; default: 4 of them.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     iterations: Annotated[int, typer.Option(help="Steps of recovery; 0 for none.")] = 1000,
-    prompts: Annotated[int, typer.Option(help="Trajectories that cuts and recovery are made from.")] = 64,
+    prompts: Annotated[int, typer.Option(help="Trajectories that cuts are made from.")] = 64,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "prune_quality.json",
 ) -> None:
     """Measure, write the JSON, print the table."""
@@ -53,6 +53,9 @@ def main(
     from dcomp.compress.pruning.prune import METHODS, PROPOSALS, additivity, proposals, score
     from dcomp.compress.pruning.recovery import recover
     from dcomp.compress.pruning.units import find_units
+    from dcomp.recipes.bench import fill_prompts
+    from dcomp.recipes.prune_stage import trajectories_to_learn_from
+    from dcomp.recipes.schema import PruneStage
 
     torch.set_grad_enabled(False)
     pipeline = open_pipeline(model)
@@ -77,7 +80,13 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         recorded = record_calibration_set(pipeline, texts, settings, Path(folder) / "set")
         rows = gather_rows(recorded, 32, denoiser=original)
-        many = gather_rows(recorded, 2048, denoiser=original)
+        many = rows
+        if iterations:
+            stage = PruneStage(recover="full", recover_iterations=iterations)
+            of_one = len(recorded.timesteps) * (1 if rows.pairs is None else 2)
+            count = trajectories_to_learn_from(stage, of_one)
+            more = record_calibration_set(pipeline, fill_prompts(texts, count), settings, Path(folder) / "more")
+            many = gather_rows(more, count * of_one, denoiser=original)
         scale = pipeline.guidance(guidance)
         units = find_units(original)
         one = rows.take([0, 1])
