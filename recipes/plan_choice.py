@@ -312,8 +312,8 @@ class PlanChoice:
     def best(self, name: str, proposed: Sequence[Schedule]) -> tuple[MeasuredPlan, Distance]:
         """Return the proposal with the best pictures, and how far these are.
 
-        All are followed on a few pictures, the better ones on a few more, and two on the rest (successive halving:
-        Karnin, Koren & Somekh 2013, algorithm 3), as far as they are near the best. Those that expect no error are
+        All are followed on a few pictures, the better ones on a few more, and two on the rest (sequential halving:
+        Karnin, Koren & Somekh 2013), as far as they are near the best. Those that expect no error are
         left out where the error of the best of the others is about what it expected: there is no need to guess.
         """
         every = range(self._judge.samples)
