@@ -36,6 +36,7 @@ WARM_UP = 100  # steps at most, and a tenth of all
 CHECKS = 20  # of the held-out error in a run
 PATIENCE = 5  # checks without a new best, after which it ends; from half of its steps on, since large rates hide gains
 DIVERGED = 4.0  # times the held-out error before, at which it ends
+WORSE, SLOWER, RETRIES = 1.25, 1 / 3, 4  # times that error, at which it begins again at a third of the rate, so often
 MEASURED_PER_STEP = 8
 
 
@@ -79,7 +80,8 @@ def recover(
     """Train a pruned denoiser in place, and leave it with the values that were best on held-out trajectories.
 
     What it shares with the whole one it has for itself from now on. A killed run goes on from its snapshot and ends
-    with the same bits.
+    with the same bits. The less was lost, the smaller the steps have to be: a run that makes it worse begins again with
+    smaller ones.
 
     Args:
         student: in float32 and eval mode.
@@ -88,7 +90,7 @@ def recover(
         learned: all parameters; updates of low rank, merged at the end; or norms and biases.
         iterations: steps at most; the rate falls to 0 along a cosine.
         batch_rows: rows of a step.
-        lr: of Adam; None: that of `RATES`.
+        lr: of Adam; None: that of `RATES`, or as much less as it takes.
         guidance: scale that the pipeline guides with; None for the plain error, also of pairs.
         seed: decides which trajectories are held out, and the order of the others.
         snapshot: file of a resumable state, written every 20 s.
@@ -110,13 +112,18 @@ def recover(
     with _learning(student, learned) as leaves:
         options = [learned, iterations, batch_rows, rate, guidance, seed, features is not None]
         file = Snapshot(snapshot, f"{options} {objective.digest()} {' '.join(map(tensor_sha256, _detached(leaves)))}")
-        optimizer = CosineAdam([(leaves, rate)], iterations, warm_up=min(WARM_UP, iterations // 10))
         state = file.read() or {}
         if state:
             course = _Course.read(state, len(leaves))
-            optimizer.load(state)
         else:
             course = _Course(objective.measure(torch.cat((known, judges)), silent), _detached(leaves))
+
+        def begin() -> CosineAdam:
+            return CosineAdam([(leaves, rate * SLOWER**course.retries)], iterations, min(WARM_UP, iterations // 10))
+
+        optimizer = begin()
+        if state:
+            optimizer.load(state)
         weights = objective.weights(course.errors, known)
         before = float((course.errors * weights)[judges].mean())
         course.error = min(course.error, before)
@@ -126,7 +133,7 @@ def recover(
         def now() -> dict[str, Tensor]:
             return optimizer.state() | course.tensors()
 
-        for iteration in range(course.iteration, iterations):
+        while (iteration := course.iteration) < iterations:
             progress("recovery", iteration, iterations)
             file.write(now)
             units = seen[order.draw(iteration * objective.batch, objective.batch)]
@@ -137,7 +144,12 @@ def recover(
             with _values(leaves, course.mean):
                 error = float((objective.measure(judges, silent) * weights)[judges].mean())
             course.judge(error)
-            if not math.isfinite(error) or error > DIVERGED * before:
+            again = lr is None and course.retries < RETRIES
+            if not math.isfinite(error) or error > (WORSE if again else DIVERGED) * before:
+                if again:
+                    course.begin_again(leaves)
+                    optimizer = begin()
+                    continue
                 ending = "diverged"
                 break
             if course.iteration - max(course.best_iteration, iterations // 2) >= PATIENCE * every:
@@ -184,14 +196,15 @@ class _Course:
         best: mean with the least held-out error.
         error: that error.
         best_iteration: when that was.
-        iteration: steps made.
+        iteration: steps made since it began for the last time.
+        retries: how often it began again.
         unit: of the loss of features: what it was in the first step; 0 before.
     """
 
     def __init__(self, errors: Tensor, leaves: Sequence[Tensor]) -> None:
         self.errors, self.error = errors, math.inf
         self.mean, self.best = ([leaf.clone() for leaf in leaves] for _ in range(2))
-        self.best_iteration = self.iteration = 0
+        self.best_iteration = self.iteration = self.retries = 0
         self.unit = 0.0
 
     def follow(self, leaves: Sequence[Tensor]) -> None:
@@ -200,6 +213,14 @@ class _Course:
         for mean, leaf in zip(self.mean, leaves, strict=True):
             mean.lerp_(leaf.detach(), 1 - decay)
         self.iteration += 1
+
+    def begin_again(self, leaves: Sequence[Tensor]) -> None:
+        """Go back to what was best so far."""
+        self.iteration, self.retries = 0, self.retries + 1
+        with torch.no_grad():
+            for mean, best, leaf in zip(self.mean, self.best, leaves, strict=True):
+                mean.copy_(best)
+                leaf.copy_(best)
 
     def judge(self, error: float) -> None:
         """Keep the mean if its held-out error is the least so far."""
@@ -210,18 +231,20 @@ class _Course:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of it by name."""
-        numbers = torch.tensor([self.error, self.best_iteration, self.iteration, self.unit], dtype=torch.float64)
+        numbers = torch.tensor(
+            [self.error, self.best_iteration, self.iteration, self.unit, self.retries], dtype=torch.float64
+        )
         lists = {f"{name}.{i}": value for name in ("mean", "best") for i, value in enumerate(getattr(self, name))}
         return lists | {"course": numbers, "errors": self.errors}
 
     @classmethod
     def read(cls, state: dict[str, Tensor], leaves: int) -> Self:
         """Take what `tensors` returned out of a state."""
-        error, best, iteration, unit = state.pop("course").tolist()
+        error, best, iteration, unit, retries = state.pop("course").tolist()
         own = {name: [state.pop(f"{name}.{i}") for i in range(leaves)] for name in ("mean", "best")}
         course = cls(state.pop("errors"), own["mean"])
         course.best, course.error, course.unit = own["best"], error, unit
-        course.best_iteration, course.iteration = int(best), int(iteration)
+        course.best_iteration, course.iteration, course.retries = int(best), int(iteration), int(retries)
         return course
 
 

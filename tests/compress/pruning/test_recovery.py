@@ -156,6 +156,17 @@ def test_a_run_that_diverges_stops_and_leaves_the_best(make_subject: Make) -> No
     assert same(student, before)
 
 
+def test_steps_that_are_too_large_are_made_smaller(make_subject: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recovery.RATES, "full", 0.03)
+    subject = make_subject(DIT, rows=96)
+    result = recover(altered(subject, CUTS), subject.rows, iterations=60)
+    assert result.ending != "diverged"
+    assert result.after < 0.8 * result.before
+    student = altered(subject, CUTS)
+    at_that_rate = recover(student, subject.rows, iterations=60, lr=0.03)
+    assert at_that_rate.after > result.after
+
+
 def test_a_run_that_gets_no_better_ends(make_subject: Make) -> None:
     subject = make_subject(DIT)
     student = altered(subject, CutList())  # nothing was lost
