@@ -193,7 +193,7 @@ def prune_stage(
                 lambda _, done, total: report("trajectories to learn from", done, total),
             )
             setattr(pipeline.pipe, pipeline.denoiser_name, small)
-        recovery, error = _recover(pipeline, denoiser, units, many, of_one, stage, judge, before, work, report)
+        recovery, error = _recover(pipeline, denoiser, units, many, stage, judge, before, work, report)
         learned = guidance if stage.recover_guidance and recovery.best else None
         if stage.recover_guidance and learned is None:  # it is what it was, and its pipeline guides it as before
             judge.deploy(settings)
@@ -234,7 +234,6 @@ def _recover(
     original: nn.Module,
     units: Units,
     recorded: CalibrationSet,
-    of_one: int,
     stage: PruneStage,
     judge: FinalLatents,
     before: float,
@@ -243,13 +242,14 @@ def _recover(
 ) -> tuple[RecoveryResult, float]:
     """Let the pruned denoiser of a pipeline learn; return what came of it, and the error of final latents then.
 
-    Predictions of single calls are what is learned, `of_one` rows of each recorded trajectory; if final latents are
-    not nearer for it, the denoiser stays as it was.
+    Predictions of single calls are what is learned; if final latents are not nearer for it, the denoiser stays as it
+    was.
     """
     assert stage.recover != "none"
     student, seed = pipeline.denoiser, int(recorded.settings["seed"])
     guidance = pipeline.guidance(recorded.settings["guidance"])
-    rows = gather_rows(recorded, len(recorded.prompts) * of_one, seed, denoiser=student)
+    every = 2 * len(recorded.prompts) * len(recorded.timesteps)  # of two contexts, at most
+    rows = gather_rows(recorded, every, seed, denoiser=student)
     if stage.recover_guidance:
         rows, guidance = guided_rows(rows, guidance), None
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}

@@ -51,8 +51,9 @@ class RecoveryResult:
     Attributes:
         before: near 1.
         after: of what was kept.
-        iterations: steps that were made.
-        best: the step after which it was best; 0: nothing helped, and the denoiser is what it was.
+        iterations: steps that were made since it began, or began again, for the last time.
+        best: the step after which it was best, maybe before it began again; 0: nothing helped, and the denoiser is what
+            it was.
         ending: why it ended.
     """
 

@@ -156,7 +156,7 @@ def test_hardly_a_row_is_learned_from_twice(iterations: int, rows: int, samples:
 def test_more_trajectories_are_recorded_where_those_at_hand_are_too_few(
     iterations: int, recorded: int | None, tiny_model: Models, tmp_path: Path
 ) -> None:
-    """Three steps of two contexts each: 32 steps' rows are those of six trajectories, 64 those of eleven."""
+    """Three steps of two contexts each: 32 rows are those of six trajectories, 64 those of eleven."""
     recipe = recipe_of(DIT, parameters=0.2, method="magnitude", recover="norms", recover_iterations=iterations)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": 6})})
     totals: set[int] = set()
