@@ -182,7 +182,10 @@ def blockwise(task: PlanningTask, prices: Mapping[str, float], limit: float) -> 
     drifts = task.drifts_of(task.modules)
     feed_forwards = {zone for zone in task.modules if zone.rpartition(".")[2] in SUBMODULES["feed_forward"]}
     for count in range(_affordable(task.calls, max(0.0, 1 - sum(saved.values())), limit), 0, -1):
-        computing = calls_of_modules(drifts, feed_forwards, count)
+        try:
+            computing = calls_of_modules(drifts, feed_forwards, count)
+        except ScheduleError:  # so few calls are further apart than distances are known
+            return []
         rows: list[Actions] = [
             {zone: "reuse" for zone in task.modules if call not in computing[zone]} for call in range(task.calls)
         ]

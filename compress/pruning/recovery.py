@@ -46,7 +46,7 @@ class RecoveryError(DcompError):
 
 @dataclass(frozen=True)
 class RecoveryResult:
-    """What recovery did. Errors are those of held-out trajectories, each step in units of its error before.
+    """What recovery did. Errors are of a typical held-out trajectory, each step in units of its error before.
 
     Attributes:
         before: near 1.
@@ -126,7 +126,8 @@ def recover(
         if state:
             optimizer.load(state)
         weights = objective.weights(course.errors, known)
-        before = float((course.errors * weights)[judges].mean())
+        whose = rows.trajectories[objective.units[judges, 0]]
+        before = typical_error((course.errors * weights)[judges], whose)
         course.error = min(course.error, before)
         order, every = StratifiedOrder(objective.steps[seen], seed), max(1, iterations // CHECKS)
         ending: Ending = "done"
@@ -143,7 +144,7 @@ def recover(
             if course.iteration % every and course.iteration < iterations:
                 continue
             with _values(leaves, course.mean):
-                error = float((objective.measure(judges, silent) * weights)[judges].mean())
+                error = typical_error((objective.measure(judges, silent) * weights)[judges], whose)
             course.judge(error)
             again = lr is None and course.retries < RETRIES
             if not math.isfinite(error) or error > (WORSE if again else DIVERGED) * before:
@@ -186,6 +187,16 @@ def guided_rows(rows: RowBatch, guidance: float | None) -> RowBatch:
     without, with_condition = rows.pairs.unbind(1)
     guided = rows.outputs[without].lerp(rows.outputs[with_condition], guidance)
     return replace(rows.take(with_condition), outputs=guided, pairs=None)
+
+
+def typical_error(errors: Tensor, trajectories: Tensor) -> float:
+    """Return the geometric mean over trajectories of the mean error of each; the arithmetic one is that of the worst.
+
+    Args:
+        errors: fp64 `[N]`.
+        trajectories: which one each is of, int64 `[N]`.
+    """
+    return float(torch.stack([errors[trajectories == one].mean() for one in trajectories.unique()]).log().mean().exp())
 
 
 class _Course:

@@ -2,7 +2,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
+from dcomp.cachequant.drift import Drift
 from dcomp.cachequant.dynamic import Schedule
 from dcomp.cachequant.planners import PLANNERS, PlanningTask
 from dcomp.cachequant.zones import SUBLAYERS
@@ -77,3 +79,15 @@ def test_best_plans_of_fewer_zones_are_proposed_beside_the_best_of_all() -> None
         ({"all"}, 4.0),
         ({"all", "deep1"}, 3.0),
     ]
+
+
+@pytest.mark.parametrize(("limit", "plans"), [(8.0, 1), (2.0, 0)])
+def test_modules_have_no_plan_whose_computing_calls_are_further_apart_than_was_measured(
+    limit: float, plans: int
+) -> None:
+    distance = torch.arange(12)[None, :] - torch.arange(12)[:, None]
+    known = distance.double().triu(1).masked_fill(distance >= 4, torch.inf)
+    modules = ("0.attn1", "0.ff")
+    within = task(calls=12)
+    within.modules, within.measure_drifts = modules, lambda names: dict.fromkeys(names, Drift(known, known))
+    assert len(PLANNERS["blockwise"](within, dict.fromkeys(modules, 0.5), limit)) == plans

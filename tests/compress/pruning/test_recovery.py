@@ -15,7 +15,7 @@ from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
 from dcomp.compress.pruning.options import altered
-from dcomp.compress.pruning.recovery import RecoveryError, guided_rows, recover
+from dcomp.compress.pruning.recovery import RecoveryError, guided_rows, recover, typical_error
 from tests.support.sweep import sweep
 from tests.support.tiny import NAMES
 
@@ -67,6 +67,15 @@ def test_wrong_targets_help_nobody(make_subject: Make) -> None:
     )
     assert right.after < 0.5 * right.before
     assert wrong.after > 0.5 * wrong.before
+
+
+def test_one_trajectory_that_is_lost_does_not_decide() -> None:
+    whose = torch.tensor([7, 7, 3, 9, 9, 3])
+    errors = torch.tensor([0.5, 1.5, 2.0, 0.125, 0.125, 6.0], dtype=torch.float64)  # means 1, 4 and 1/8
+    assert typical_error(errors, whose) == pytest.approx((1 * 4 / 8) ** (1 / 3))
+    better = errors * torch.where(whose == 3, 2.0, 0.5)  # the worst is twice as bad, both others half
+    assert better.mean() > errors.mean()
+    assert typical_error(better, whose) == pytest.approx(typical_error(errors, whose) * 0.5 ** (1 / 3))
 
 
 @pytest.mark.parametrize("name", sweep(NAMES, ["UNet2DConditionModel", "SD3Transformer2DModel"]))
