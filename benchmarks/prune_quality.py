@@ -141,12 +141,12 @@ class Judge:
 
     def figures(self) -> dict[str, float]:
         """Return figures of the pipeline as it is now."""
-        from dcomp.calibrate.quality import decibels, mean_squared_errors, relative_errors
+        from dcomp.calibrate.quality import decibels, geometric_mean, mean_squared_errors, relative_errors
 
         made = self._run(FIRST_INDEX)
-        errors = relative_errors(self._original.latents, made.latents).clamp_min(1e-12)
+        error = geometric_mean(relative_errors(self._original.latents, made.latents))
         psnr = decibels(mean_squared_errors(self._original.images, made.images))
-        return {"error": float(errors.log().mean().exp()), "psnr": float(psnr.mean()), "fid": self._fid(made)}
+        return {"error": error, "psnr": float(psnr.mean()), "fid": self._fid(made)}
 
     def _run(self, first: int) -> Any:
         return self._pipeline.run(self._prompts, range(first, first + len(self._prompts)), self._settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.quality import relative_errors
+from dcomp.calibrate.quality import geometric_mean, relative_errors
 from dcomp.calibrate.tree_file import replacing
 
 PICTURES = 16
@@ -58,9 +58,8 @@ class FinalLatents:
         self._settings = settings
 
     def error(self) -> float:
-        """Return the geometric mean of the pictures' relative errors: in a mean, a few pictures would decide alone."""
-        errors = relative_errors(self._original, self._run("trajectories"))
-        return float(errors.clamp(min=1e-12).log().mean().exp())
+        """Return the geometric mean of the pictures' relative errors."""
+        return geometric_mean(relative_errors(self._original, self._run("trajectories")))
 
     def _run(self, text: str) -> Tensor:
         indices = range(FIRST_INDEX, FIRST_INDEX + len(self._prompts))

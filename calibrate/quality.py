@@ -40,6 +40,11 @@ def relative_errors(original: Tensor, compressed: Tensor) -> Tensor:
     return torch.where(distance == 0, distance, distance / size)
 
 
+def geometric_mean(errors: Tensor) -> float:
+    """Return the geometric mean of errors, those below 1e-12 as 1e-12: in a mean, the few worst would decide alone."""
+    return float(errors.clamp(min=1e-12).log().mean().exp())
+
+
 def mean_squared_errors(original: Tensor, compressed: Tensor) -> Tensor:
     """Return the mean squared error of each picture, fp64 [N]."""
     _same_shape(original, compressed)

@@ -19,7 +19,7 @@ from dcomp.cachequant.trials import Trials
 from dcomp.cachequant.zones import WHOLE, Zone, single_modules
 from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress, silent
-from dcomp.calibrate.quality import relative_errors
+from dcomp.calibrate.quality import geometric_mean, relative_errors
 from dcomp.compress.split import quantized_layers
 from dcomp.compress.unrounded import unrounded
 from dcomp.compress.unrounded import unrounded_calls as repeatedly_unrounded
@@ -102,9 +102,7 @@ def planning_task(
 
         def follow(rows: Sequence[Actions]) -> float:
             with following(pipeline.denoiser, pipeline.scheduler, PlanGuide(trials.plan(rows, zones))):
-                errors = relative_errors(whole, latents())
-            # Geometric, as in sensitivities: a picture that becomes another one must not decide alone.
-            return float(errors.clamp(min=1e-9).log().mean().exp())
+                return geometric_mean(relative_errors(whole, latents()))
 
         def known(rows: Sequence[Actions]) -> float:
             plan = trials.plan(rows, zones)

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from dcomp import DcompError
 from dcomp.calibrate.progress import Progress, silent
+from dcomp.calibrate.quality import geometric_mean
 from dcomp.calibrate.replay import RowBatch
 from dcomp.calibrate.tree_file import tensor_sha256
 from dcomp.compress.held_out import hold_out
@@ -190,13 +191,13 @@ def guided_rows(rows: RowBatch, guidance: float | None) -> RowBatch:
 
 
 def typical_error(errors: Tensor, trajectories: Tensor) -> float:
-    """Return the geometric mean over trajectories of the mean error of each; the arithmetic one is that of the worst.
+    """Return the geometric mean over trajectories of the mean error of each.
 
     Args:
         errors: fp64 `[N]`.
         trajectories: which one each is of, int64 `[N]`.
     """
-    return float(torch.stack([errors[trajectories == one].mean() for one in trajectories.unique()]).log().mean().exp())
+    return geometric_mean(torch.stack([errors[trajectories == one].mean() for one in trajectories.unique()]))
 
 
 class _Course:
