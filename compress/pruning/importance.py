@@ -133,7 +133,10 @@ def reconstruction(subject: Subject) -> dict[str, Tensor]:
 
 
 def learned(subject: Subject) -> dict[str, Tensor]:
-    """How open the gates of members are that were learned over whole trajectories (EcoDiff, see `masks.py`)."""
+    """How open gates of members stay that are learned over whole trajectories (EcoDiff, see `masks.py`).
+
+    Times what a member costs, so that a choice by scores for each parameter goes by openness alone, as in the paper.
+    """
     assert subject.latents is not None
     groups = subject.units.groups
     weights = {name: parameters_of_member(subject.denoiser, group) for name, group in groups.items()}
@@ -146,7 +149,7 @@ def learned(subject: Subject) -> dict[str, Tensor]:
         seed=subject.seed,
         progress=subject.progress,
     )
-    return {name: logits.double().sigmoid() for name, logits in found.items()}
+    return {name: openness * weights[name] for name, openness in found.items()}
 
 
 def _weighed(subject: Subject, values: Callable[[str], Tensor]) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 A mask is a gate of hard concrete form between 0 and 1 in front of the layers that read a member. What is compared is
 the final latents, so that an error of an early call counts as what it becomes. Of each call of the denoiser only the
 inputs are kept for the way back, and the call is made again there, with the same masks: memory is that of one call and
-of T latents. Letters: M members of a group, T calls.
+of T latents. The price of what stays open rises from step to step, so that gates close one after the other, and how
+long one was open says how much it matters. Letters: M members of a group, T calls.
 
-Source: Zhang et al. 2024, EcoDiff (arXiv 2412.02852), sections 3.2 and 3.3; Louizos et al. 2018 for the gate.
+Source: Zhang et al. 2024, EcoDiff (arXiv 2412.02852), sections 3.2 and 3.3; Louizos et al. 2018 for the gate. The
+rising price is ours.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +26,8 @@ START = 3.0  # of the logits: nearly open
 TEMPERATURE, STRETCH = 0.83, (-0.1, 1.1)
 SQUEEZE = 0.1  # of the noise, which keeps gates from being torn open and shut
 RATE = 0.15  # of Adam
-PENALTY = 0.05  # of a whole model that is kept, in parts of the variance of the latents
-ITERATIONS = 60
+PRICES = (0.5, 20.0)  # of a whole model that is kept, in parts of the variance of the latents: first and last
+ITERATIONS = 120
 
 Latents = Callable[[int], Tensor]
 """Number of a trajectory -> its final latents, with gradients if they are asked for."""
@@ -42,7 +44,7 @@ def learn_masks(
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Return the logits of all members, `[M]` for each group: the higher, the more they matter.
+    """Return how open the gates of all members were, mean over the steps, fp64 `[M]` for each group.
 
     Args:
         denoiser: in float and eval mode, without parameters that ask for gradients; it stays as it is.
@@ -54,6 +56,8 @@ def learn_masks(
         seed: of the noise.
         progress: called with a text, the count done and the total.
     """
+    first, last = PRICES
+    opened = {name: torch.zeros(group.members, dtype=torch.float64) for name, group in groups.items()}
     logits = {name: torch.full((group.members,), START, requires_grad=True) for name, group in groups.items()}
     whole = sum(weights[name] * group.members for name, group in groups.items())
     with torch.no_grad():
@@ -69,10 +73,12 @@ def learn_masks(
             optimizer.zero_grad()
             with masked(denoiser, groups, gates), calls_again(denoiser):  # until the way back has been gone
                 error = (latents(number) - targets[number]).square().mean() / targets[number].var()
-                (error + PENALTY * kept).backward()
+                (error + first * (last / first) ** ((iteration + 1) / iterations) * kept).backward()
         optimizer.step()
+        for name, logit in logits.items():
+            opened[name] += logit.detach().double().sigmoid() / iterations
     progress("masks", iterations, iterations)
-    return {name: logit.detach() for name, logit in logits.items()}
+    return opened
 
 
 def gate(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dcomp.calibrate.pipeline import Generation, open_pipeline
 from dcomp.compress.pruning.cut import cut_copy
 from dcomp.compress.pruning.cut_list import CutList
-from dcomp.compress.pruning.importance import Subject
+from dcomp.compress.pruning.importance import Subject, learned
 from dcomp.compress.pruning.masks import calls_again, gate, learn_masks, masked
 from dcomp.compress.pruning.units import find_units, parameters_of_member
 from tests.compress.pruning.test_cut import some
@@ -107,7 +107,18 @@ def test_what_nobody_needs_is_closed_first(make_subject: Make) -> None:
     again = learn_masks(subject.denoiser, groups, weights, subject.latents, 2, iterations=12)[group]
     assert torch.equal(found, again)
     assert float(found[:128].mean()) < float(found[128:].mean())
+    assert float(found.min()) > 0
+    assert float(found.max()) < 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in subject.denoiser.state_dict().items())
     assert not subject.denoiser._forward_hooks
     assert all(not module._forward_pre_hooks for module in subject.denoiser.modules())
     assert isinstance(subject.denoiser, nn.Module)
+
+
+def test_members_that_stay_as_open_count_as_what_they_cost(make_subject: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = make_subject("DiTTransformer2DModel")
+    openness = {name: torch.linspace(0.2, 0.9, group.members) for name, group in subject.units.groups.items()}
+    monkeypatch.setattr("dcomp.compress.pruning.importance.learn_masks", lambda *_, **__: openness)
+    for name, scores in learned(subject).items():
+        group = subject.units.groups[name]
+        torch.testing.assert_close(scores / parameters_of_member(subject.denoiser, group), openness[name])
