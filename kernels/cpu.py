@@ -10,7 +10,7 @@ Signed activations never go to `qlinear` or `qconv`: they fall to a scalar loop,
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def _qconv_is_exact() -> bool:
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return the bytes of `qparams.quantize_static`, in the memory format of `x`."""
     codes = torch.empty_like(x, dtype=torch.uint8)
-    values, out = _in_memory_order(x), _in_memory_order(codes)
+    values, out = in_memory_order(x), in_memory_order(codes)
     if values is None or out is None:
         return codes.copy_(qparams.quantize_static(x, scale, zero))
     inverse, shift = 1 / scale, zero.float() - 128
@@ -84,7 +84,7 @@ def _write_codes(block: Tensor, inverse: Tensor, shift: Tensor, target: Tensor, 
 def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
     codes = torch.empty_like(x, dtype=torch.uint8)
-    values, out = _in_memory_order(x), _in_memory_order(codes)
+    values, out = in_memory_order(x), in_memory_order(codes)
     if values is None or out is None or x.numel() == 0:
         found, scale, zero = qparams.quantize_sample(x)
         return codes.copy_(found), scale, zero
@@ -139,7 +139,7 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor | None:
+def in_memory_order(tensor: Tensor) -> Tensor | None:
     """View a contiguous or channels-last tensor as one axis; None for any other."""
     if tensor.is_contiguous():
         return tensor.view(-1)
@@ -148,7 +148,24 @@ def _in_memory_order(tensor: Tensor) -> Tensor | None:
     return None
 
 
-def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+Rescale = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+"""Turns int32 sums in the memory of fp32 `[M, O]` into values, with scales of inputs and weights and a bias."""
+
+
+def _rescale_in_place(out: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    """Turn int32 sums that lie in the memory of `out` into its float32 values."""
+    out.copy_(out.view(torch.int32))
+    qparams.rescale_(out, x_scale, weight_scale, bias)
+
+
+def linear_a8(
+    q: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rescale: Rescale = _rescale_in_place,
+) -> Tensor:
     """Return `reference.linear_a8`: `_int_mm` on plain int8 weights, which is as fast as on prepacked ones."""
     q, codes = _two_columns(q.contiguous(), codes)
     out = torch.empty(len(q), len(codes))
@@ -157,7 +174,7 @@ def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, b
     for start in range(0, len(q), rows):
         block = out[start : start + rows]
         torch._int_mm(q[start : start + rows], codes.t(), out=block.view(torch.int32))
-        _rescale_in_place(block, x_scale[start : start + rows], weight_scale, bias)
+        rescale(block, x_scale[start : start + rows], weight_scale, bias)
     return out
 
 
@@ -166,12 +183,6 @@ def _two_columns(q: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     if codes.shape[-1] == 1:
         return functional.pad(q, (0, 1)), functional.pad(codes, (0, 1))
     return q, codes
-
-
-def _rescale_in_place(out: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-    """Turn int32 sums that lie in the memory of `out` into its float32 values."""
-    out.copy_(out.view(torch.int32))
-    qparams.rescale_(out, x_scale, weight_scale, bias)
 
 
 @dataclass(frozen=True)
@@ -313,6 +324,7 @@ def conv2d_patches(
     padding: list[int],
     dilation: list[int],
     groups: int = 1,
+    rescale: Rescale = _rescale_in_place,
 ) -> Tensor:
     """Return `reference.conv2d_a8` as a matrix product over patches; needs no preparation of the weight.
 
@@ -345,7 +357,7 @@ def conv2d_patches(
         samples = slice(start // out_h, -(-stop // out_h))
         if shift is not None:
             sums.view(samples.stop - samples.start, -1, out_channels).add_(_of(shift, samples).unsqueeze(1))
-        _rescale_in_place(rows, _of(x_scale, samples), weight_scale, bias)
+        rescale(rows, _of(x_scale, samples), weight_scale, bias)
     return out.view(batch, out_h, out_w, out_channels).permute(0, 3, 1, 2)
 
 

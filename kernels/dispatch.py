@@ -1,9 +1,9 @@
 """The one table (operation, format, device) -> implementation, and the operations `torch.ops.dcomp.*` that go by it.
 
-Rows in order of preference; `emulated` (`torch` for
-float operations) is always there and always last. A row that is passed over says why, and
-`explain` shows it: nothing falls back unseen. The operations take plain tensors in the layout of `packing` (4 bits when
-`qweight` is uint8), have shapes for tracing, and no gradients.
+Rows in order of preference: `native` are the project's own kernels, `cpu` is what torch carries, and `emulated`
+(`torch` for float operations) is always there and always last. A row that is passed over says why, and `explain` shows
+it: nothing falls back unseen. The operations take plain tensors in the layout of `packing` (4 bits when `qweight` is
+uint8), have shapes for tracing, and no gradients.
 
 Operations are registered here and nowhere else, once per process.
 """
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dcomp import DcompError
 from dcomp.kernels import cpu, qparams, reference
+from dcomp.kernels.native import rows as native
 from dcomp.kernels.packing import int8_image
 
-Backend = Literal["auto", "cpu", "emulated"]
+Backend = Literal["auto", "native", "cpu", "emulated"]
 OPERATIONS = (
     "quantize_static",
     "quantize_sample",
@@ -50,20 +51,27 @@ class _Request:
     reduction: int  # products that are summed into one output
     groups: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """Of a line in the tables below: bits matter to convolutions alone."""
+        return self.operation, self.bits if self.operation == "conv2d_a8" else 8
+
 
 @dataclass(frozen=True)
 class Choice:
     """The implementation of an operation.
 
     Attributes:
-        row: "cpu", or the row that is always there: "emulated", or "torch" for a float operation.
+        row: "native", "cpu", or the row that is always there: "emulated", or "torch" for a float operation.
         reason: why this one, and why not a faster one.
         run: the implementation.
+        image: unpacks weights for it, see `packing.int8_image`.
     """
 
     row: str
     reason: str
     run: Callable[..., Any]
+    image: Callable[[Tensor, Tensor | None, int], Tensor] = int8_image
 
 
 def choose(operation: str, *, device: str = "cpu", bits: int = 8, reduction: int = 1, groups: int = 1) -> Choice:
@@ -85,18 +93,43 @@ def choose(operation: str, *, device: str = "cpu", bits: int = 8, reduction: int
 @functools.lru_cache(maxsize=4096)
 def _choose(request: _Request, forced: Backend) -> Choice:
     last, text, run = _LAST_ROW[request.operation]
-    refusal = _refuse_cpu(request)
-    if forced == "cpu" and refusal is not None:
-        raise KernelError(
-            f"The cpu row cannot run {request.operation}: {refusal}",
-            where=f"{request.bits}-bit weight on {request.device}",
-            remedy="Leave use_backend out to let dcomp choose.",
-        )
     if forced == "emulated":
         return Choice(last, f"demanded by use_backend; {text}", run)
+    refusals = []
+    for row, refuse in (("native", _refuse_native), ("cpu", _refuse_cpu)):
+        if forced not in ("auto", row):
+            continue
+        refusal = refuse(request)
+        if refusal is None:
+            return _FAST_ROWS[row](request)
+        if forced == row:
+            raise KernelError(
+                f"The {row} row cannot run {request.operation}: {refusal}",
+                where=f"{request.bits}-bit weight on {request.device}",
+                remedy="Leave use_backend out to let dcomp choose.",
+            )
+        refusals.append(refusal)
+    return Choice(last, f"{refusals[-1]}; {text}", run)
+
+
+def _native_row(request: _Request) -> Choice:
+    text, run = _NATIVE_ROW[request.key]
+    return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
+
+
+def _cpu_row(request: _Request) -> Choice:
+    text, run = _CPU_ROW[request.key]
+    unbuilt = native.defect() if request.key in _NATIVE_ROW else None
+    return Choice("cpu", f"{text}; no kernels of our own: {unbuilt}" if unbuilt else text, run)
+
+
+def _refuse_native(request: _Request) -> str | None:
+    refusal = _refuse_cpu(request)  # whose matrix products it uses
     if refusal is not None:
-        return Choice(last, f"{refusal}; {text}", run)
-    return Choice("cpu", *_CPU_ROW[request.operation, request.bits if request.operation == "conv2d_a8" else 8])
+        return refusal
+    if request.key not in _NATIVE_ROW:
+        return "there is no kernel of our own for it"
+    return native.defect()
 
 
 def _refuse_cpu(request: _Request) -> str | None:
@@ -116,8 +149,8 @@ def _refuse_cpu(request: _Request) -> str | None:
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Demand a row within a `with` block, in this thread; "auto" is the table's own order."""
-    if backend not in ("auto", "cpu", "emulated"):
-        raise KernelError(f"There is no row {backend!r}", remedy="Use auto, cpu or emulated.")
+    if backend not in get_args(Backend):
+        raise KernelError(f"There is no row {backend!r}", remedy=f"Use one of {', '.join(get_args(Backend))}.")
     token = _forced.set(backend)
     try:
         yield
@@ -149,6 +182,16 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
 
 
 _BLOCKS = "weight dequantized a block of output channels at a time, torch's float operation"
+_NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
+    ("quantize_static", 8): ("one pass", native.quantize_static),
+    ("quantize_sample", 8): ("two passes", native.quantize_sample),
+    ("quantize_token", 8): ("one pass", native.quantize_token),
+    ("linear_a8", 8): ("oneDNN int8 matrix product; own unpacking and rescaling", native.linear_a8),
+    ("conv2d_a8", 4): (
+        "own unpacking and rescaling, oneDNN int8 matrix product over patches",
+        native.conv2d_patches,
+    ),
+}
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
     ("quantize_sample", 8): ("two passes in cache-sized blocks", cpu.quantize_sample),
@@ -160,6 +203,7 @@ _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("linear_a16", 8): (_BLOCKS, cpu.linear_a16),
     ("conv2d_a16", 8): (_BLOCKS, cpu.conv2d_a16),
 }
+_FAST_ROWS: dict[str, Callable[[_Request], Choice]] = {"native": _native_row, "cpu": _cpu_row}
 _EXACT = "exact integers in float64"
 _FLOAT = "weight dequantized for each call, torch's float operation"
 _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
@@ -241,7 +285,7 @@ def linear_a8(
 ) -> Tensor:
     """Return fp32 `[M, O]` of int8 codes `[M, I]` with a scale for each row `[M]` and a packed weight."""
     choice = choose("linear_a8", device=q.device.type, bits=_bits(qweight), reduction=in_features)
-    y: Tensor = choice.run(q, x_scale, int8_image(qweight, multiplier, in_features), scale, bias)
+    y: Tensor = choice.run(q, x_scale, choice.image(qweight, multiplier, in_features), scale, bias)
     return y
 
 
@@ -264,7 +308,7 @@ def linear_a16(
 ) -> Tensor:
     """Return `[..., O]` in the dtype of `x` `[..., I]`, computed with the dequantized weight."""
     choice = choose("linear_a16", device=x.device.type, bits=_bits(qweight), reduction=in_features)
-    y: Tensor = choice.run(x, int8_image(qweight, multiplier, in_features), scale, bias)
+    y: Tensor = choice.run(x, choice.image(qweight, multiplier, in_features), scale, bias)
     return y.contiguous()
 
 
@@ -300,7 +344,7 @@ def conv2d_a8(
         reduction=q.shape[1] // groups * qweight.shape[1] * qweight.shape[2],
         groups=groups,
     )
-    codes = int8_image(qweight, multiplier, q.shape[1] // groups)
+    codes = choice.image(qweight, multiplier, q.shape[1] // groups)
     shape = (list(stride), list(padding), list(dilation))
     y: Tensor = choice.run(q, x_scale, x_zero, codes, scale, bias, *shape, groups)
     return _channels_last(y)
@@ -337,7 +381,7 @@ def conv2d_a16(
 ) -> Tensor:
     """Return channels-last `[N, O, H', W']` in the dtype of `x`, computed with the dequantized weight."""
     choice = choose("conv2d_a16", device=x.device.type, bits=_bits(qweight))
-    codes = int8_image(qweight, multiplier, x.shape[1] // groups)
+    codes = choice.image(qweight, multiplier, x.shape[1] // groups)
     y: Tensor = choice.run(x, codes, scale, bias, list(stride), list(padding), list(dilation), groups)
     return _channels_last(y)
 

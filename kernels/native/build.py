@@ -1,0 +1,114 @@
+"""Build the C++ library on this machine, once for each version of sources, torch and compiler.
+
+Only g++ (or another compiler that `CXX` names) and the headers that torch carries are needed; it takes seconds. The
+sources of kernels are compiled for each instruction set, and which one runs is chosen when the library is loaded.
+"""
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+_SOURCES = Path(__file__).parent
+_STABLE_ABI = "0x020a000000000000"  # of torch 2.10, the oldest that dcomp takes
+_OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-Wno-psabi")
+_OF_X86 = {"avx2": ("-mavx2",), "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")}
+_TIMEOUT = 300  # seconds
+
+
+class BuildError(Exception):
+    """The library cannot be built here, and why: a reason for the dispatch table, which then has other rows."""
+
+
+def library_file() -> Path:
+    """Return the library for this machine, built now if it is not there yet.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or there is no folder of the user's own to keep the result in.
+    """
+    compiler = _compiler()
+    folder = _folder()
+    file = folder / f"native-{_key(compiler)}.so"
+    if not file.is_file():
+        try:
+            with FileLock(file.with_suffix(".lock"), timeout=_TIMEOUT):
+                if not file.is_file():
+                    _build(compiler, file)
+        except OSError as error:
+            raise BuildError(f"the folder of built kernels cannot be written ({error})") from error
+    return file
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    words = shlex.split(named) if named else ["g++"]
+    if not words or shutil.which(words[0]) is None:
+        raise BuildError(f"there is no C++ compiler {words[0] if words else named!r}")
+    return words
+
+
+def _folder() -> Path:
+    """Return the folder of built libraries; what others can write to is not loaded from."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise BuildError(f"there is no folder to keep built kernels in ({error})") from error
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise BuildError(f"the folder of built kernels can be written by others: {folder}")
+    return folder
+
+
+def _key(compiler: list[str]) -> str:
+    """Return what decides the bytes of the library, as a hash."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    digest = hashlib.sha256(repr((compiler, version.stdout, torch.__version__, _commands(compiler))).encode())
+    for source in sorted(_SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _commands(compiler: list[str]) -> dict[str, list[str]]:
+    """Return the command that compiles each object, by its name; the output is not part of it."""
+    include = str(Path(torch.__file__).parent / "include")
+    commands = {"ops": [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", "-isystem", include, "-c", str(_SOURCES / "ops.cpp")]}
+    sets: dict[str, tuple[str, ...]] = {"generic": ()}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        sets |= _OF_X86
+    for name, flags in sets.items():
+        commands[name] = [f"-DDCOMP_ISA={name}", *flags, "-c", str(_SOURCES / "isa.cpp")]
+    return {name: [*compiler, *_OPTIONS, *words] for name, words in commands.items()}
+
+
+def _build(compiler: list[str], file: Path) -> None:
+    libraries = Path(torch.__file__).parent / "lib"
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        commands = _commands(compiler)
+        objects = [str(Path(scratch) / f"{name}.o") for name in commands]
+        with ThreadPoolExecutor() as pool:
+            made = pool.map(_run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))
+            for _ in made:  # raises what went wrong
+                pass
+        unfinished = Path(scratch) / file.name
+        _run([*compiler, "-shared", *objects, "-o", str(unfinished), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
+        unfinished.replace(file)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C++ compiler did not run ({error})") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+        raise BuildError(f"the C++ compiler failed ({lines[0].strip()[:200]})")

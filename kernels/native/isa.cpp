@@ -1,0 +1,61 @@
+// The kernels of one instruction set: compiled once for each, with its flags and DCOMP_ISA naming it.
+//
+// Nothing of the C++ library is used here: the linker could take what these flags made of it for processors without.
+#include "kernels.h"
+#include "quantize.h"
+
+namespace dcomp::DCOMP_ISA {
+namespace {
+
+template <class T>
+void token_rows_of(const T* x, int8_t* codes, float* scale, int64_t first, int64_t last, int64_t channels) {
+  for (int64_t row = first; row < last; ++row) {
+    quantize_token(x + row * channels, codes + row * channels, scale + row, channels);
+  }
+}
+
+void token_rows(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
+                int64_t channels) {
+  if (kind == Float::kFloat32) {
+    token_rows_of(static_cast<const float*>(x), codes, scale, first, last, channels);
+  } else {
+    token_rows_of(static_cast<const BFloat16*>(x), codes, scale, first, last, channels);
+  }
+}
+
+void range(Float kind, const void* x, int64_t first, int64_t last, float* low, float* high) {
+  const Range none{0.0f, 0.0f};
+  const Range found = kind == Float::kFloat32 ? widen(none, static_cast<const float*>(x) + first, last - first)
+                                              : widen(none, static_cast<const BFloat16*>(x) + first, last - first);
+  *low = found.low;
+  *high = found.high;
+}
+
+void codes(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero) {
+  if (kind == Float::kFloat32) {
+    quantize_static(static_cast<const float*>(x) + first, codes + first, last - first, scale, zero);
+  } else {
+    quantize_static(static_cast<const BFloat16*>(x) + first, codes + first, last - first, scale, zero);
+  }
+}
+
+void rescale_rows(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
+                  const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels) {
+  for (int64_t row = first; row < last; ++row) {
+    rescale(sums + row * channels, out + row * channels, x_scale[row / rows_of_scale], weight_scale, bias, channels);
+  }
+}
+
+void unpack_rows(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
+                 int64_t channels, int64_t groups, int64_t group) {
+  for (int64_t row = first; row < last; ++row) {
+    unpack_int4(packed + row * (groups * group / 2), multiplier + row * groups, codes + row * channels, channels,
+                group);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows};
+
+}  // namespace dcomp::DCOMP_ISA

@@ -1,0 +1,32 @@
+// What each instruction set offers: one table of functions, filled by `isa.cpp`.
+#pragma once
+#include <cstdint>
+
+namespace dcomp {
+
+enum class Float : int { kFloat32, kBFloat16 };
+
+struct Kernels {
+  void (*token_rows)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
+                     int64_t channels);
+  void (*range)(Float kind, const void* x, int64_t first, int64_t last, float* low, float* high);
+  void (*codes)(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero);
+  void (*rescale_rows)(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
+                       const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels);
+  void (*unpack_rows)(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
+                      int64_t channels, int64_t groups, int64_t group);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#ifdef __x86_64__
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+}  // namespace dcomp

@@ -1,0 +1,105 @@
+// Quantization of activations, and what becomes of integer sums: kernels over rows of raw memory.
+//
+// The rules are those of `qparams.py`. `T` is float or BFloat16.
+#pragma once
+#include "simd.h"
+
+namespace dcomp::DCOMP_ISA {
+
+constexpr float kTokenLimit = 127.0f;
+constexpr float kSmallestScale = 1.17549435e-38f;  // the inverse of anything smaller may be infinite
+// Whatever is beyond this is beyond all codes, and within it rounding is exact.
+constexpr float kFarBeyondCodes = 1 << 20;
+
+struct Range {
+  float low, high;
+};
+
+// The smallest and the largest of `count` values and `range`; NaN if there is one.
+template <class T>
+Range widen(Range range, const T* x, int64_t count) {
+  Floats low = broadcast(range.low), high = broadcast(range.high);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    Floats v = load(x + i);
+    low = smaller(v, low);
+    high = larger(v, high);
+  }
+  if (i < count) {  // what is missing repeats the first of them
+    T padded[kLanes];
+    for (int64_t k = 0; k < kLanes; ++k) padded[k] = x[i + (k < count - i ? k : 0)];
+    Floats v = load(padded);
+    low = smaller(v, low);
+    high = larger(v, high);
+  }
+  for (int64_t k = 0; k < kLanes; ++k) {
+    float lane_low = low[k], lane_high = high[k];
+    range.low = lane_low < range.low || lane_low != lane_low ? lane_low : range.low;
+    range.high = lane_high > range.high || lane_high != lane_high ? lane_high : range.high;
+  }
+  return range;
+}
+
+// codes = clamp(rint(x * inverse) + zero, low, high); the bytes of uint8 codes are written as well as those of int8 ones
+template <class T>
+void write_codes(const T* x, int8_t* codes, int64_t count, float inverse, float zero, float low, float high) {
+  int64_t i = 0;
+  for (; i < count; i += kLanes) {
+    const int64_t some = count - i;
+    Floats v = (some < kLanes ? load_some(x + i, some) : load(x + i)) * inverse;
+    v = clamp(round_to_even(clamp(v, -kFarBeyondCodes, kFarBeyondCodes)) + zero, low, high);
+    Ints q = to_ints(v);
+    if (some < kLanes) {
+      store_some_bytes(codes + i, q, some);
+    } else {
+      store_bytes(codes + i, q);
+    }
+  }
+}
+
+// int8 codes of a row and its scale
+template <class T>
+void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
+  const Range range = widen(Range{0.0f, 0.0f}, x, channels);
+  float found = (range.high > -range.low || range.high != range.high ? range.high : -range.low) / kTokenLimit;
+  if (found < kSmallestScale) found = 1.0f;
+  *scale = found;
+  write_codes(x, codes, channels, 1.0f / found, 0.0f, -kTokenLimit, kTokenLimit);
+}
+
+// uint8 codes within a given range
+template <class T>
+void quantize_static(const T* x, uint8_t* codes, int64_t count, float scale, float zero) {
+  write_codes(x, reinterpret_cast<int8_t*>(codes), count, 1.0f / scale, zero, 0.0f, 255.0f);
+}
+
+// out = bias + (sums * weight_scale) * x_scale for one row; `sums` may be the memory of `out`
+inline void rescale(const int32_t* sums, float* out, float x_scale, const float* weight_scale, const float* bias,
+                    int64_t channels) {
+  for (int64_t i = 0; i < channels; ++i) {
+    int32_t sum;
+    memcpy(&sum, sums + i, sizeof sum);
+    const float value = (static_cast<float>(sum) * weight_scale[i]) * x_scale;
+    out[i] = bias ? bias[i] + value : value;
+  }
+}
+
+// Two int4 codes of a byte, the low one first, each times the multiplier of its group: int8 (little-endian memory)
+inline void unpack_int4(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t channels,
+                        int64_t group) {
+  for (int64_t start = 0, g = 0; start < channels; start += group, ++g) {
+    const int64_t count = start + group < channels ? group : channels - start;
+    const uint16_t factor = static_cast<uint16_t>(multiplier[g]);
+    const uint8_t* bytes = packed + start / 2;
+    int8_t* out = codes + start;
+    for (int64_t i = 0; i < count / 2; ++i) {
+      uint16_t pair = static_cast<uint16_t>((bytes[i] | bytes[i] << 4) & 0x0F0F);
+      pair = static_cast<uint16_t>(((pair ^ 0x0808) - 0x0808) * factor);  // low + 256 * high, times the factor
+      pair = static_cast<uint16_t>(pair + ((pair & 0x80) << 1));          // a negative low one has borrowed 1
+      memcpy(out + 2 * i, &pair, 2);
+    }
+    if (count % 2) out[count - 1] = static_cast<int8_t>((((bytes[count / 2] & 15) ^ 8) - 8) * multiplier[g]);
+  }
+}
+
+}  // namespace dcomp::DCOMP_ISA

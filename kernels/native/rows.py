@@ -1,0 +1,118 @@
+"""Rows of the dispatch table that use the project's own C++ kernels; matrix products stay with oneDNN.
+
+Results are those of `qparams` and `reference`: codes to the bit, floats to a few ulp. Inputs are float32 or bfloat16
+in any memory format that is dense, else the row of oneDNN does it.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcomp.kernels import cpu, packing, qparams
+from dcomp.kernels.cpu import in_memory_order
+from dcomp.kernels.native.build import BuildError, library_file
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+
+
+@functools.cache
+def defect() -> str | None:
+    """Say why the library cannot be used here, or None; builds and loads it if that has not been done."""
+    try:
+        try:
+            torch.ops.load_library(library_file())
+        except OSError:  # a file that is not what was built
+            library_file().unlink()
+            torch.ops.load_library(library_file())
+    except BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"the built library does not load ({str(error).splitlines()[0]})"
+    return None if _is_right() else "the built library is not exact here"
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set that the library runs; there must be no defect."""
+    return _INSTRUCTION_SETS[torch.ops.dcomp_native.instruction_set()]
+
+
+def _is_right() -> bool:
+    x = torch.linspace(-3, 5, 2 * 37).view(2, 37)
+    codes, scale, zero = quantize_sample(x)
+    expected = qparams.quantize_sample(x)
+    right = all(map(torch.equal, (codes, scale, zero, *quantize_token(x)), (*expected, *qparams.quantize_token(x))))
+    packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    multiplier = torch.tensor([[1, -15], [15, 2], [7, 7], [-1, 3]], dtype=torch.int8)
+    return right and torch.equal(int8_image(packed, multiplier, 128), packing.int8_image(packed, multiplier, 128))
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return the bytes of `qparams.quantize_static` for one range, in the memory format of `x`."""
+    values = _dense(x)
+    if values is None or scale.numel() != 1 or zero.numel() != 1:
+        return cpu.quantize_static(x, scale, zero)
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    out = _dense(codes)
+    assert out is not None
+    torch.ops.dcomp_native.quantize_static(values.view(1, -1), scale.view(1), zero.view(1), out)
+    return codes
+
+
+def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
+    values = _dense(x)
+    if values is None or x.numel() == 0:
+        return cpu.quantize_sample(x)
+    codes, found = torch.empty_like(x, dtype=torch.uint8), torch.empty(2, len(x))
+    samples, out = values.view(len(x), -1), _dense(codes)
+    assert out is not None
+    torch.ops.dcomp_native.range(samples, found)
+    scale, zero = qparams.sample_range(found[0], found[1])
+    torch.ops.dcomp_native.quantize_static(samples, scale, zero, out)
+    return codes, scale, zero
+
+
+def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
+    if x.dtype not in _DTYPES or x.shape[-1] == 0:
+        return cpu.quantize_token(x)
+    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    torch.ops.dcomp_native.quantize_token(x.contiguous(), codes, scale)
+    return codes, scale
+
+
+def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `reference.linear_a8`."""
+    return cpu.linear_a8(q, x_scale, codes, weight_scale, bias, rescale=_rescale)
+
+
+def conv2d_patches(*arguments: Any) -> Tensor:
+    """Return `reference.conv2d_a8`, as `cpu.conv2d_patches` does."""
+    return _conv2d_patches(*arguments)
+
+
+def _rescale(out: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+    if out.numel():
+        scales = x_scale.contiguous(), weight_scale.contiguous()
+        torch.ops.dcomp_native.rescale(out, *scales, None if bias is None else bias.contiguous())
+
+
+_conv2d_patches = functools.partial(cpu.conv2d_patches, rescale=_rescale)
+
+
+def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Tensor:
+    """Return `packing.int8_image`."""
+    if multiplier is None or qweight.dtype != torch.uint8 or qweight.numel() == 0:
+        return packing.int8_image(qweight, multiplier, in_channels)
+    codes = torch.empty((*qweight.shape[:-1], in_channels), dtype=torch.int8)
+    rows = (qweight.reshape(-1, qweight.shape[-1]), multiplier.reshape(-1, multiplier.shape[-1]))
+    torch.ops.dcomp_native.unpack_int4(*rows, codes.view(-1, in_channels))
+    return codes
+
+
+def _dense(x: Tensor) -> Tensor | None:
+    """View memory without gaps as one axis, samples one after the other; None where that cannot be."""
+    return in_memory_order(x) if x.dtype in (*_DTYPES, torch.uint8) else None
