@@ -54,7 +54,7 @@ def main(
     from dcomp.compress.pruning.recovery import recover
     from dcomp.compress.pruning.units import find_units
     from dcomp.recipes.bench import fill_prompts
-    from dcomp.recipes.prune_stage import MASKED, trajectories_to_learn_from
+    from dcomp.recipes.prune_stage import MASKED, latents_of, trajectories_to_learn_from
     from dcomp.recipes.schema import PruneStage
 
     torch.set_grad_enabled(False)
@@ -93,12 +93,9 @@ def main(
         costs = measure_costs(original, units, one.args, one.kwargs)
         latents = FinalLatents(pipeline, texts, settings, Path(folder) / "latents.safetensors")
 
-        def trajectory(number: int) -> torch.Tensor:
-            enabled = torch.is_grad_enabled()
-            return pipeline.run([texts[number]], [number], settings, gradients=enabled).latents
-
         for how in method or METHODS:
-            subject = Subject(original, units, rows, scale, latents=trajectory, trajectories=min(prompts, MASKED))
+            runs = latents_of(pipeline, texts, settings)
+            subject = Subject(original, units, rows, scale, latents=runs, trajectories=min(prompts, MASKED))
             scored = score(subject, costs, how, round_to=ROUND_TO)
             if scored.units is not None:
                 found = additivity(subject, scored)

@@ -96,12 +96,12 @@ def _choose(request: _Request, forced: Backend) -> Choice:
     if forced == "emulated":
         return Choice(last, f"demanded by use_backend; {text}", run)
     refusals = []
-    for row, refuse in (("native", _refuse_native), ("cpu", _refuse_cpu)):
+    for row, (refuse, make) in _FAST_ROWS.items():
         if forced not in ("auto", row):
             continue
         refusal = refuse(request)
         if refusal is None:
-            return _FAST_ROWS[row](request)
+            return make(request)
         if forced == row:
             raise KernelError(
                 f"The {row} row cannot run {request.operation}: {refusal}",
@@ -203,7 +203,10 @@ _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("linear_a16", 8): (_BLOCKS, cpu.linear_a16),
     ("conv2d_a16", 8): (_BLOCKS, cpu.conv2d_a16),
 }
-_FAST_ROWS: dict[str, Callable[[_Request], Choice]] = {"native": _native_row, "cpu": _cpu_row}
+_FAST_ROWS: dict[str, tuple[Callable[[_Request], str | None], Callable[[_Request], Choice]]] = {
+    "native": (_refuse_native, _native_row),
+    "cpu": (_refuse_cpu, _cpu_row),
+}
 _EXACT = "exact integers in float64"
 _FLOAT = "weight dequantized for each call, torch's float operation"
 _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {

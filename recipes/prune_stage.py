@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dcomp.calibrate.calibration_set import CalibrationSet
 from dcomp.calibrate.final_latents import FinalLatents
-from dcomp.calibrate.pipeline import OpenPipeline
+from dcomp.calibrate.pipeline import Generation, OpenPipeline
 from dcomp.calibrate.progress import Progress
 from dcomp.calibrate.replay import gather_rows
 from dcomp.calibrate.tree_file import replacing
@@ -26,6 +26,7 @@ from dcomp.compress.pruning.cut import cut
 from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.features import FeatureLoss
 from dcomp.compress.pruning.importance import Subject
+from dcomp.compress.pruning.masks import Latents
 from dcomp.compress.pruning.prune import METHODS, Additivity, additivity, proposals, score
 from dcomp.compress.pruning.recovery import BATCH_ROWS, RecoveryResult, guided_rows, recover
 from dcomp.compress.pruning.units import Units
@@ -143,14 +144,8 @@ def prune_stage(
     if stage.recover_guidance:
         guided_rows(rows, guidance)  # refuses calls of one context before cuts are measured
     settings = generation_of(recipe.calibration)
-
-    def latents(number: int) -> Tensor:
-        one = slice(number, number + 1)
-        return pipeline.run(prompts[one], range(len(prompts))[one], settings, gradients=torch.is_grad_enabled()).latents
-
-    subject = Subject(
-        denoiser, units, rows, guidance, int(recorded.settings["seed"]), report, latents, min(len(prompts), MASKED)
-    )
+    latents, seed = latents_of(pipeline, prompts, settings), int(recorded.settings["seed"])
+    subject = Subject(denoiser, units, rows, guidance, seed, report, latents, min(len(prompts), MASKED))
     errors = KeptResults(work / "cuts", [stage.method, stage.rows, stage.round_to])
     scored = score(
         subject,
@@ -215,6 +210,21 @@ def prune_stage(
     )
     _write(finished, small, result)
     return result
+
+
+def latents_of(pipeline: OpenPipeline, prompts: Sequence[str], settings: Generation) -> Latents:
+    """Return what runs the trajectory of a prompt, with its number as the noise, and returns its final latents.
+
+    Args:
+        pipeline: whose denoiser of then runs, with gradients where they are enabled.
+        prompts: one for each trajectory.
+        settings: of all.
+    """
+
+    def latents(number: int) -> Tensor:
+        return pipeline.run([prompts[number]], [number], settings, gradients=torch.is_grad_enabled()).latents
+
+    return latents
 
 
 def trajectories_to_learn_from(stage: PruneStage, rows: int) -> int:

@@ -1,6 +1,6 @@
 // `torch.ops.dcomp_native.*` on torch's stable ABI: arguments checked, work cut for torch's own threads.
 //
-// Outputs are given, so that nothing is allocated here. Callers are in `native/library.py`.
+// Outputs are given, so that nothing is allocated here. Callers are in `rows.py`.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -5,13 +5,11 @@ in any memory format that is dense, else the row of oneDNN does it.
 """
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcomp.kernels import cpu, packing, qparams
-from dcomp.kernels.cpu import in_memory_order
 from dcomp.kernels.native.build import BuildError, library_file
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -25,7 +23,7 @@ def defect() -> str | None:
         try:
             torch.ops.load_library(library_file())
         except OSError:  # a file that is not what was built
-            library_file().unlink()
+            library_file().unlink(missing_ok=True)
             torch.ops.load_library(library_file())
     except BuildError as error:
         return str(error)
@@ -84,23 +82,14 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `reference.linear_a8`."""
-    return cpu.linear_a8(q, x_scale, codes, weight_scale, bias, rescale=_rescale)
-
-
-def conv2d_patches(*arguments: Any) -> Tensor:
-    """Return `reference.conv2d_a8`, as `cpu.conv2d_patches` does."""
-    return _conv2d_patches(*arguments)
-
-
 def _rescale(out: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
     if out.numel():
         scales = x_scale.contiguous(), weight_scale.contiguous()
         torch.ops.dcomp_native.rescale(out, *scales, None if bias is None else bias.contiguous())
 
 
-_conv2d_patches = functools.partial(cpu.conv2d_patches, rescale=_rescale)
+linear_a8 = functools.partial(cpu.linear_a8, rescale=_rescale)
+conv2d_patches = functools.partial(cpu.conv2d_patches, rescale=_rescale)
 
 
 def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Tensor:
@@ -115,4 +104,4 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
 
 def _dense(x: Tensor) -> Tensor | None:
     """View memory without gaps as one axis, samples one after the other; None where that cannot be."""
-    return in_memory_order(x) if x.dtype in (*_DTYPES, torch.uint8) else None
+    return cpu.in_memory_order(x) if x.dtype in (*_DTYPES, torch.uint8) else None
