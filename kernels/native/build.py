@@ -50,7 +50,10 @@ def library_file() -> Path:
 
 def _compiler() -> list[str]:
     named = os.environ.get("CXX")
-    words = shlex.split(named) if named else ["g++"]
+    try:
+        words = shlex.split(named) if named else ["g++"]
+    except ValueError as error:
+        raise BuildError(f"CXX is no command ({error})") from error
     if not words or shutil.which(words[0]) is None:
         raise BuildError(f"there is no C++ compiler {words[0] if words else named!r}")
     return words
@@ -58,11 +61,11 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     """Return the folder of built libraries; what others can write to is not loaded from."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter without a home
         raise BuildError(f"there is no folder to keep built kernels in ({error})") from error
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise BuildError(f"the folder of built kernels can be written by others: {folder}")
@@ -71,8 +74,8 @@ def _folder() -> Path:
 
 def _key(compiler: list[str]) -> str:
     """Return what decides the bytes of the library, as a hash."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    digest = hashlib.sha256(repr((compiler, version.stdout, torch.__version__, _commands(compiler))).encode())
+    version = _run([*compiler, "--version"])
+    digest = hashlib.sha256(repr((compiler, version, torch.__version__, _commands(compiler))).encode())
     for source in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
@@ -104,7 +107,8 @@ def _build(compiler: list[str], file: Path) -> None:
         unfinished.replace(file)
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """Return what a command of the compiler prints."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -112,3 +116,4 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
         raise BuildError(f"the C++ compiler failed ({lines[0].strip()[:200]})")
+    return done.stdout

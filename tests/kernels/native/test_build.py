@@ -30,7 +30,12 @@ def found(**environment: str) -> str:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("/nowhere/g++", "there is no C++ compiler"), ("false", "the C++ compiler failed"), ("", "no C++ compiler")],
+    [
+        ("/nowhere/g++", "there is no C++ compiler"),
+        ("false", "the C++ compiler failed"),
+        ("", "no C++ compiler"),
+        ("'g++", "CXX is no command"),
+    ],
 )
 def test_without_a_compiler_torch_does_it(compiler: str, reason: str, tmp_path: Path) -> None:
     path = {"PATH": str(tmp_path)} if not compiler else {}
