@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dcomp.kernels import dispatch  # noqa: F401  (torch.ops.dcomp)
 from dcomp.kernels.packing import storage
 
 
@@ -170,8 +171,8 @@ class _Products(TorchFunctionMode):
         """Call the function and count what it multiplies."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func is nn.functional.scaled_dot_product_attention:
-            query, key = _arguments(("query", "key"), args, kwargs)
+        if func in (nn.functional.scaled_dot_product_attention, torch.ops.dcomp.attention.default):
+            query, key = args[:2] if len(args) > 1 else _arguments(("query", "key"), args, kwargs)
             # Scores and their product with the values; heads and batch are those of the output.
             self.macs += key.shape[-2] * (prod(output.shape[:-1]) * query.shape[-1] + output.numel())
         elif func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm):

@@ -25,6 +25,7 @@ from dcomp import DcompError, UsageError, __version__
 from dcomp.calibrate.clock import StepBins, StepClock, clock_of
 from dcomp.calibrate.model_files import Component, check_model_folder
 from dcomp.calibrate.structure import is_layer
+from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.layers import QuantLayer
 from dcomp.compress.manifest import CheckpointError, check_manifest, read_manifest
 from dcomp.compress.precompute import Ahead, Precomputed, keep_plan, plan_of, precompute
@@ -258,6 +259,7 @@ class DcompQuantizer(DiffusersQuantizer):
             if isinstance(module, TimeTable):
                 module.check()
         attach_clock(model, self.quantization_config.step_bins)
+        attend_by_kernels(model)
         if self.quantization_config.precomputed is not None:
             keep_plan(model, self.quantization_config.precomputed)
         if not self.quantization_config.layers:

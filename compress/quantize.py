@@ -25,6 +25,7 @@ from dcomp.calibrate.progress import Progress, silent
 from dcomp.calibrate.record import CalibrationSet, RecordedCall
 from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.calibrate.tree_file import replacing
+from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.dead_channels import find_remarks
 from dcomp.compress.folding import Fold
 from dcomp.compress.loader import attach_clock
@@ -125,6 +126,7 @@ def quantize_denoiser(
         denoiser.set_submodule(name, result)
         result.execution = "int"
     attach_clock(denoiser, bins)
+    attend_by_kernels(denoiser)
     return results.errors
 
 

@@ -435,6 +435,11 @@ def conv2d_a16(
     return torch.cat([*parts], 1)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `reference.attention` by torch's own function."""
+    return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 def _output_blocks(codes: Tensor) -> list[slice]:
     """Cut the output channels so that the float weight of a block is memory that the allocator hands out again."""
     rows = max(16, _FLOAT_WEIGHT_ELEMENTS * len(codes) // max(1, codes.numel()) // 16 * 16)

@@ -33,6 +33,7 @@ OPERATIONS = (
     "conv2d_a8",
     "linear_a16",
     "conv2d_a16",
+    "attention",
 )
 
 _NO_CUDA = "this version has no CUDA kernels of its own"
@@ -119,11 +120,13 @@ def _native_row(request: _Request) -> Choice:
 
 def _cpu_row(request: _Request) -> Choice:
     text, run = _CPU_ROW[request.key]
-    unbuilt = native.defect() if request.key in _NATIVE_ROW else None
+    unbuilt = _refuse_native(request) if request.key in _NATIVE_ROW else None
     return Choice("cpu", f"{text}; no kernels of our own: {unbuilt}" if unbuilt else text, run)
 
 
 def _refuse_native(request: _Request) -> str | None:
+    if request.operation == "attention" and request.device == "cpu":
+        return native.attention_defect()
     refusal = _refuse_cpu(request)  # whose matrix products it uses
     if refusal is not None:
         return refusal
@@ -137,7 +140,7 @@ def _refuse_cpu(request: _Request) -> str | None:
         return _NO_CUDA
     if request.device != "cpu":
         return f"there is no row for {request.device}"
-    if request.operation.startswith("quantize") or request.operation.endswith("a16"):
+    if request.operation.startswith("quantize") or request.operation.endswith(("a16", "attention")):
         return None
     if request.groups > 1:
         return "grouped convolutions have no integer kernel"
@@ -164,7 +167,7 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
     for device in devices:
         for operation in OPERATIONS:
             for bits in (8, 4):
-                weightless = operation.startswith("quantize")
+                weightless = operation.startswith(("quantize", "attention"))
                 if weightless and bits == 4:
                     continue
                 fmt = "any" if weightless else f"W{bits}A{operation.removeprefix('linear_a').removeprefix('conv2d_a')}"
@@ -191,6 +194,7 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
         "own unpacking and rescaling, oneDNN int8 matrix product over patches",
         native.conv2d_patches,
     ),
+    ("attention", 8): ("bfloat16 products in tiles, softmax between them", native.attention),
 }
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
@@ -202,6 +206,7 @@ _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("conv2d_a8", 4): ("weight unpacked for each call, oneDNN int8 matrix product over patches", cpu.conv2d_patches),
     ("linear_a16", 8): (_BLOCKS, cpu.linear_a16),
     ("conv2d_a16", 8): (_BLOCKS, cpu.conv2d_a16),
+    ("attention", 8): ("torch's own function", cpu.attention),
 }
 _FAST_ROWS: dict[str, tuple[Callable[[_Request], str | None], Callable[[_Request], Choice]]] = {
     "native": (_refuse_native, _native_row),
@@ -218,6 +223,7 @@ _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "conv2d_a8": ("emulated", _EXACT, reference.conv2d_a8),
     "linear_a16": ("torch", _FLOAT, reference.linear_a16),
     "conv2d_a16": ("torch", _FLOAT, reference.conv2d_a16),
+    "attention": ("torch", "torch's own function", cpu.attention),
 }
 
 
@@ -402,6 +408,21 @@ def _(
     groups: int,
 ) -> Tensor:
     return _empty_output(x, qweight, stride, padding, dilation, x.dtype)
+
+
+@torch.library.custom_op("dcomp::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `[B, H, N, d]` of queries `[B, H, N, d]`, keys and values `[B, H, M, d]`, in the dtype of `q`.
+
+    The heads of a token lie together in memory.
+    """
+    y: Tensor = choose("attention", device=q.device.type).run(q, k, v, scale)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
 
 
 def _bits(qweight: Tensor) -> int:

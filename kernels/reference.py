@@ -75,3 +75,9 @@ def float_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *shape: 
     """
     x, weight = (t.clone(memory_format=torch.contiguous_format) if t.shape[1] == 1 else t for t in (x, weight))
     return functional.conv2d(x, weight, bias, *shape)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `[B, H, N, d]` of queries `[B, H, N, d]`, keys and values `[B, H, M, d]`, in the dtype of `q`."""
+    scores = q.double() @ k.double().mT * scale
+    return (scores.softmax(-1) @ v.double()).to(q.dtype)

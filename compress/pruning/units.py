@@ -149,10 +149,11 @@ class _NotUnderstoodError(Exception):
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return _has_heads(module) and bool(_outputs(module))
+    return projects_heads(module) and bool(_outputs(module))
 
 
-def _has_heads(module: nn.Module) -> bool:
+def projects_heads(module: nn.Module) -> bool:
+    """Whether a module projects queries, keys and values."""
     return all(isinstance(getattr(module, name, None), nn.Linear) for name in ("to_q", "to_k", "to_v"))
 
 
@@ -249,7 +250,7 @@ def _nothing(path: str, module: Any) -> Iterator[Group]:
 def _is_parallel_block(module: nn.Module) -> bool:
     attention = getattr(module, "attn", None)
     both = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("proj_mlp", "proj_out"))
-    return both and attention is not None and _has_heads(attention) and not _outputs(attention)
+    return both and attention is not None and projects_heads(attention) and not _outputs(attention)
 
 
 def _parallel(path: str, block: Any) -> Iterator[Group]:

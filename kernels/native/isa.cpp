@@ -3,6 +3,9 @@
 // Nothing of the C++ library is used here: the linker could take what these flags made of it for processors without.
 #include "kernels.h"
 #include "quantize.h"
+#ifdef __AVX512BF16__
+#include "attention.h"
+#endif
 
 namespace dcomp::DCOMP_ISA {
 namespace {
@@ -54,8 +57,30 @@ void unpack_rows(const uint8_t* packed, const int8_t* multiplier, int8_t* codes,
   }
 }
 
+#ifdef __AVX512BF16__
+void pack(Float kind, const AttentionHead& head, uint32_t* keys, uint32_t* values) {
+  if (kind == Float::kFloat32) {
+    pack_head<float>(head, keys, values);
+  } else {
+    pack_head<BFloat16>(head, keys, values);
+  }
+}
+
+void block(Float kind, const AttentionHead& head, int64_t first, const uint32_t* keys, const uint32_t* values) {
+  if (kind == Float::kFloat32) {
+    attend_block<float>(head, first, keys, values);
+  } else {
+    attend_block<BFloat16>(head, first, keys, values);
+  }
+}
+
+constexpr Attention kAttention = {packed_keys, packed_values, pack, kQueries, block};
+#else
+constexpr Attention kAttention = {};
+#endif
+
 }  // namespace
 
-extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows};
+extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows, kAttention};
 
 }  // namespace dcomp::DCOMP_ISA

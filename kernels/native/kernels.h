@@ -6,6 +6,25 @@ namespace dcomp {
 
 enum class Float : int { kFloat32, kBFloat16 };
 
+constexpr int64_t kWidestHead = 256;  // channels of a head of attention
+
+// One head of attention: matrices [rows, width] whose rows are `stride` values from each other.
+struct AttentionHead {
+  const void *q, *k, *v;
+  float* out;
+  int64_t queries, keys, width, q_stride, k_stride, v_stride, out_stride;
+  float scale;
+};
+
+// How an instruction set works on attention; without `block` it does not.
+struct Attention {
+  int64_t (*packed_keys)(const AttentionHead& head);  // 32-bit words
+  int64_t (*packed_values)(const AttentionHead& head);
+  void (*pack)(Float kind, const AttentionHead& head, uint32_t* keys, uint32_t* values);
+  int64_t rows;  // queries of one block
+  void (*block)(Float kind, const AttentionHead& head, int64_t first, const uint32_t* keys, const uint32_t* values);
+};
+
 struct Kernels {
   void (*token_rows)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
                      int64_t channels);
@@ -15,6 +34,7 @@ struct Kernels {
                        const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels);
   void (*unpack_rows)(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
                       int64_t channels, int64_t groups, int64_t group);
+  Attention attention;
 };
 
 namespace generic {
@@ -25,6 +45,12 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
 extern const Kernels kernels;
 }
 #endif

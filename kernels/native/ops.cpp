@@ -7,11 +7,16 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dcomp {
 namespace {
@@ -21,23 +26,62 @@ using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
-// The best instruction set of this processor, or a lesser one that DCOMP_INSTRUCTION_SET names
-const Kernels& best_kernels() {
+struct InstructionSet {
+  const char* name;
+  const Kernels& kernels;
+  bool (*is_here)();
+};
+
 #ifdef __x86_64__
-  const char* named = std::getenv("DCOMP_INSTRUCTION_SET");
-  const std::string most = named ? named : "avx512";
-  const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  if (most == "avx512" && avx512) return avx512::kernels;
-  if (most != "generic" && __builtin_cpu_supports("avx2")) return avx2::kernels;
-#endif
-  return generic::kernels;
+bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-const Kernels& kernels() {
-  static const Kernels& best = best_kernels();
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Registers of tiles must be asked for, once for a process.
+bool has_amx() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  return has_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+bool always() { return true; }
+
+const InstructionSet kInstructionSets[] = {  // the best first
+#ifdef __x86_64__
+    {"amx", amx::kernels, has_amx},
+    {"avx512bf16", avx512bf16::kernels, has_avx512bf16},
+    {"avx512", avx512::kernels, has_avx512},
+    {"avx2", avx2::kernels, has_avx2},
+#endif
+    {"generic", generic::kernels, always},
+};
+
+// The best instruction set of this processor, or the best of those from the one on that DCOMP_INSTRUCTION_SET names
+const InstructionSet& best_instruction_set() {
+  const char* named = std::getenv("DCOMP_INSTRUCTION_SET");
+  bool allowed = named == nullptr;
+  for (const InstructionSet& set : kInstructionSets) {
+    allowed = allowed || std::string(named) == set.name;
+    if (allowed && set.is_here()) return set;
+  }
+  return *(std::end(kInstructionSets) - 1);
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet& best = best_instruction_set();
   return best;
 }
+
+const Kernels& kernels() { return chosen().kernels; }
 
 void demand(bool holds, const char* what) { STD_TORCH_CHECK(holds, "dcomp_native: ", what); }
 
@@ -141,14 +185,49 @@ void unpack_int4(Tensor packed, Tensor multiplier, Tensor codes) {
   });
 }
 
-// Which instruction set was chosen: 0 generic, 1 avx2, 2 avx512
-int64_t instruction_set() {
-#ifdef __x86_64__
-  return &kernels() == &avx512::kernels ? 2 : &kernels() == &avx2::kernels ? 1 : 0;
-#else
-  return 0;
-#endif
+// q [B, H, N, d], k and v [B, H, M, d] -> out fp32 [B, N, H, d]; the last axes have no gaps
+void attention(Tensor q, Tensor k, Tensor v, Tensor out, double scale) {
+  const Attention& kernel = kernels().attention;
+  demand(kernel.block != nullptr, "this instruction set has no attention");
+  const ScalarType type = q.scalar_type();
+  demand(type == ScalarType::Float || type == ScalarType::BFloat16, "inputs are float32 or bfloat16");
+  demand(k.scalar_type() == type && v.scalar_type() == type, "inputs have one dtype");
+  demand(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "inputs are [B, H, N, d]");
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), width = q.size(3), keys = k.size(2);
+  demand(k.size(0) == batch && k.size(1) == heads && k.size(3) == width, "keys fit to queries");
+  demand(v.size(0) == batch && v.size(1) == heads && v.size(2) == keys && v.size(3) == width, "values fit to keys");
+  demand(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "the last axes have no gaps");
+  demand(keys > 0 && width > 0 && width <= kWidestHead && scale > 0, "there are keys, and heads of 1 to 256 channels");
+  float* to = memory<float>(out, ScalarType::Float, q.numel(), "out is fp32 [B, N, H, d]");
+  const Float kind = type == ScalarType::Float ? Float::kFloat32 : Float::kBFloat16;
+  const int64_t bytes = type == ScalarType::Float ? 4 : 2;
+  std::vector<AttentionHead> all;
+  for (int64_t i = 0; i < batch * heads; ++i) {
+    const int64_t b = i / heads, h = i % heads;
+    const auto of_head = [&](const Tensor& x) {
+      return static_cast<const char*>(x.data_ptr()) + (b * x.stride(0) + h * x.stride(1)) * bytes;
+    };
+    all.push_back({of_head(q), of_head(k), of_head(v), to + (b * queries * heads + h) * width, queries, keys, width,
+                   q.stride(2), k.stride(2), v.stride(2), heads * width, static_cast<float>(scale)});
+  }
+  if (all.empty() || queries == 0) return;
+  const int64_t key_words = kernel.packed_keys(all[0]), value_words = kernel.packed_values(all[0]);
+  std::vector<uint32_t> packed(all.size() * (key_words + value_words));
+  const auto keys_of = [&](int64_t i) { return packed.data() + i * (key_words + value_words); };
+  torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) kernel.pack(kind, all[i], keys_of(i), keys_of(i) + key_words);
+  });
+  const int64_t blocks = (queries + kernel.rows - 1) / kernel.rows;
+  torch::stable::parallel_for(0, batch * heads * blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t head = i / blocks;
+      kernel.block(kind, all[head], i % blocks * kernel.rows, keys_of(head), keys_of(head) + key_words);
+    }
+  });
 }
+
+// Which instruction set was chosen, counted from the last of the table
+int64_t instruction_set() { return std::end(kInstructionSets) - 1 - &chosen(); }
 
 }  // namespace
 }  // namespace dcomp
@@ -159,6 +238,7 @@ STABLE_TORCH_LIBRARY(dcomp_native, m) {
   m.def("quantize_static(Tensor x, Tensor scale, Tensor zero, Tensor(a!) codes) -> ()");
   m.def("rescale(Tensor(a!) out, Tensor x_scale, Tensor weight_scale, Tensor? bias) -> ()");
   m.def("unpack_int4(Tensor packed, Tensor multiplier, Tensor(a!) codes) -> ()");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, float scale) -> ()");
   m.def("instruction_set() -> int");
 }
 
@@ -168,6 +248,7 @@ STABLE_TORCH_LIBRARY_IMPL(dcomp_native, CPU, m) {
   m.impl("quantize_static", TORCH_BOX(&dcomp::quantize_static));
   m.impl("rescale", TORCH_BOX(&dcomp::rescale));
   m.impl("unpack_int4", TORCH_BOX(&dcomp::unpack_int4));
+  m.impl("attention", TORCH_BOX(&dcomp::attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcomp_native, CompositeExplicitAutograd, m) {

@@ -9,11 +9,12 @@ import functools
 import torch
 from torch import Tensor
 
-from dcomp.kernels import cpu, packing, qparams
+from dcomp.kernels import cpu, packing, qparams, reference
 from dcomp.kernels.native.build import BuildError, library_file
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+_WIDEST_HEAD = 256
+_INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @functools.cache
@@ -35,6 +36,18 @@ def defect() -> str | None:
 def instruction_set() -> str:
     """Return the name of the instruction set that the library runs; there must be no defect."""
     return _INSTRUCTION_SETS[torch.ops.dcomp_native.instruction_set()]
+
+
+@functools.cache
+def attention_defect() -> str | None:
+    """Say why `attention` is not used here, or None. Without tiles torch's own function is faster."""
+    if defect() is not None:
+        return defect()
+    if instruction_set() != "amx":
+        return "this processor has no tiles of bfloat16 (AMX)"
+    q, k, v = torch.linspace(-2, 3, 3 * 45 * 40).sin().view(3, 1, 1, 45, 40)
+    off = (attention(q, k, v, 1.0) - reference.attention(q, k, v, 1.0)).abs().max()
+    return None if off < 2**-6 else "attention is not right here"
 
 
 def _is_right() -> bool:
@@ -100,6 +113,18 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
     rows = (qweight.reshape(-1, qweight.shape[-1]), multiplier.reshape(-1, multiplier.shape[-1]))
     torch.ops.dcomp_native.unpack_int4(*rows, codes.view(-1, in_channels))
     return codes
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `reference.attention`: inputs and probabilities are rounded to bfloat16, sums are fp32."""
+    heads = (*q.shape[:2], q.shape[-1])
+    for x in (q, k, v):
+        fits = x.dtype == q.dtype and x.stride(-1) == 1 and (*x.shape[:2], x.shape[-1]) == heads
+        if not fits or x.dtype not in _DTYPES or k.shape[-2] == 0 or x.shape[-1] > _WIDEST_HEAD or scale <= 0:
+            return cpu.attention(q, k, v, scale)
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    torch.ops.dcomp_native.attention(q, k, v, out, scale)
+    return out.to(q.dtype).transpose(1, 2)
 
 
 def _dense(x: Tensor) -> Tensor | None:

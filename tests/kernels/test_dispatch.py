@@ -58,6 +58,7 @@ def _all_calls():
         calls += [(dispatch.conv2d_a8, _conv(bits)), (dispatch.conv2d_a16, (torch.randn(2, 12, 7, 6), *weight))]
     _, _, _, *weight = _conv(8, groups=2, bias=False)
     calls += [(dispatch.conv2d_a8, _conv(8, groups=2, bias=False)), (dispatch.linear_a8, _linear(8, bias=False))]
+    calls.append((dispatch.attention, (*torch.randn(3, 2, 4, 20, 8), 0.3)))
     return calls
 
 
@@ -167,11 +168,11 @@ def test_every_operation_and_format_is_explained_for_every_device():
     lines = dispatch.explain()
     assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
     assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
-    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 24
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 26
     assert all(line["reason"] for line in lines)
     for line in lines:
         if line["device"] == "cuda":
-            assert line["row"] == ("torch" if line["operation"].endswith("a16") else "emulated")
+            assert line["row"] == ("torch" if line["operation"].endswith(("a16", "attention")) else "emulated")
             assert "no CUDA kernels" in line["reason"]
 
 

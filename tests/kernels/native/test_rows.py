@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcomp.kernels import dispatch, packing, qparams
+from dcomp.kernels import dispatch, packing, qparams, reference
 from dcomp.kernels.native import rows
 
 needs_library = pytest.mark.skipif(rows.defect() is not None, reason=f"{rows.defect()}")
@@ -107,7 +109,7 @@ def test_sums_become_outputs(seed: int, samples: int, rows_of_one: int, channels
         assert bool(((out - exact).abs() <= 4 * 2**-24 * (exact.abs() + bias.abs() * with_bias)).all())
 
 
-@pytest.mark.parametrize("name", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_passes_the_same_tests(name: str) -> None:
     if os.environ.get("DCOMP_INSTRUCTION_SET"):
         pytest.skip("this is one of them")
@@ -117,6 +119,77 @@ def test_every_instruction_set_passes_the_same_tests(name: str) -> None:
         [*command, "--import-mode=importlib", __file__], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+needs_attention = pytest.mark.skipif(
+    rows.defect() is not None or rows.instruction_set() not in ("avx512bf16", "amx"), reason="no products of bfloat16"
+)
+
+
+def heads(seed: int, *sizes: tuple[int, int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Random `[B, H, N, d]` as projections leave it: the heads of a token lie together."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, n, h, d, generator=generator).to(dtype).transpose(1, 2) for b, h, n, d in sizes]
+
+
+@needs_attention
+@given(
+    st.integers(0, 2**16),
+    st.integers(1, 2),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.integers(1, 256),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0.01, 0.3, 40.0]),
+)
+def test_attention(
+    seed: int, batch: int, count: int, queries: int, keys: int, width: int, dtype: torch.dtype, scale: float
+) -> None:
+    q, k, v = heads(seed, *((batch, count, n, width) for n in (queries, keys, keys)), dtype=dtype)
+    found = rows.attention(q, k, v, scale)
+    rounded = [x.bfloat16().double() for x in (q, k, v)]
+    exact = reference.attention(*rounded, scale)
+    # Sums of scores in fp32, whose error grows with them; probabilities that are rounded to 8 bits.
+    scores = (rounded[0].abs() @ rounded[1].abs().mT * scale).amax().item()
+    bound = rounded[2].abs().amax() * (2**-8 + 4e-7 * scores + (2**-8 if dtype == torch.bfloat16 else 0))
+    assert found.dtype == dtype
+    assert found.shape == q.shape
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+@needs_attention
+def test_attention_of_layouts_and_extremes() -> None:
+    q, k, v = heads(1, (2, 3, 40, 24), (2, 3, 130, 24), (2, 3, 130, 24), dtype=torch.float32)
+    expected = rows.attention(q, k, v, 0.2)
+    for other in ([x.contiguous() for x in (q, k, v)], [torch.cat((x, x), -1)[..., :24] for x in (q, k, v)]):
+        assert torch.equal(rows.attention(*other, 0.2), expected)
+    # Scores far apart: the largest takes all, whatever block it stands in.
+    k[:, :, 129] = 100 * q[:, :, 0]
+    taken = rows.attention(q, k, v, 10.0)[:, :, 0]
+    torch.testing.assert_close(taken, v[:, :, 129].bfloat16().float(), rtol=1e-3, atol=0)
+    assert bool(torch.isfinite(rows.attention(q, k, v, 10.0)).all())
+    q[0, 1, 7, 3] = torch.nan
+    found = rows.attention(q, k, v, 0.2)
+    assert bool(found[0, 1, 7].isnan().all())
+    assert int(found.isnan().sum()) == 24
+    assert rows.attention(q[:, :, :0], k, v, 0.2).shape == (2, 3, 0, 24)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q.half(), k.half(), v.half()),
+        lambda q, k, v: (q, k, torch.cat((v, v), -1)),
+        lambda q, k, v: (q, k[:, :1], v[:, :1]),
+        lambda q, k, v: tuple(torch.cat([x] * 20, -1) for x in (q, k, v)),
+        lambda q, k, v: tuple(x.mT.contiguous().mT for x in (q, k, v)),
+    ],
+)
+def test_attention_that_the_kernel_does_not_take_is_torchs(change: Callable[..., Any]) -> None:
+    tensors = change(*heads(1, (2, 2, 33, 24), (2, 2, 33, 24), (2, 2, 33, 24), dtype=torch.float32))
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, scale=0.2)
+    torch.testing.assert_close(rows.attention(*tensors, 0.2), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
