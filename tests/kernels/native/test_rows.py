@@ -165,8 +165,8 @@ def test_attention_of_layouts_and_extremes() -> None:
     for other in ([x.contiguous() for x in (q, k, v)], [torch.cat((x, x), -1)[..., :24] for x in (q, k, v)]):
         assert torch.equal(rows.attention(*other, 0.2), expected)
     # Scores far apart: the largest takes all, whatever block it stands in.
-    k[:, :, 129] = 100 * q[:, :, 0]
-    taken = rows.attention(q, k, v, 10.0)[:, :, 0]
+    k[:, :, 129] = 10 * q[:, :, 0]
+    taken = rows.attention(q, k, v, 2.0)[:, :, 0]
     torch.testing.assert_close(taken, v[:, :, 129].bfloat16().float(), rtol=1e-3, atol=0)
     assert bool(torch.isfinite(rows.attention(q, k, v, 10.0)).all())
     q[0, 1, 7, 3] = torch.nan
