@@ -1,6 +1,7 @@
 """How good pruned denoisers are: every method at every part of the parameters, before and after equal recovery.
 
     python benchmarks/prune_quality.py [--model MODEL] [--part 0.2] [--method magnitude] [--iterations 1000]
+                                       [--keep UNFINISHED.json]
 
 All methods cut the same denoiser to the same budgets; members, parts and widths are chosen by the method alone, and of
 the default's few best choices the one with the least error of final latents on pictures that no row is judged by.
@@ -15,6 +16,8 @@ The table is printed and written to `--out` as JSON.
 import json
 import statistics
 import tempfile
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +31,7 @@ FIRST_INDEX = 4_000_000  # of noise that nothing else starts from
 BATCH = 8
 EXTRACTOR = "random-conv"
 ROUND_TO = 32
+SETTINGS = ("model", "steps", "guidance", "samples", "iterations", "extractor")  # that rows of one file share
 
 
 def main(
@@ -39,6 +43,7 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     iterations: Annotated[int, typer.Option(help="Steps of recovery; 0 for none.")] = 1000,
     prompts: Annotated[int, typer.Option(help="Trajectories that cuts are made from.")] = 64,
+    keep: Annotated[Path | None, typer.Option(help="JSON file whose rows stay: same model and settings.")] = None,
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "prune_quality.json",
 ) -> None:
     """Measure, write the JSON, print the table."""
@@ -77,6 +82,12 @@ def main(
         "torch": torch.__version__,
         "rows": [],
     }
+    if keep:
+        before = json.loads(keep.read_text())
+        assert all(before[key] == report[key] for key in SETTINGS), f"{keep} was measured with other settings"
+        report |= {"rows": before["rows"], "additivity": before["additivity"]}
+    wanted = [(how, fewer) for how in method or METHODS for fewer in part or PARTS]
+    measured = {(row["method"], row["part"]) for row in report["rows"]}
     with tempfile.TemporaryDirectory() as folder:
         recorded = record_calibration_set(pipeline, texts, settings, Path(folder) / "set")
         rows = gather_rows(recorded, 32, denoiser=original)
@@ -93,14 +104,14 @@ def main(
         costs = measure_costs(original, units, one.args, one.kwargs)
         latents = FinalLatents(pipeline, texts, settings, Path(folder) / "latents.safetensors")
 
-        for how in method or METHODS:
+        for how, parts in groupby((pair for pair in wanted if pair not in measured), key=itemgetter(0)):
             runs = latents_of(pipeline, texts, settings)
             subject = Subject(original, units, rows, scale, latents=runs, trajectories=min(prompts, MASKED))
             scored = score(subject, costs, how, round_to=ROUND_TO)
             if scored.units is not None:
                 found = additivity(subject, scored)
                 report["additivity"] = {"correlation": found.correlation, "ratio": found.ratio, "count": found.count}
-            for fewer in part or PARTS:
+            for _, fewer in parts:
                 needed = Saving(round(fewer * costs.whole.parameters), 0)
                 best = None
                 for each in proposals(subject, scored.problem, needed, how, PROPOSALS if METHODS[how].measured else 1):
