@@ -56,7 +56,7 @@ def test_errors_of_single_cuts_tell_which_choice_is_better(pruned: Pruned) -> No
 
 
 def test_what_is_left_learns_what_the_whole_knew(pruned: Pruned) -> None:
-    result = pruned(parameters=0.2, method="magnitude", recover="full", recover_iterations=40, recover_features=False)
+    result = pruned(parameters=0.2, method="magnitude", recover="full", recover_iterations=20, recover_features=False)
     assert result.recovery is not None
     assert result.recovery.after < 0.5 * result.recovery.before
     assert result.error < 0.85 * result.unrecovered

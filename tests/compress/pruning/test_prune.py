@@ -14,6 +14,7 @@ from dcomp.compress.pruning.choose import ChoiceError, Constraints
 from dcomp.compress.pruning.costs import Saving
 from dcomp.compress.pruning.cut_list import CutList
 from dcomp.compress.pruning.importance import Subject, going_order, widths
+from dcomp.compress.pruning.masks import learn_masks
 from dcomp.compress.pruning.options import altered, errors_of, list_options
 from dcomp.compress.pruning.prune import METHODS, additivity, proposals, score
 from tests.compress.pruning.conftest import costs_of
@@ -49,7 +50,10 @@ def repeat(denoiser: Any) -> None:
 
 
 @pytest.mark.parametrize("name", sweep(NAMES, ["UNet2DModel"]))
-def test_every_method_saves_what_was_asked_for_and_touches_nothing(name: str, make_subject: Make) -> None:
+def test_every_method_saves_what_was_asked_for_and_touches_nothing(
+    name: str, make_subject: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(learn_masks.__kwdefaults__, "iterations", 8)  # of a choice that nobody looks at
     subject = make_subject(name)
     before, training = digest(subject.denoiser), [m.training for m in subject.denoiser.modules()]
     torch.manual_seed(5)
