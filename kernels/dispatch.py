@@ -66,13 +66,13 @@ class Choice:
         row: "native", "cpu", or the row that is always there: "emulated", or "torch" for a float operation.
         reason: why this one, and why not a faster one.
         run: the implementation.
-        image: unpacks weights for it, see `packing.int8_image`.
+        image: makes of a stored weight what it takes, as `packing.int8_image` does.
     """
 
     row: str
     reason: str
     run: Callable[..., Any]
-    image: Callable[[Tensor, Tensor | None, int], Tensor] = int8_image
+    image: Callable[[Tensor, Tensor | None, int], Any] = int8_image
 
 
 def choose(operation: str, *, device: str = "cpu", bits: int = 8, reduction: int = 1, groups: int = 1) -> Choice:
@@ -114,13 +114,15 @@ def _choose(request: _Request, forced: Backend) -> Choice:
 
 
 def _native_row(request: _Request) -> Choice:
+    if request.key in _TILED_ROW and native.has_tiles():
+        return Choice("native", *_TILED_ROW[request.key], native.stored)
     text, run = _NATIVE_ROW[request.key]
     return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
 
 
 def _cpu_row(request: _Request) -> Choice:
     text, run = _CPU_ROW[request.key]
-    unbuilt = _refuse_native(request) if request.key in _NATIVE_ROW else None
+    unbuilt = _refuse_native(request) if request.key in {*_NATIVE_ROW, *_TILED_ROW} else None
     return Choice("cpu", f"{text}; no kernels of our own: {unbuilt}" if unbuilt else text, run)
 
 
@@ -130,9 +132,11 @@ def _refuse_native(request: _Request) -> str | None:
     refusal = _refuse_cpu(request)  # whose matrix products it uses
     if refusal is not None:
         return refusal
-    if request.key not in _NATIVE_ROW:
+    if request.key in _NATIVE_ROW:
+        return native.defect()
+    if request.key not in _TILED_ROW:
         return "there is no kernel of our own for it"
-    return native.defect()
+    return native.defect() or (None if native.has_tiles() else "this processor has no tiles of integers (AMX)")
 
 
 def _refuse_cpu(request: _Request) -> str | None:
@@ -195,6 +199,12 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
         native.conv2d_patches,
     ),
     ("attention", 8): ("bfloat16 products in tiles, softmax between them", native.attention),
+}
+_TILED = "unpacked to tiles a block at a time, products and rescaling in them (amx)"
+_TILED_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
+    ("linear_a8", 8): (_TILED, native.tiled_linear_a8),
+    ("conv2d_a8", 8): (_TILED, native.tiled_conv2d_a8),
+    ("conv2d_a8", 4): (_TILED, native.tiled_conv2d_a8),
 }
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),

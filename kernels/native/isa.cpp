@@ -2,6 +2,7 @@
 //
 // Nothing of the C++ library is used here: the linker could take what these flags made of it for processors without.
 #include "kernels.h"
+#include "matmul.h"
 #include "quantize.h"
 #ifdef __AVX512BF16__
 #include "attention.h"
@@ -57,6 +58,15 @@ void unpack_rows(const uint8_t* packed, const int8_t* multiplier, int8_t* codes,
   }
 }
 
+void multiply(bool is_signed, const IntegerRows& rows, const IntegerWeights& weights, int64_t first, int64_t last,
+              const int8_t* strips, int64_t count, int64_t channel) {
+  if (is_signed) {
+    multiply_rows<true>(rows, weights, first, last, strips, count, channel);
+  } else {
+    multiply_rows<false>(rows, weights, first, last, strips, count, channel);
+  }
+}
+
 #ifdef __AVX512BF16__
 void pack(Float kind, const AttentionHead& head, uint32_t* keys, uint32_t* values) {
   if (kind == Float::kFloat32) {
@@ -81,6 +91,7 @@ constexpr Attention kAttention = {};
 
 }  // namespace
 
-extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows, kAttention};
+extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows,
+                                {strip_bytes, pack_strip, multiply}, kAttention};
 
 }  // namespace dcomp::DCOMP_ISA

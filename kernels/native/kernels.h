@@ -25,6 +25,42 @@ struct Attention {
   void (*block)(Float kind, const AttentionHead& head, int64_t first, const uint32_t* keys, const uint32_t* values);
 };
 
+// Rows of stored weights: int8 [rows, channels], or packed int4 with a multiplier for each group of channels.
+struct PackedRows {
+  const void* codes;
+  const int8_t* multiplier;  // [rows, groups], or none
+  int64_t channels, groups, group;
+};
+
+// What becomes of sums with a weight [outputs, taps, channels].
+struct IntegerWeights {
+  const float *scale, *bias;  // [outputs]; a bias may be missing
+  int64_t outputs, taps, channels;
+};
+
+// Rows of codes, `stride` bytes from each other: those of one image, `pitch` of them a line, of which `width` are kept.
+struct IntegerRows {
+  const uint8_t* codes;
+  const int64_t* offsets;  // bytes from a row to each tap
+  const float* scale;      // of each kept row, or of all
+  float* out;              // [kept rows, outputs]
+  int64_t stride, pitch, width;
+  int32_t zero;  // of unsigned codes
+  bool scale_for_each;
+};
+
+constexpr int64_t kStripChannels = 16;  // output channels that are packed together, see `matmul.h`
+constexpr int64_t kStripsAtOnce = 16;   // at most
+constexpr int64_t kRowsAtOnce = 32;     // that are read, and
+constexpr int64_t kDepthAtOnce = 64;    // bytes of each, whatever there is
+
+struct Matmul {
+  int64_t (*strip_bytes)(int64_t taps, int64_t channels);
+  void (*pack)(const PackedRows& weights, int64_t outputs, int64_t taps, int8_t* strip, int8_t* scratch);
+  void (*rows)(bool is_signed, const IntegerRows& rows, const IntegerWeights& weights, int64_t first, int64_t last,
+               const int8_t* strips, int64_t count, int64_t channel);
+};
+
 struct Kernels {
   void (*token_rows)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
                      int64_t channels);
@@ -34,6 +70,7 @@ struct Kernels {
                        const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels);
   void (*unpack_rows)(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
                       int64_t channels, int64_t groups, int64_t group);
+  Matmul matmul;
   Attention attention;
 };
 

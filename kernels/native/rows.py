@@ -1,10 +1,11 @@
-"""Rows of the dispatch table that use the project's own C++ kernels; matrix products stay with oneDNN.
+"""Rows of the dispatch table that use the project's own C++ kernels; without AMX matrix products stay with oneDNN.
 
 Results are those of `qparams` and `reference`: codes to the bit, floats to a few ulp. Inputs are float32 or bfloat16
 in any memory format that is dense, else the row of oneDNN does it.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +39,17 @@ def instruction_set() -> str:
     return _INSTRUCTION_SETS[torch.ops.dcomp_native.instruction_set()]
 
 
+def has_tiles() -> bool:
+    """Whether the processor multiplies in tiles (AMX), which our matrix products are for; there must be no defect."""
+    return instruction_set() == "amx"
+
+
 @functools.cache
 def attention_defect() -> str | None:
     """Say why `attention` is not used here, or None. Without tiles torch's own function is faster."""
     if defect() is not None:
         return defect()
-    if instruction_set() != "amx":
+    if not has_tiles():
         return "this processor has no tiles of bfloat16 (AMX)"
     q, k, v = torch.linspace(-2, 3, 3 * 45 * 40).sin().view(3, 1, 1, 45, 40)
     off = (attention(q, k, v, 1.0) - reference.attention(q, k, v, 1.0)).abs().max()
@@ -57,7 +63,11 @@ def _is_right() -> bool:
     right = all(map(torch.equal, (codes, scale, zero, *quantize_token(x)), (*expected, *qparams.quantize_token(x))))
     packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
     multiplier = torch.tensor([[1, -15], [15, 2], [7, 7], [-1, 3]], dtype=torch.int8)
-    return right and torch.equal(int8_image(packed, multiplier, 128), packing.int8_image(packed, multiplier, 128))
+    image = packing.int8_image(packed, multiplier, 128)
+    right = right and torch.equal(int8_image(packed, multiplier, 128), image)
+    x, scale = torch.arange(-200, 56).to(torch.int8).view(2, 128), torch.ones(4)
+    found = tiled_linear_a8(x, scale[:2], Stored(packed, multiplier), scale, None)
+    return right and torch.equal(found, reference.linear_a8(x, scale[:2], image, scale, None))
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -113,6 +123,62 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
     rows = (qweight.reshape(-1, qweight.shape[-1]), multiplier.reshape(-1, multiplier.shape[-1]))
     torch.ops.dcomp_native.unpack_int4(*rows, codes.view(-1, in_channels))
     return codes
+
+
+class Stored(NamedTuple):
+    """A weight as a checkpoint has it, which `tiled_linear_a8` and `tiled_conv2d_a8` unpack for themselves."""
+
+    qweight: Tensor
+    multiplier: Tensor | None
+
+    def by_taps(self) -> tuple[Tensor, Tensor | None]:
+        """View both as `[O, taps, ...]`."""
+        qweight = self.qweight.reshape(len(self.qweight), -1, self.qweight.shape[-1])
+        if self.multiplier is None:
+            return qweight, None
+        return qweight, self.multiplier.reshape(*qweight.shape[:2], -1)
+
+
+def stored(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Stored:
+    """Return the weight as it is, in the place of `int8_image`."""
+    return Stored(qweight, multiplier)
+
+
+def tiled_linear_a8(q: Tensor, x_scale: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `reference.linear_a8`."""
+    qweight, multiplier = weight.by_taps()
+    out = torch.empty(len(q), len(qweight))
+    scales = (weight_scale.contiguous(), None if bias is None else bias.contiguous())
+    torch.ops.dcomp_native.linear_a8(q.contiguous(), x_scale.contiguous(), qweight, multiplier, *scales, out)
+    return out
+
+
+def tiled_conv2d_a8(
+    q: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    weight: Stored,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int = 1,
+) -> Tensor:
+    """Return `reference.conv2d_a8`; patches are read where they lie in a padded copy of the image."""
+    assert groups == 1
+    qweight, multiplier = weight.by_taps()
+    taps = tuple(weight.qweight.shape[1:3])
+    made = [
+        (length + 2 * p - d * (k - 1) - 1) // s + 1
+        for length, k, s, p, d in zip(q.shape[2:], taps, stride, padding, dilation, strict=True)
+    ]
+    out = torch.empty(len(q), *made, len(qweight))
+    pixels = q.permute(0, 2, 3, 1).contiguous()
+    scales = (weight_scale.contiguous(), None if bias is None else bias.contiguous())
+    inputs = (pixels, x_scale.contiguous(), x_zero.contiguous())
+    torch.ops.dcomp_native.conv2d_a8(*inputs, qweight, multiplier, *scales, *taps, *stride, *padding, *dilation, out)
+    return out.permute(0, 3, 1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dcomp.kernels import dispatch, packing, qparams, reference
@@ -119,6 +119,93 @@ def test_every_instruction_set_passes_the_same_tests(name: str) -> None:
         [*command, "--import-mode=importlib", __file__], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def stored_weight(generator: torch.Generator, *shape: int, group: int | None) -> rows.Stored:
+    """A random weight `[O, *taps, I]` of 8 bits, or of 4 bits in groups; every code occurs."""
+    if group is None:
+        return rows.Stored(torch.randint(-128, 128, shape, generator=generator).to(torch.int8), None)
+    groups = -(-shape[-1] // group)
+    multiplier = torch.randint(1, 16, (*shape[:-1], groups), generator=generator).to(torch.int8)
+    packed = torch.randint(0, 256, (*shape[:-1], groups * group // 2), generator=generator)
+    return rows.Stored(packed.to(torch.uint8), multiplier)
+
+
+def same_but_for_rounding(found: torch.Tensor, exact: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    size = exact.abs() + (0 if bias is None else bias.abs().max())
+    return bool(((found - exact).abs() <= 4 * 2**-24 * size).all())
+
+
+GROUPED = st.sampled_from([None, 2, 24, 32, 64, 128])
+
+
+@given(st.integers(0, 2**16), st.integers(0, 70), st.integers(1, 140), sizes, GROUPED, st.booleans())
+def test_products_of_tokens_in_tiles(
+    seed: int, count: int, channels: int, outputs: int, group: int | None, with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = stored_weight(generator, outputs, channels, group=group)
+    q = torch.randint(-128, 128, (count, channels), generator=generator).to(torch.int8)
+    x_scale, scale, bias = (torch.rand(size, generator=generator) for size in (count, outputs, outputs))
+    given_bias = bias if with_bias else None
+    image = packing.int8_image(*weight, channels)
+    exact = reference.linear_a8(q, x_scale, image, scale, given_bias)
+    found = rows.tiled_linear_a8(q, x_scale, weight, scale, given_bias)
+    assert found.shape == exact.shape
+    assert same_but_for_rounding(found, exact, given_bias)
+
+
+pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@given(
+    st.integers(0, 2**16),
+    st.integers(0, 3),
+    st.integers(1, 70),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(1, 40),
+    pairs,
+    pairs,
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    pairs,
+    GROUPED,
+    st.booleans(),
+)
+def test_products_of_images_in_tiles(
+    seed: int,
+    samples: int,
+    channels: int,
+    image: tuple[int, int],
+    outputs: int,
+    taps: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    group: int | None,
+    one_scale: bool,
+) -> None:
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(image, padding, dilation, taps, strict=True)))
+    generator = torch.Generator().manual_seed(seed)
+    weight = stored_weight(generator, outputs, *taps, channels, group=group)
+    q = torch.randint(0, 256, (samples, channels, *image), generator=generator).to(torch.uint8)
+    x_scale = torch.rand(1 if one_scale else samples, generator=generator)
+    zero = torch.randint(0, 256, (len(x_scale),), generator=generator).to(torch.uint8)
+    scale, bias = torch.rand(outputs, generator=generator), torch.randn(outputs, generator=generator)
+    shape = (list(stride), list(padding), list(dilation))
+    codes = packing.int8_image(*weight, channels)
+    exact = reference.conv2d_a8(q, x_scale, zero, codes, scale, bias, *shape, 1)
+    found = rows.tiled_conv2d_a8(q, x_scale, zero, weight, scale, bias, *shape)
+    assert found.shape == exact.shape
+    assert same_but_for_rounding(found, exact, bias)
+
+
+def test_products_of_more_rows_and_strips_than_a_task_takes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = stored_weight(generator, 530, 2200, group=64)
+    q = torch.randint(-128, 128, (700, 2200), generator=generator).to(torch.int8)
+    x_scale, scale = torch.rand(700, generator=generator), torch.rand(530, generator=generator)
+    exact = reference.linear_a8(q, x_scale, packing.int8_image(*weight, 2200), scale, None)
+    assert same_but_for_rounding(rows.tiled_linear_a8(q, x_scale, weight, scale, None), exact, None)
 
 
 needs_attention = pytest.mark.skipif(
