@@ -1,7 +1,8 @@
 """Build the C++ library on this machine, once for each version of sources, torch and compiler.
 
 Only g++ (or another compiler that `CXX` names) and the headers that torch carries are needed; it takes seconds. The
-sources of kernels are compiled for each instruction set, and which one runs is chosen when the library is loaded.
+sources of kernels are compiled for each instruction set that the compiler knows, and which one runs is chosen when the
+library is loaded.
 """
 
 import hashlib
@@ -81,28 +82,40 @@ def _folder() -> Path:
 def _key(compiler: list[str]) -> str:
     """Return what decides the bytes of the library, as a hash."""
     version = _run([*compiler, "--version"])
-    digest = hashlib.sha256(repr((compiler, version, torch.__version__, _commands(compiler))).encode())
+    digest = hashlib.sha256(repr((compiler, version, torch.__version__, _commands(compiler, _sets()))).encode())
     for source in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _commands(compiler: list[str]) -> dict[str, list[str]]:
+def _commands(compiler: list[str], sets: dict[str, tuple[str, ...]]) -> dict[str, list[str]]:
     """Return the command that compiles each object, by its name; the output is not part of it."""
-    include = str(Path(torch.__file__).parent / "include")
-    commands = {"ops": [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", "-isystem", include, "-c", str(_SOURCES / "ops.cpp")]}
-    sets: dict[str, tuple[str, ...]] = {"generic": ()}
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        sets |= _OF_X86
-    for name, flags in sets.items():
+    torchs = [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}", "-isystem", str(Path(torch.__file__).parent / "include")]
+    commands = {file.stem: [*torchs, "-c", str(file)] for file in sorted(_SOURCES.glob("ops_*.cpp"))}
+    there = [f"-DDCOMP_HAS_{name.upper()}" for name in sets]
+    commands["instruction_set"] = [*there, "-c", str(_SOURCES / "instruction_set.cpp")]
+    for name, flags in {"generic": (), **sets}.items():
         commands[name] = [f"-DDCOMP_ISA={name}", *flags, "-c", str(_SOURCES / "isa.cpp")]
     return {name: [*compiler, *_OPTIONS, *words] for name, words in commands.items()}
+
+
+def _sets() -> dict[str, tuple[str, ...]]:
+    """Return the instruction sets of this kind of processor, beside the generic one, with their flags."""
+    return _OF_X86 if platform.machine().lower() in ("x86_64", "amd64") else {}
+
+
+def _is_known(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    try:
+        _run([*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+    except BuildError:
+        return False
+    return True
 
 
 def _build(compiler: list[str], file: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        commands = _commands(compiler)
+        commands = _commands(compiler, {name: flags for name, flags in _sets().items() if _is_known(compiler, flags)})
         objects = [str(Path(scratch) / f"{name}.o") for name in commands]
         with ThreadPoolExecutor() as pool:
             made = pool.map(_run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))

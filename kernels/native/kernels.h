@@ -54,6 +54,7 @@ constexpr int64_t kStripsAtOnce = 16;   // at most
 constexpr int64_t kRowsAtOnce = 32;     // that are read, and
 constexpr int64_t kDepthAtOnce = 64;    // bytes of each, whatever there is
 
+// How an instruction set multiplies integers: strips of weights are packed, and rows multiplied with some of them.
 struct Matmul {
   int64_t (*strip_bytes)(int64_t taps, int64_t channels);
   void (*pack)(const PackedRows& weights, int64_t outputs, int64_t taps, int8_t* strip, int8_t* scratch);

@@ -1,7 +1,7 @@
 // Products of 8-bit integers: rows of activations with strips of 16 output channels, sums of int32, scaled at the end.
 //
-// A lane of AMX sums four products, so weights are laid out in tiles: 16 rows, each with 4 consecutive input channels of
-// 16 output channels. A convolution is the same with several taps, each at an offset
+// A lane of AMX sums four products, so weights are laid out in tiles: 16 rows, each with 4 consecutive input channels
+// of 16 output channels. A convolution is the same with several taps, each at an offset
 // from a row of the padded image; rows that would begin beyond the right edge are computed and dropped.
 #pragma once
 #ifdef __AVX512F__

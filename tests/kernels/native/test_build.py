@@ -44,6 +44,18 @@ def test_without_a_compiler_torch_does_it(compiler: str, reason: str, tmp_path: 
     assert reason in said
 
 
+@needs_compiler
+def test_what_a_compiler_does_not_know_is_left_out(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.write_text(
+        '#!/bin/sh\ncase "$*" in *-mavx512bf16*) echo "error: unknown flag" >&2; exit 1; esac\nexec g++ "$@"\n'
+    )
+    old.chmod(0o755)
+    said = found(CXX=str(old), XDG_CACHE_HOME=str(tmp_path))
+    assert said.startswith("native ")
+    assert said.strip().endswith(("(generic)", "(avx2)", "(avx512)"))
+
+
 def test_a_folder_that_others_write_to_is_not_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "dcomp").mkdir()

@@ -202,10 +202,12 @@ def test_products_of_images_in_tiles(
 def test_products_of_more_rows_and_strips_than_a_task_takes() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = stored_weight(generator, 530, 2200, group=64)
-    q = torch.randint(-128, 128, (700, 2200), generator=generator).to(torch.int8)
-    x_scale, scale = torch.rand(700, generator=generator), torch.rand(530, generator=generator)
-    exact = reference.linear_a8(q, x_scale, packing.int8_image(*weight, 2200), scale, None)
-    assert same_but_for_rounding(rows.tiled_linear_a8(q, x_scale, weight, scale, None), exact, None)
+    scale, codes = torch.rand(530, generator=generator), packing.int8_image(*weight, 2200)
+    for count in (300, 512, 700):
+        q = torch.randint(-128, 128, (count, 2200), generator=generator).to(torch.int8)
+        x_scale = torch.rand(count, generator=generator)
+        exact = reference.linear_a8(q, x_scale, codes, scale, None)
+        assert same_but_for_rounding(rows.tiled_linear_a8(q, x_scale, weight, scale, None), exact, None)
 
 
 needs_attention = pytest.mark.skipif(

@@ -1,0 +1,30 @@
+// What all operations ask of their tensors, on torch's stable ABI. Outputs are given, so that nothing is allocated.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+namespace dcomp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+
+inline void demand(bool holds, const char* what) { STD_TORCH_CHECK(holds, "dcomp_native: ", what); }
+
+template <class T>
+T* memory(const Tensor& tensor, ScalarType type, int64_t count, const char* what) {
+  demand(tensor.scalar_type() == type && tensor.numel() == count && tensor.is_contiguous(), what);
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline int64_t grain(int64_t elements_of_one) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_of_one));
+}
+
+}  // namespace dcomp

@@ -1,0 +1,13 @@
+// Which kernels run in this process.
+#pragma once
+#include "kernels.h"
+
+namespace dcomp {
+
+// Those of the best instruction set of this processor, or of the best from the one on that DCOMP_INSTRUCTION_SET names.
+const Kernels& kernels();
+
+// The place of that instruction set, counted from the least.
+int64_t instruction_set();
+
+}  // namespace dcomp
