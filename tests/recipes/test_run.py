@@ -553,6 +553,17 @@ def test_a_peft_adapter_can_be_put_on_a_loaded_checkpoint(tiny_checkpoint: Model
     assert torch.equal(latents(), changed)
 
 
+def test_a_checkpoint_with_components_in_several_dtypes_opens_in_one(tiny_checkpoint: Models, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_checkpoint(TEXT), tmp_path / "half")
+    whole: Any = dcomp.load(folder)
+    whole.text_encoder.half().save_pretrained(folder / "text_encoder")
+    for dtype, wanted in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        pipe: Any = dcomp.load(folder, torch_dtype=dtype, check="none")
+        assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {wanted}
+        made = pipe("a cat", num_inference_steps=1, output_type="latent").images
+        assert bool(made.isfinite().all())
+
+
 def test_an_adapter_that_starts_at_nothing_changes_nothing(tiny_checkpoint: Models) -> None:
     sd3 = "SD3Transformer2DModel"
     pipe: Any = dcomp.load(tiny_checkpoint(sd3))
