@@ -309,8 +309,8 @@ def load(
     Args:
         folder: output of `dcomp quantize`.
         device: where the pipeline shall run.
-        torch_dtype: dtype of what stayed in float, in all components; float32 unless given, for components may be stored
-            in several. Integer weights and their scales keep theirs.
+        torch_dtype: dtype of what stayed in float, in all components; float32 unless given, since components may be
+            stored in several. Integer weights and their scales keep theirs.
         check: "fast" compares the manifest with all small files, "full" with every byte, "none" with nothing.
         ahead: what becomes of layers that read the timestep and conditions of the whole picture: "off" runs them at
             each step; "on" runs them for all steps at once, when the second one begins; "offload" likewise, and their
