@@ -13,7 +13,6 @@ a table and writes `--out`.
 
 import copy
 import json
-import platform
 import statistics
 import sys
 from collections import Counter
@@ -24,7 +23,7 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
-from speed import UNET_SD15, quantized
+from speed import UNET_SD15, machine, quantized
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +74,7 @@ def main(
         "latent": latent,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": machine(),
         "torch": torch.__version__,
         "parameters": round(counts[1] / counts[0], 3),
         "contexts": 2 * len(own[0]) // batch,

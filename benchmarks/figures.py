@@ -96,7 +96,7 @@ def shape() -> list[str]:
     timed = json.loads((RESULTS / "speed.json").read_text())
     head = (
         f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
-        f"{timed['repeats']} rounds in turn, {timed['threads']} threads:"
+        f"{timed['repeats']} rounds in turn, {timed['threads']} threads, {timed['machine']}:"
     )
     return [head, speed.table(timed)]
 
@@ -117,8 +117,8 @@ def both() -> list[str]:
     report, *cut = (json.loads(file.read_text()) for file in sorted(RESULTS.glob("cache_speed*.json"), key=_by_name))
     head = (
         f"Bits and cache plans together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
-        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads). The plans were made on "
-        f"the {report['preset'].upper()} checkpoint of the embedded pipeline, and PSNR is that of its pictures with "
+        f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads, {report['machine']}). The "
+        f"plans were made on the {report['preset'].upper()} checkpoint of the embedded pipeline, and PSNR is that of its pictures with "
         "and without them; products and time are those of calls that compute everything over those of the plan's, and "
         "the last column is the speed over fp32:"
     )

@@ -65,6 +65,13 @@ def quantized(denoiser: Any, preset: str, args: tuple[Any, ...], kwargs: dict[st
     return structure
 
 
+def machine() -> str:
+    """Return the kind of processor, and the best instruction set that our kernels have for it."""
+    from dcomp.kernels.native import rows
+
+    return f"{platform.machine()} with {'no kernels of our own' if rows.defect() else rows.instruction_set()}"
+
+
 def main(
     preset: Annotated[list[str] | None, typer.Option(help="Presets to time.")] = None,
     batch: int = 2,
@@ -113,7 +120,7 @@ def main(
         "latent": latent,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": machine(),
         "torch": torch.__version__,
         "rows": rows,
     }
