@@ -118,9 +118,9 @@ def both() -> list[str]:
     head = (
         f"Bits and cache plans together, at Stable Diffusion 1.5's shape (random weights, {report['latent']}x"
         f"{report['latent']} latents, batch {report['batch']}, {report['threads']} threads, {report['machine']}). The "
-        f"plans were made on the {report['preset'].upper()} checkpoint of the embedded pipeline, and PSNR is that of its pictures with "
-        "and without them; products and time are those of calls that compute everything over those of the plan's, and "
-        "the last column is the speed over fp32:"
+        f"plans were made on the {report['preset'].upper()} checkpoint of the embedded pipeline, and PSNR is that of "
+        "its pictures with and without them; products and time are those of calls that compute everything over those "
+        "of the plan's, and the last column is the speed over fp32:"
     )
     return [
         head,
