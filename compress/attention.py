@@ -3,7 +3,7 @@
 What comes out of 8-bit products, and what goes into them, has about two digits; bfloat16 keeps two and a half. So
 nothing is chosen or stored: a module that projects its queries in integers (found by its parts) attends by
 `torch.ops.dcomp.attention`. Its processor stays what it is: torch's function is replaced while the module runs. With a
-mask, with gradients, with an adapter on the queries, or while `torch.compile` traces, it is torch's.
+mask, with gradients, while `torch.compile` traces, or when something stands in for the queries' layer, it is torch's.
 """
 
 import functools
@@ -24,30 +24,32 @@ _LEAST_SCORES = 256  # of a head; fewer are too little work to be worth a detour
 
 def attend_by_kernels(denoiser: nn.Module) -> None:
     """Let all attentions of a denoiser whose projections multiply in integers use the project's kernels."""
-    for module in list(denoiser.modules()):
-        if not isinstance(module, _ByKernels) and _is_integer(module):
+    modules: list[Any] = list(denoiser.modules())
+    for module in modules:
+        attends = projects_heads(module) and _is_integer(module.to_q)
+        if attends and not isinstance(module, _ByKernels):
             module.__class__ = _by_kernels(cast(Hashable, type(module)))
 
 
-def _is_integer(module: Any) -> bool:
-    """Whether a module is an attention whose queries come straight out of products of integers."""
-    query = getattr(module, "to_q", None)
+def _is_integer(layer: nn.Module) -> bool:
+    """Whether what a layer returns comes straight out of a product of integers, an adapter's addition aside."""
+    layer = getattr(layer, "base_layer", layer)
+    stood_in_for = "forward" in vars(layer)
     return (
-        projects_heads(module)
-        and isinstance(query, Quantized)
-        and query.scheme.input_bits <= 8
-        and query.execution == "int"
+        isinstance(layer, Quantized) and layer.scheme.input_bits <= 8 and layer.execution == "int" and not stood_in_for
     )
 
 
 class _ByKernels:
     """What is added to the class of an attention: an instance's copies and hooks stay its own."""
 
+    to_q: nn.Module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, its attention by `torch.ops.dcomp.attention` where that is better."""
         forward: Callable[..., Any] = super().forward  # type: ignore[misc]
         traced = torch.compiler.is_compiling()
-        if traced or not _is_integer(self) or dispatch.choose("attention").row != "native":
+        if traced or not _is_integer(self.to_q) or dispatch.choose("attention").row != "native":
             return forward(*args, **kwargs)
         with _Detour():
             return forward(*args, **kwargs)

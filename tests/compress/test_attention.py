@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from dcomp.calibrate.cost import counting_macs
+from dcomp.compress.altered_calls import answering
 from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.scheme import QScheme
 from dcomp.kernels import dispatch, reference
@@ -101,6 +103,20 @@ def test_it_is_torchs_with_gradients_fake_execution_and_while_tracing(calls: lis
         model.attn.to_q.execution = "int"
         model(x)
         assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_it_is_torchs_where_something_stands_in_for_the_layer_and_ours_under_an_adapter(
+    calls: list[torch.Size],
+) -> None:
+    model, x = denoiser(), torch.randn(2, 20, 32)
+    attend_by_kernels(model)
+    with answering({model.attn.to_q: nn.Linear(32, 32)}):
+        model(x)
+    assert not calls
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"]), model)
+    model(x)
+    assert len(calls) == 1
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from dcomp.calibrate.pipeline import Generation, open_pipeline, prediction_of
 from dcomp.calibrate.record import CalibrationSet, record_calibration_set
 from dcomp.calibrate.replay import RowBatch, gather_rows
 from dcomp.calibrate.structure import probe_structure
-from dcomp.compress import transforms
+from dcomp.compress import attention, transforms
 from dcomp.compress.folding import Fold, find_folds, fold_smoothing
 from dcomp.compress.policy import Treatment, choose_schemes
 from dcomp.compress.quantize import INT_TOLERANCE, LayerErrors, compare_executions, quantize_denoiser
@@ -217,7 +217,10 @@ def in_float(denoiser: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", sweep(NAMES, FEW_NAMES))
-def test_folding_keeps_what_the_denoiser_computes(name: str, cases: Callable[[str], Case]) -> None:
+def test_folding_keeps_what_the_denoiser_computes(
+    name: str, cases: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_is_integer", lambda layer: False)  # bfloat16 moves more than a last bit
     case = cases(name)
     denoiser = case.nearest
     folded = copy.deepcopy(denoiser)

@@ -8,6 +8,7 @@ from torch import nn
 from dcomp.calibrate.clock import StepBins
 from dcomp.calibrate.pipeline import OpenPipeline, open_pipeline
 from dcomp.calibrate.range_search import search_weight
+from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.layers import QuantConv2d, QuantLayer, QuantLinear
 from dcomp.compress.loader import attach_clock
 from dcomp.compress.scheme import QScheme
@@ -25,6 +26,7 @@ def quantize_by_hand(pipeline: OpenPipeline, *, of_each_kind: int = 2) -> list[s
             replace_layer(denoiser, name, 4 if position % 2 else 8)
         names += found
     attach_clock(denoiser, BINS)
+    attend_by_kernels(denoiser)
     return names
 
 
