@@ -172,7 +172,7 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func in (nn.functional.scaled_dot_product_attention, torch.ops.dcomp.attention.default):
-            query, key = args[:2] if len(args) > 1 else _arguments(("query", "key"), args, kwargs)
+            query, key = _arguments(("query", "key"), args, kwargs)
             # Scores and their product with the values; heads and batch are those of the output.
             self.macs += key.shape[-2] * (prod(output.shape[:-1]) * query.shape[-1] + output.numel())
         elif func in (torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm):

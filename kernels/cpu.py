@@ -277,11 +277,8 @@ def _is_strided_column(q: Tensor, codes: Tensor, stride: list[int], padding: lis
 
     There oneDNN takes the rows below the first from the wrong place.
     """
-    height, width = (
-        (length + 2 * p - d * (k - 1) - 1) // s + 1
-        for length, k, s, p, d in zip(q.shape[2:], codes.shape[1:3], stride, padding, dilation, strict=True)
-    )
-    return width == 1 and height > 1 and stride[1] > 1
+    height, width = reference.output_size(q.shape[2:], codes.shape[1:3], stride, padding, dilation)
+    return bool(width == 1 and height > 1 and stride[1] > 1)
 
 
 def _prepack(codes: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:

@@ -447,10 +447,7 @@ def _empty_output(
     dilation: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    height, width = (
-        (length + 2 * p - d * (k - 1) - 1) // s + 1
-        for length, k, s, p, d in zip(x.shape[2:], qweight.shape[1:3], stride, padding, dilation, strict=True)
-    )
+    height, width = reference.output_size(x.shape[2:], qweight.shape[1:3], stride, padding, dilation)
     return x.new_empty((x.shape[0], height, width, qweight.shape[0]), dtype=dtype).permute(0, 3, 1, 2)
 
 

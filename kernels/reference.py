@@ -5,6 +5,7 @@ does not depend on an order and equals int64 arithmetic. Runs on every device. W
 `[O, *taps, I]`, outputs are fp32.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,18 @@ def conv2d_a8(
     rows = sums.permute(0, 2, 3, 1).float().contiguous()
     rescale_(rows.view(-1, rows.shape[-1]), x_scale, weight_scale, bias)
     return rows.permute(0, 3, 1, 2)
+
+
+def output_size(
+    size: Sequence[int | torch.SymInt],
+    taps: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[Any]:
+    """Return height and width of what a convolution makes of an image of height and width `size`."""
+    sides = zip(size, taps, stride, padding, dilation, strict=True)
+    return [(length + 2 * p - d * (k - 1) - 1) // s + 1 for length, k, s, p, d in sides]
 
 
 def linear_a16(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

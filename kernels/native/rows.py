@@ -169,10 +169,7 @@ def tiled_conv2d_a8(
     assert groups == 1
     qweight, multiplier = weight.by_taps()
     taps = tuple(weight.qweight.shape[1:3])
-    made = [
-        (length + 2 * p - d * (k - 1) - 1) // s + 1
-        for length, k, s, p, d in zip(q.shape[2:], taps, stride, padding, dilation, strict=True)
-    ]
+    made = reference.output_size(q.shape[2:], taps, stride, padding, dilation)
     out = torch.empty(len(q), *made, len(qweight))
     pixels = q.permute(0, 2, 3, 1).contiguous()
     scales = (weight_scale.contiguous(), None if bias is None else bias.contiguous())
