@@ -114,43 +114,54 @@ def _choose(request: _Request, forced: Backend) -> Choice:
 
 
 def _native_row(request: _Request) -> Choice:
-    if request.key in _TILED_ROW and native.has_tiles():
-        return Choice("native", *_TILED_ROW[request.key], native.stored)
+    if request.operation in _STRIPS and native.multiplies_itself():
+        text = f"{_TILES if native.has_tiles() else _NO_VNNI[request.bits]} ({native.instruction_set()})"
+        text = f"{text}; {cpu.defect()}" if cpu.defect() else text
+        return Choice("native", text, _STRIPS[request.operation], native.stored)
     text, run = _NATIVE_ROW[request.key]
     return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
 
 
 def _cpu_row(request: _Request) -> Choice:
     text, run = _CPU_ROW[request.key]
-    unbuilt = _refuse_native(request) if request.key in {*_NATIVE_ROW, *_TILED_ROW} else None
+    unbuilt = _refuse_native(request) if request.key in _NATIVE_ROW or request.operation in _STRIPS else None
     return Choice("cpu", f"{text}; no kernels of our own: {unbuilt}" if unbuilt else text, run)
 
 
 def _refuse_native(request: _Request) -> str | None:
     if request.operation == "attention" and request.device == "cpu":
         return native.attention_defect()
-    refusal = _refuse_cpu(request)  # whose matrix products it uses
+    refusal = _refuse_any(request)
     if refusal is not None:
         return refusal
+    if request.operation in _STRIPS and native.defect() is None and native.multiplies_itself():
+        return None
+    if request.operation in _STRIPS and cpu.defect() is not None:
+        return native.defect() or f"{cpu.defect()}, and {native.instruction_set()} has no fast products of our own"
     if request.key in _NATIVE_ROW:
         return native.defect()
-    if request.key not in _TILED_ROW:
+    if request.operation not in _STRIPS:
         return "there is no kernel of our own for it"
-    return native.defect() or (None if native.has_tiles() else "this processor has no tiles of integers (AMX)")
+    return native.defect() or "this processor has no tiles of integers (AMX)"
 
 
 def _refuse_cpu(request: _Request) -> str | None:
+    return _refuse_any(request) or (cpu.defect() if request.operation in _STRIPS else None)
+
+
+def _refuse_any(request: _Request) -> str | None:
+    """Say why no row of this processor can run it."""
     if request.device == "cuda":
         return _NO_CUDA
     if request.device != "cpu":
         return f"there is no row for {request.device}"
-    if request.operation.startswith("quantize") or request.operation.endswith(("a16", "attention")):
+    if request.operation not in _STRIPS:
         return None
     if request.groups > 1:
         return "grouped convolutions have no integer kernel"
     if request.reduction > cpu.MAX_REDUCTION:
         return f"a sum of {request.reduction} products could overflow int32"
-    return cpu.defect()
+    return None
 
 
 @contextmanager
@@ -200,11 +211,14 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ),
     ("attention", 8): ("bfloat16 products in tiles, softmax between them", native.attention),
 }
-_TILED = "unpacked to tiles a block at a time, products and rescaling in them (amx)"
-_TILED_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
-    ("linear_a8", 8): (_TILED, native.tiled_linear_a8),
-    ("conv2d_a8", 8): (_TILED, native.tiled_conv2d_a8),
-    ("conv2d_a8", 4): (_TILED, native.tiled_conv2d_a8),
+_STRIPS: dict[str, Callable[..., Any]] = {
+    "linear_a8": native.linear_a8_by_strips,
+    "conv2d_a8": native.conv2d_a8_by_strips,
+}
+_TILES = "unpacked to tiles a block at a time, products and rescaling in them"
+_NO_VNNI = {
+    8: "own products, widened to 16 bits",
+    4: "own products of 8 bits where groups have 32 channels and more, else widened to 16 bits",
 }
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),

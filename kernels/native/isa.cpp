@@ -2,8 +2,12 @@
 //
 // Nothing of the C++ library is used here: the linker could take what these flags made of it for processors without.
 #include "kernels.h"
-#include "matmul.h"
 #include "quantize.h"
+#if defined(__AVX2__) && !defined(__AMX_INT8__)
+#include "matmul_avx2.h"
+#else
+#include "matmul_tiles.h"
+#endif
 #ifdef __AVX512BF16__
 #include "attention.h"
 #endif

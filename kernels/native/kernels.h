@@ -36,6 +36,7 @@ struct PackedRows {
 struct IntegerWeights {
   const float *scale, *bias;  // [outputs]; a bias may be missing
   int64_t outputs, taps, channels;
+  int64_t group;  // channels that share a multiplier; 0 where there is none
 };
 
 // Rows of codes, `stride` bytes from each other: those of one image, `pitch` of them a line, of which `width` are kept.
@@ -49,15 +50,17 @@ struct IntegerRows {
   bool scale_for_each;
 };
 
-constexpr int64_t kStripChannels = 16;  // output channels that are packed together, see `matmul.h`
+constexpr int64_t kStripChannels = 16;  // output channels that are packed together, see `matmul_*.h`
 constexpr int64_t kStripsAtOnce = 16;   // at most
 constexpr int64_t kRowsAtOnce = 32;     // that are read, and
 constexpr int64_t kDepthAtOnce = 64;    // bytes of each, whatever there is
 
 // How an instruction set multiplies integers: strips of weights are packed, and rows multiplied with some of them.
+// Scratch memory of packing has a row of codes for each channel of a strip, in whole depths.
 struct Matmul {
-  int64_t (*strip_bytes)(int64_t taps, int64_t channels);
-  void (*pack)(const PackedRows& weights, int64_t outputs, int64_t taps, int8_t* strip, int8_t* scratch);
+  int64_t (*strip_bytes)(const IntegerWeights& weights);
+  void (*pack)(const PackedRows& stored, const IntegerWeights& weights, int64_t outputs, int8_t* strip,
+               int8_t* scratch);
   void (*rows)(bool is_signed, const IntegerRows& rows, const IntegerWeights& weights, int64_t first, int64_t last,
                const int8_t* strips, int64_t count, int64_t channel);
 };

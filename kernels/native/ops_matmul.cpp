@@ -8,7 +8,18 @@ namespace dcomp {
 namespace {
 
 constexpr int64_t kBytesAtOnce = 1 << 19;  // of rows, and of strips, that stay in the cache of a core
+constexpr int64_t kBytesBefore = 1 << 22;  // of strips that are packed before any product
 constexpr int64_t kMostRows = 512;         // of one task
+
+// Strips lie on lines of the cache: their sizes are multiples of them.
+struct alignas(64) Line {
+  int8_t bytes[64];
+};
+using Strips = std::unique_ptr<Line[]>;
+
+Strips strips_of(int64_t bytes) { return Strips(new Line[bytes / sizeof(Line)]); }
+
+int8_t* bytes_of(const Strips& strips) { return reinterpret_cast<int8_t*>(strips.get()); }
 
 // A stored weight: int8 [O, T, I], or uint8 [O, T, G * group / 2] with multiplier int8 [O, T, G].
 PackedRows stored(const Tensor& qweight, const std::optional<Tensor>& multiplier, int64_t channels) {
@@ -30,54 +41,64 @@ PackedRows stored(const Tensor& qweight, const std::optional<Tensor>& multiplier
 
 // Packs strips `first` to `last` of a weight.
 void pack(const PackedRows& rows, const IntegerWeights& weights, int64_t first, int64_t last, int8_t* strips) {
-  const int64_t bytes = kernels().matmul.strip_bytes(weights.taps, weights.channels);
+  const int64_t bytes = kernels().matmul.strip_bytes(weights);
   const int64_t row_bytes = rows.multiplier ? rows.groups * rows.group / 2 : rows.channels;
-  std::vector<int8_t> scratch(rows.channels);
+  std::vector<int8_t> scratch(kStripChannels * (rows.channels + kDepthAtOnce));
   for (int64_t strip = first; strip < last; ++strip) {
     const int64_t channel = strip * kStripChannels, before = channel * weights.taps;
     PackedRows own = rows;
     own.codes = static_cast<const char*>(rows.codes) + before * row_bytes;
     if (rows.multiplier) own.multiplier = rows.multiplier + before * rows.groups;
-    kernels().matmul.pack(own, std::min(kStripChannels, weights.outputs - channel), weights.taps,
+    kernels().matmul.pack(own, weights, std::min(kStripChannels, weights.outputs - channel),
                           strips + (strip - first) * bytes, scratch.data());
   }
 }
 
-// Multiplies rows of images with a weight. Each task packs the strips that it needs, or all are packed before.
+// Multiplies rows of images with a weight. Strips of a large one are packed by the task that needs them, for all rows;
+// those of a small one before, so that there are tasks enough.
 void multiply(bool is_signed, const std::vector<IntegerRows>& images, const PackedRows& stored,
               const IntegerWeights& weights, int64_t rows) {
   if (rows == 0 || images.empty() || weights.outputs == 0) return;
-  const int64_t bytes = kernels().matmul.strip_bytes(weights.taps, weights.channels);
+  const int64_t bytes = kernels().matmul.strip_bytes(weights);
   const int64_t count = (weights.outputs + kStripChannels - 1) / kStripChannels;
   const int64_t fitting_strips = kBytesAtOnce / bytes / 2 * 2, fitting = kBytesAtOnce / images[0].stride;
   const int64_t part = std::min(kStripsAtOnce, std::max<int64_t>(2, fitting_strips));
   const int64_t block = std::min(kMostRows, std::max(kRowsAtOnce, fitting / kRowsAtOnce * kRowsAtOnce));
   const int64_t blocks = (rows + block - 1) / block, parts = (count + part - 1) / part, each = images.size() * blocks;
-  const std::unique_ptr<int8_t[]> all(each > 1 ? new int8_t[count * bytes] : nullptr);
-  if (all) {
-    torch::stable::parallel_for(0, count, grain(bytes), [&](int64_t first, int64_t last) {
-      pack(stored, weights, first, last, all.get() + first * bytes);
-    });
-  }
+  const auto run = [&](int64_t which, int64_t strip, const int8_t* strips) {
+    const int64_t row = which % blocks * block, some = std::min(count, strip + part) - strip;
+    kernels().matmul.rows(is_signed, images[which / blocks], weights, row, std::min(rows, row + block), strips, some,
+                          strip * kStripChannels);
+  };
   const int64_t products = std::min(rows, block) * part * kStripChannels * weights.taps * weights.channels;
   const int64_t at_once = std::max<int64_t>(1, (int64_t{1} << 22) / products);
+  if (each == 1 || count * bytes > kBytesBefore) {
+    torch::stable::parallel_for(0, parts, std::max<int64_t>(1, at_once / each), [&](int64_t first, int64_t last) {
+      const Strips own = strips_of(part * bytes);
+      for (int64_t strip = first * part; strip < std::min(count, last * part); strip += part) {
+        pack(stored, weights, strip, std::min(count, strip + part), bytes_of(own));
+        for (int64_t which = 0; which < each; ++which) run(which, strip, bytes_of(own));
+      }
+    });
+    return;
+  }
+  const Strips all = strips_of(count * bytes);
+  torch::stable::parallel_for(0, count, grain(bytes), [&](int64_t first, int64_t last) {
+    pack(stored, weights, first, last, bytes_of(all) + first * bytes);
+  });
   torch::stable::parallel_for(0, each * parts, at_once, [&](int64_t first, int64_t last) {
-    const std::unique_ptr<int8_t[]> own(all ? nullptr : new int8_t[part * bytes]);
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t row = i / parts % blocks * block, strip = i % parts * part, end = std::min(count, strip + part);
-      if (own) pack(stored, weights, strip, end, own.get());
-      kernels().matmul.rows(is_signed, images[i / parts / blocks], weights, row, std::min(rows, row + block),
-                            own ? own.get() : all.get() + strip * bytes, end - strip, strip * kStripChannels);
-    }
+    for (int64_t i = first; i < last; ++i) run(i / parts, i % parts * part, bytes_of(all) + i % parts * part * bytes);
   });
 }
 
-IntegerWeights scaled(const Tensor& qweight, const Tensor& scale, const std::optional<Tensor>& bias,
-                      int64_t channels) {
+IntegerWeights scaled(const Tensor& qweight, const PackedRows& rows, const Tensor& scale,
+                      const std::optional<Tensor>& bias) {
   const int64_t outputs = qweight.size(0);
+  const int64_t depth = (rows.channels + kDepthAtOnce - 1) / kDepthAtOnce * kDepthAtOnce;
+  const int64_t group = !rows.multiplier ? 0 : rows.groups == 1 ? depth : rows.group;
   return {memory<float>(scale, ScalarType::Float, outputs, "scale is fp32 [O]"),
           bias ? memory<float>(*bias, ScalarType::Float, outputs, "bias is fp32 [O]") : nullptr,
-          outputs, qweight.size(1), channels};
+          outputs, qweight.size(1), rows.channels, group};
 }
 
 // q int8 [M, I], x_scale fp32 [M], a stored weight [O, 1, I] with its scale and bias -> out fp32 [M, O]
@@ -87,7 +108,7 @@ void linear_a8(Tensor q, Tensor x_scale, Tensor qweight, std::optional<Tensor> m
   const int64_t rows = q.size(0), channels = q.size(1);
   const PackedRows from_file = stored(qweight, multiplier, channels);
   demand(qweight.size(1) == 1, "a linear layer has one tap");
-  const IntegerWeights weights = scaled(qweight, scale, bias, channels);
+  const IntegerWeights weights = scaled(qweight, from_file, scale, bias);
   const uint8_t* codes = static_cast<const uint8_t*>(q.data_ptr());
   const float* scales = memory<float>(x_scale, ScalarType::Float, rows, "x_scale is fp32 [M]");
   float* to = memory<float>(out, ScalarType::Float, rows * weights.outputs, "out is fp32 [M, O]");
@@ -122,7 +143,7 @@ void conv2d_a8(Tensor q, Tensor x_scale, Tensor x_zero, Tensor qweight, std::opt
   demand(channels > 0 && dilation_y > 0 && dilation_x > 0, "there are channels");
   const PackedRows from_file = stored(qweight, multiplier, channels);
   demand(qweight.size(1) == height * width, "weights are [O, height * width, I]");
-  const IntegerWeights weights = scaled(qweight, scale, bias, channels);
+  const IntegerWeights weights = scaled(qweight, from_file, scale, bias);
   const int64_t scales = x_scale.numel();
   demand(scales == 1 || scales == samples, "one scale, or one for each sample");
   const float* x_scales = memory<float>(x_scale, ScalarType::Float, scales, "x_scale is fp32");

@@ -43,17 +43,18 @@ Range widen(Range range, const T* x, int64_t count) {
 // codes = clamp(rint(x * inverse) + zero, low, high); the bytes of uint8 codes are written as well as those of int8 ones
 template <class T>
 void write_codes(const T* x, int8_t* codes, int64_t count, float inverse, float zero, float low, float high) {
+  const Floats far = broadcast(kFarBeyondCodes), lowest = broadcast(low), highest = broadcast(high);
+  const auto code = [=](Floats v) {
+    return to_bytes(to_ints(clamp(round_to_even(clamp(v * inverse, -far, far)) + zero, lowest, highest)));
+  };
   int64_t i = 0;
-  for (; i < count; i += kLanes) {
-    const int64_t some = count - i;
-    Floats v = (some < kLanes ? load_some(x + i, some) : load(x + i)) * inverse;
-    v = clamp(round_to_even(clamp(v, -kFarBeyondCodes, kFarBeyondCodes)) + zero, low, high);
-    Ints q = to_ints(v);
-    if (some < kLanes) {
-      store_some_bytes(codes + i, q, some);
-    } else {
-      store_bytes(codes + i, q);
-    }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Bytes bytes = code(load(x + i));
+    memcpy(codes + i, &bytes, sizeof bytes);
+  }
+  if (i < count) {
+    const Bytes bytes = code(load_some(x + i, count - i));
+    memcpy(codes + i, &bytes, count - i);
   }
 }
 

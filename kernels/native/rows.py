@@ -1,4 +1,6 @@
-"""Rows of the dispatch table that use the project's own C++ kernels; without AMX matrix products stay with oneDNN.
+"""Rows of the dispatch table that use the project's own C++ kernels.
+
+Matrix products stay with oneDNN where these are exact and the processor has no tiles (AMX).
 
 Results are those of `qparams` and `reference`: codes to the bit, floats to a few ulp. Inputs are float32 or bfloat16
 in any memory format that is dense, else the row of oneDNN does it.
@@ -40,8 +42,13 @@ def instruction_set() -> str:
 
 
 def has_tiles() -> bool:
-    """Whether the processor multiplies in tiles (AMX), which our matrix products are for; there must be no defect."""
+    """Whether the processor multiplies in tiles (AMX); there must be no defect."""
     return instruction_set() == "amx"
+
+
+def multiplies_itself() -> bool:
+    """Whether matrix products are our own: in tiles, or where oneDNN's are not exact; there must be no defect."""
+    return has_tiles() or (instruction_set() != "generic" and cpu.defect() is not None)
 
 
 @functools.cache
@@ -66,7 +73,7 @@ def _is_right() -> bool:
     image = packing.int8_image(packed, multiplier, 128)
     right = right and torch.equal(int8_image(packed, multiplier, 128), image)
     x, scale = torch.arange(-200, 56).to(torch.int8).view(2, 128), torch.ones(4)
-    found = tiled_linear_a8(x, scale[:2], Stored(packed, multiplier), scale, None)
+    found = linear_a8_by_strips(x, scale[:2], Stored(packed, multiplier), scale, None)
     return right and torch.equal(found, reference.linear_a8(x, scale[:2], image, scale, None))
 
 
@@ -126,7 +133,7 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
 
 
 class Stored(NamedTuple):
-    """A weight as a checkpoint has it, which `tiled_linear_a8` and `tiled_conv2d_a8` unpack for themselves."""
+    """A weight as a checkpoint has it, which `linear_a8_by_strips` and `conv2d_a8_by_strips` unpack."""
 
     qweight: Tensor
     multiplier: Tensor | None
@@ -144,7 +151,9 @@ def stored(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Stor
     return Stored(qweight, multiplier)
 
 
-def tiled_linear_a8(q: Tensor, x_scale: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear_a8_by_strips(
+    q: Tensor, x_scale: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
     """Return `reference.linear_a8`."""
     qweight, multiplier = weight.by_taps()
     out = torch.empty(len(q), len(qweight))
@@ -153,7 +162,7 @@ def tiled_linear_a8(q: Tensor, x_scale: Tensor, weight: Stored, weight_scale: Te
     return out
 
 
-def tiled_conv2d_a8(
+def conv2d_a8_by_strips(
     q: Tensor,
     x_scale: Tensor,
     x_zero: Tensor,

@@ -1,4 +1,6 @@
-// Vectors of 16 floats in g++'s own vector types: one source for every instruction set, which compiler flags choose.
+// Vectors in g++'s own vector types: one source for every instruction set, which compiler flags choose.
+//
+// They are as wide as registers, because g++ 12 makes comparisons and conversions of wider ones value by value.
 //
 // Each file that includes this is compiled once for each instruction set, into the namespace DCOMP_ISA.
 #pragma once
@@ -7,10 +9,16 @@
 
 namespace dcomp::DCOMP_ISA {
 
+#if defined(__AVX512F__)
 constexpr int64_t kLanes = 16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 // Adding and subtracting this rounds to a whole number, ties to even, if the magnitude is below 2^22.
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
@@ -26,7 +34,7 @@ inline Floats load(const float* p) {
 }
 
 inline Floats load(const BFloat16* p) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
   Halves halves;
   memcpy(&halves, p, sizeof halves);
   Ints bits = __builtin_convertvector(halves, Ints) << 16;
@@ -45,14 +53,19 @@ inline Floats load_some(const T* p, int64_t count) {
 
 inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
-inline void store_bytes(int8_t* p, Ints v) {
-  Bytes bytes = __builtin_convertvector(v, Bytes);
-  memcpy(p, &bytes, sizeof bytes);
-}
-
-inline void store_some_bytes(int8_t* p, Ints v, int64_t count) {
-  Bytes bytes = __builtin_convertvector(v, Bytes);
-  memcpy(p, &bytes, count);
+// The low bytes of all values.
+inline Bytes to_bytes(Ints v) {
+#ifdef __AVX512F__
+  return __builtin_convertvector(v, Bytes);
+#else
+  typedef int8_t AllBytes __attribute__((vector_size(sizeof(Ints))));
+  AllBytes places{};
+  for (int64_t i = 0; i < kLanes; ++i) places[i] = static_cast<int8_t>(4 * i);
+  const AllBytes moved = __builtin_shuffle(reinterpret_cast<AllBytes>(v), places);
+  Bytes low;
+  memcpy(&low, &moved, sizeof low);
+  return low;
+#endif
 }
 
 inline Floats broadcast(float value) { return Floats{} + value; }
@@ -61,9 +74,9 @@ inline Floats broadcast(float value) { return Floats{} + value; }
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return (a < b) | (a != a) ? a : b; }
 
-inline Floats clamp(Floats v, float low, float high) {
-  v = v < low ? broadcast(low) : v;
-  return v > high ? broadcast(high) : v;
+inline Floats clamp(Floats v, Floats low, Floats high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
 }
 
 inline Floats round_to_even(Floats v) { return (v + kRound) - kRound; }

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "outputs.h"
 #include "quantize.h"
 
 namespace dcomp::DCOMP_ISA {
@@ -19,11 +19,13 @@ constexpr int64_t kTileBytes = kStrip * kTileDepth;
 constexpr int64_t kBlock = kRowsAtOnce;       // rows, and output channels, that are multiplied at once
 constexpr int64_t kWord = 4;                  // input channels that a lane sums
 
+typedef int32_t StripSums __attribute__((vector_size(4 * kStrip)));
+
 inline int64_t steps_of(int64_t channels) { return (channels + kTileDepth - 1) / kTileDepth; }
 
 // Bytes of a strip: its tiles, tap after tap, and the sums of weights of each output channel as int32.
-inline int64_t strip_bytes(int64_t taps, int64_t channels) {
-  return taps * steps_of(channels) * kTileBytes + kStrip * static_cast<int64_t>(sizeof(int32_t));
+inline int64_t strip_bytes(const IntegerWeights& weights) {
+  return weights.taps * steps_of(weights.channels) * kTileBytes + kStrip * static_cast<int64_t>(sizeof(int32_t));
 }
 
 // 16 lines of 16 words become 16 columns.
@@ -64,30 +66,31 @@ inline void transpose(int8_t* tile) {
 #endif
 
 // Sums of the 16 columns of a tile.
-inline Ints sums_of(const int8_t* tile) {
+inline StripSums sums_of(const int8_t* tile) {
   typedef int16_t Shorts __attribute__((vector_size(64)));
   Shorts pairs{}, line;
   for (int64_t i = 0; i < kStrip; ++i) {
     memcpy(&line, tile + i * kTileDepth, sizeof line);
     pairs += (line >> 8) + (line << 8 >> 8);
   }
-  const Ints both = reinterpret_cast<Ints>(pairs);
+  const StripSums both = reinterpret_cast<StripSums>(pairs);
   return (both >> 16) + (both << 16 >> 16);
 }
 
-// Weights of one strip, `outputs` of its channels, as tiles. `scratch` holds one row of codes.
-inline void pack_strip(const PackedRows& weights, int64_t outputs, int64_t taps, int8_t* strip, int8_t* scratch) {
-  const int64_t steps = steps_of(weights.channels);
+// Weights of one strip, `outputs` of its channels, as tiles. `scratch` is that of `Matmul`.
+inline void pack_strip(const PackedRows& stored, const IntegerWeights& weights, int64_t outputs, int8_t* strip,
+                       int8_t* scratch) {
+  const int64_t steps = steps_of(stored.channels), taps = weights.taps;
   for (int64_t row = 0; row < kStrip * taps; ++row) {
     // A tile has a line for each output channel until it is transposed.
     int8_t* line = strip + row % taps * steps * kTileBytes + row / taps * kTileDepth;
     const int8_t* codes = scratch;
-    const int64_t some = row / taps < outputs ? weights.channels : 0;
-    if (some && weights.multiplier) {
-      unpack_int4(static_cast<const uint8_t*>(weights.codes) + row * (weights.groups * weights.group / 2),
-                  weights.multiplier + row * weights.groups, scratch, weights.channels, weights.group);
+    const int64_t some = row / taps < outputs ? stored.channels : 0;
+    if (some && stored.multiplier) {
+      unpack_int4(static_cast<const uint8_t*>(stored.codes) + row * (stored.groups * stored.group / 2),
+                  stored.multiplier + row * stored.groups, scratch, stored.channels, stored.group);
     } else {
-      codes = static_cast<const int8_t*>(weights.codes) + row * weights.channels;
+      codes = static_cast<const int8_t*>(stored.codes) + row * stored.channels;
     }
     for (int64_t start = 0; start < steps * kTileDepth; start += kTileDepth, line += kTileBytes) {
       if (some - start >= kTileDepth) {
@@ -98,7 +101,7 @@ inline void pack_strip(const PackedRows& weights, int64_t outputs, int64_t taps,
       }
     }
   }
-  Ints sums{};
+  StripSums sums{};
   for (int64_t tile = 0; tile < taps * steps; ++tile, strip += kTileBytes) {
     transpose(strip);
     sums += sums_of(strip);
@@ -183,7 +186,7 @@ struct IntegerProducts {
 template <bool is_signed>
 void multiply_rows(const IntegerRows& rows, const IntegerWeights& weights, int64_t first, int64_t last,
                    const int8_t* strips, int64_t count, int64_t channel) {
-  const int64_t steps = steps_of(weights.channels), bytes = strip_bytes(weights.taps, weights.channels);
+  const int64_t steps = steps_of(weights.channels), bytes = strip_bytes(weights);
   alignas(64) int32_t sums[kBlock * kBlock];
   alignas(64) int32_t zeros[kStripsAtOnce * kStrip];  // what the zero of the codes adds to each sum
   IntegerProducts products;
@@ -201,28 +204,10 @@ void multiply_rows(const IntegerRows& rows, const IntegerWeights& weights, int64
       const int64_t begin = channel + strip * kStrip, rest = weights.outputs - begin;
       const int64_t columns = next == 0 || rest < kBlock ? (rest < kBlock ? rest : kStrip) : kBlock;
       for (int64_t r = 0; r < some; ++r) {
-        const int64_t place = (row + r) % rows.pitch, kept = (row + r) / rows.pitch * rows.width + place;
-        if (place >= rows.width) continue;
-        const float scale = rows.scale[rows.scale_for_each ? kept : 0];
-        float* out = rows.out + kept * weights.outputs + begin;
-        for (int64_t i = 0; i < columns; i += kLanes) {
-          const int64_t lanes = columns - i;
-          Ints sum, zero;
-          memcpy(&sum, sums + r * kBlock + i, sizeof sum);
-          memcpy(&zero, zeros + strip * kStrip + i, sizeof zero);
-          const float* factor = weights.scale + begin + i;
-          Floats value = __builtin_convertvector(sum - zero, Floats);
-          value = value * (lanes < kLanes ? load_some(factor, lanes) : load(factor)) * scale;
-          if (weights.bias) {
-            const float* bias = weights.bias + begin + i;
-            value = (lanes < kLanes ? load_some(bias, lanes) : load(bias)) + value;
-          }
-          if (lanes < kLanes) {
-            memcpy(out + i, &value, lanes * sizeof(float));
-          } else {
-            store(out + i, value);
-          }
-        }
+        const int64_t kept = kept_row(rows, row + r);
+        if (kept < 0) continue;
+        write_outputs(sums + r * kBlock, zeros + strip * kStrip, weights, begin, columns,
+                      rows.scale[rows.scale_for_each ? kept : 0], rows.out + kept * weights.outputs + begin);
       }
     }
   }
