@@ -123,6 +123,37 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return image, scale
 
 
+def group_norm_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.group_norm_quantize`."""
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+    y = functional.group_norm(x, groups, weight, bias, eps)
+    y = functional.silu(y, inplace=True) if silu else y
+    if scale is None or zero is None:
+        return quantize_sample(y)
+    return quantize_static(y, scale, zero), scale.clone(), zero.clone()
+
+
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.layer_norm_quantize`."""
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
+    y = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = y if gain is None else y * (1 + gain.unsqueeze(1))
+    y = y if shift is None else y + shift.unsqueeze(1)
+    codes, scales = quantize_token(y.flatten(0, 1))
+    return codes.view(x.shape), scales.view(x.shape[:-1])
+
+
 def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     codes = torch.empty(x.shape, dtype=torch.int8)

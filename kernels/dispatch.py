@@ -29,6 +29,8 @@ OPERATIONS = (
     "quantize_sample",
     "quantize_token",
     "quantize_group",
+    "group_norm_quantize",
+    "layer_norm_quantize",
     "linear_a8",
     "conv2d_a8",
     "linear_a16",
@@ -182,7 +184,7 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
     for device in devices:
         for operation in OPERATIONS:
             for bits in (8, 4):
-                weightless = operation.startswith(("quantize", "attention"))
+                weightless = not operation.endswith(("a8", "a16"))
                 if weightless and bits == 4:
                     continue
                 fmt = "any" if weightless else f"W{bits}A{operation.removeprefix('linear_a').removeprefix('conv2d_a')}"
@@ -209,6 +211,8 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
         "own unpacking and rescaling, oneDNN int8 matrix product over patches",
         native.conv2d_patches,
     ),
+    ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", native.group_norm_quantize),
+    ("layer_norm_quantize", 8): ("norm and codes of a token at once", native.layer_norm_quantize),
     ("attention", 8): ("bfloat16 products in tiles, softmax between them", native.attention),
 }
 _STRIPS: dict[str, Callable[..., Any]] = {
@@ -225,6 +229,8 @@ _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_sample", 8): ("two passes in cache-sized blocks", cpu.quantize_sample),
     ("quantize_token", 8): ("one pass in cache-sized blocks", cpu.quantize_token),
     ("quantize_group", 8): ("two passes in cache-sized blocks", cpu.quantize_group),
+    ("group_norm_quantize", 8): ("torch's norm and activation, codes of their result", cpu.group_norm_quantize),
+    ("layer_norm_quantize", 8): ("torch's norm, codes of its result", cpu.layer_norm_quantize),
     ("linear_a8", 8): ("oneDNN int8 matrix product; 4-bit weights are unpacked for each call", cpu.linear_a8),
     ("conv2d_a8", 8): ("oneDNN int8 convolution, weight reordered once and kept", cpu.conv2d_prepacked),
     ("conv2d_a8", 4): ("weight unpacked for each call, oneDNN int8 matrix product over patches", cpu.conv2d_patches),
@@ -243,6 +249,8 @@ _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "quantize_sample": ("emulated", "plain torch", qparams.quantize_sample),
     "quantize_token": ("emulated", "plain torch", qparams.quantize_token),
     "quantize_group": ("emulated", "plain torch", qparams.quantize_group),
+    "group_norm_quantize": ("emulated", "plain torch", reference.group_norm_quantize),
+    "layer_norm_quantize": ("emulated", "plain torch", reference.layer_norm_quantize),
     "linear_a8": ("emulated", _EXACT, reference.linear_a8),
     "conv2d_a8": ("emulated", _EXACT, reference.conv2d_a8),
     "linear_a16": ("torch", _FLOAT, reference.linear_a16),
@@ -255,30 +263,24 @@ _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`."""
     codes: Tensor = choose("quantize_static", device=x.device.type).run(x, scale, zero)
-    return codes.contiguous(memory_format=_format_of(x))
+    return codes.contiguous(memory_format=qparams.memory_format(x))
 
 
 @quantize_static.register_fake
 def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.uint8, memory_format=_format_of(x))
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
+    return torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
 
 
 @torch.library.custom_op("dcomp::quantize_sample", mutates_args=())
 def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes of the samples of `x` `[N, ...]`, their scales fp32 `[N]` and zeros uint8 `[N]`."""
     codes, scale, zero = choose("quantize_sample", device=x.device.type).run(x)
-    return codes.contiguous(memory_format=_format_of(x)), scale, zero
+    return codes.contiguous(memory_format=qparams.memory_format(x)), scale, zero
 
 
 @quantize_sample.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=_format_of(x))
+    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.uint8)
 
 
@@ -304,6 +306,58 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 @quantize_group.register_fake
 def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::group_norm_quantize", mutates_args=())
+def group_norm_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of the group norm of `x` `[N, C, H, W]`, through SiLU if asked for, their scale and zero.
+
+    Scale fp32 and zero uint8 are `[1]` of a static range, or None for that of each sample, `[N]`.
+    """
+    choice = choose("group_norm_quantize", device=x.device.type)
+    codes, found, center = choice.run(x, groups, weight, bias, eps, silu, scale, zero)
+    return codes.contiguous(memory_format=qparams.memory_format(x)), found, center
+
+
+@group_norm_quantize.register_fake
+def _(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
+    ranges = x.shape[:1] if scale is None or zero is None else scale.shape
+    return codes, x.new_empty(ranges, dtype=torch.float32), x.new_empty(ranges, dtype=torch.uint8)
+
+
+@torch.library.custom_op("dcomp::layer_norm_quantize", mutates_args=())
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of the layer norm of `x` `[N, L, C]`, times `1 + gain`, plus `shift` `[N, C]`, and scales."""
+    codes, scale = choose("layer_norm_quantize", device=x.device.type).run(x, weight, bias, gain, shift, eps)
+    return codes.contiguous(), scale
+
+
+@layer_norm_quantize.register_fake
+def _(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("dcomp::linear_a8", mutates_args=())

@@ -65,6 +65,13 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the memory format of `x`: channels-last where it is that, else contiguous."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def sample_range(lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
     """Return scale fp32 and zero uint8 of ranges, widened to hold 0 and cut into 255 steps.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dcomp.kernels import qparams
 from dcomp.kernels.qparams import along_first, dequantize_weight, rescale_
 
 
@@ -94,3 +95,57 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Return `[B, H, N, d]` of queries `[B, H, N, d]`, keys and values `[B, H, M, d]`, in the dtype of `q`."""
     scores = q.double() @ k.double().mT * scale
     return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def group_norm_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor | None,
+    zero: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of the group norm of `x` `[N, C, H, W]`, through SiLU if asked for, their scale and zero.
+
+    Args:
+        x: any float dtype; codes have its memory format.
+        groups: of channels.
+        weight: `[C]`.
+        bias: `[C]`.
+        eps: is added to the variance.
+        silu: whether SiLU follows the norm.
+        scale: fp32 `[1]` of a static range, or None for the range of each sample.
+        zero: uint8 `[1]`, likewise.
+    """
+    weight, bias = (None if part is None else part.double() for part in (weight, bias))
+    y = functional.group_norm(x.double(), groups, weight, bias, eps)
+    y = (functional.silu(y) if silu else y).float().contiguous(memory_format=qparams.memory_format(x))
+    if scale is None or zero is None:
+        return qparams.quantize_sample(y)
+    return qparams.quantize_static(y, scale, zero), scale.clone(), zero.clone()
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of the layer norm of `x` `[N, L, C]` and their scales fp32 `[N, L]`.
+
+    Args:
+        x: any float dtype.
+        weight: `[C]`.
+        bias: `[C]`.
+        gain: `[N, C]`; the norm is multiplied by `1 + gain`, as adaptive layer norms do (Peebles & Xie 2023, DiT).
+        shift: `[N, C]`, added after that.
+        eps: is added to the variance.
+    """
+    weight, bias = (None if part is None else part.double() for part in (weight, bias))
+    y = functional.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
+    y = y if gain is None else y * (1 + gain.double().unsqueeze(1))
+    return qparams.quantize_token((y if shift is None else y + shift.double().unsqueeze(1)).float())

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "kernels.h"
+
 #include <algorithm>
 #include <optional>
 #include <vector>
@@ -25,6 +27,21 @@ T* memory(const Tensor& tensor, ScalarType type, int64_t count, const char* what
 
 inline int64_t grain(int64_t elements_of_one) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_of_one));
+}
+
+inline Float float_kind(const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  demand(type == ScalarType::Float || type == ScalarType::BFloat16, "inputs are float32 or bfloat16");
+  return type == ScalarType::Float ? Float::kFloat32 : Float::kBFloat16;
+}
+
+// One range of several, each with 0 in it; NaN if one has it.
+inline void join_ranges(const float* low, const float* high, int64_t count, float* lowest, float* highest) {
+  *lowest = *highest = 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    if (low[i] < *lowest || low[i] != low[i]) *lowest = low[i];
+    if (high[i] > *highest || high[i] != high[i]) *highest = high[i];
+  }
 }
 
 }  // namespace dcomp

@@ -2,6 +2,7 @@
 //
 // Nothing of the C++ library is used here: the linker could take what these flags made of it for processors without.
 #include "kernels.h"
+#include "norm.h"
 #include "quantize.h"
 #if defined(__AVX2__) && !defined(__AMX_INT8__)
 #include "matmul_avx2.h"
@@ -15,36 +16,35 @@
 namespace dcomp::DCOMP_ISA {
 namespace {
 
-template <class T>
-void token_rows_of(const T* x, int8_t* codes, float* scale, int64_t first, int64_t last, int64_t channels) {
-  for (int64_t row = first; row < last; ++row) {
-    quantize_token(x + row * channels, codes + row * channels, scale + row, channels);
+// Calls what(x) with a pointer of the kind that x is of.
+template <class What>
+void with_values(Float kind, const void* x, What what) {
+  if (kind == Float::kFloat32) {
+    what(static_cast<const float*>(x));
+  } else {
+    what(static_cast<const BFloat16*>(x));
   }
 }
 
 void token_rows(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
                 int64_t channels) {
-  if (kind == Float::kFloat32) {
-    token_rows_of(static_cast<const float*>(x), codes, scale, first, last, channels);
-  } else {
-    token_rows_of(static_cast<const BFloat16*>(x), codes, scale, first, last, channels);
-  }
+  with_values(kind, x, [=](const auto* from) {
+    for (int64_t row = first; row < last; ++row) {
+      quantize_token(from + row * channels, codes + row * channels, scale + row, channels);
+    }
+  });
 }
 
 void range(Float kind, const void* x, int64_t first, int64_t last, float* low, float* high) {
-  const Range none{0.0f, 0.0f};
-  const Range found = kind == Float::kFloat32 ? widen(none, static_cast<const float*>(x) + first, last - first)
-                                              : widen(none, static_cast<const BFloat16*>(x) + first, last - first);
-  *low = found.low;
-  *high = found.high;
+  with_values(kind, x, [=](const auto* from) {
+    const Range found = range_of(from + first, last - first);
+    *low = found.low;
+    *high = found.high;
+  });
 }
 
 void codes(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero) {
-  if (kind == Float::kFloat32) {
-    quantize_static(static_cast<const float*>(x) + first, codes + first, last - first, scale, zero);
-  } else {
-    quantize_static(static_cast<const BFloat16*>(x) + first, codes + first, last - first, scale, zero);
-  }
+  with_values(kind, x, [=](const auto* from) { quantize_static(from + first, codes + first, last - first, scale, zero); });
 }
 
 void rescale_rows(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
@@ -69,6 +69,47 @@ void multiply(bool is_signed, const IntegerRows& rows, const IntegerWeights& wei
   } else {
     multiply_rows<false>(rows, weights, first, last, strips, count, channel);
   }
+}
+
+void moments(Float kind, const void* x, int64_t first, int64_t last, int64_t channels, const float* shift,
+             double* sums, float* scratch) {
+  with_values(kind, x, [=](const auto* from) {
+    add_moments(from + first * channels, last - first, channels, shift, sums, scratch);
+  });
+}
+
+void normal_range(Float kind, bool with_silu, const void* x, int64_t first, int64_t last, int64_t channels,
+                  const float* factor, const float* added, float* low, float* high) {
+  with_values(kind, x, [=](const auto* from) {
+    from += first * channels;
+    const Range found = with_silu ? normalized_range<true>(from, last - first, channels, factor, added)
+                                  : normalized_range<false>(from, last - first, channels, factor, added);
+    *low = found.low;
+    *high = found.high;
+  });
+}
+
+void normal_codes(Float kind, bool with_silu, const void* x, uint8_t* codes, int64_t first, int64_t last,
+                  int64_t channels, const float* factor, const float* added, float scale, float zero) {
+  with_values(kind, x, [=](const auto* from) {
+    from += first * channels;
+    uint8_t* to = codes + first * channels;
+    if (with_silu) {
+      normalized_codes<true>(from, to, last - first, channels, factor, added, scale, zero);
+    } else {
+      normalized_codes<false>(from, to, last - first, channels, factor, added, scale, zero);
+    }
+  });
+}
+
+void normal_tokens(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
+                   int64_t channels, const LayerNorm& norm, const float* gain, const float* shift, float* scratch) {
+  with_values(kind, x, [&](const auto* from) {
+    for (int64_t row = first; row < last; ++row) {
+      layer_norm_token(from + row * channels, codes + row * channels, scale + row, channels, norm, gain, shift,
+                       scratch);
+    }
+  });
 }
 
 #ifdef __AVX512BF16__
@@ -96,6 +137,7 @@ constexpr Attention kAttention = {};
 }  // namespace
 
 extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows,
+                                {moments, normal_range, normal_codes, normal_tokens},
                                 {strip_bytes, pack_strip, multiply}, kAttention};
 
 }  // namespace dcomp::DCOMP_ISA

@@ -65,6 +65,24 @@ struct Matmul {
                const int8_t* strips, int64_t count, int64_t channel);
 };
 
+// What a layer norm multiplies with and adds, [channels] each; both may be missing.
+struct LayerNorm {
+  const float *weight, *bias;
+  float eps;
+};
+
+// How an instruction set normalizes and rounds. Rows are [rows, channels] of one sample; see `norm.h`.
+struct Norm {
+  void (*moments)(Float kind, const void* x, int64_t first, int64_t last, int64_t channels, const float* shift,
+                  double* sums, float* scratch);
+  void (*range)(Float kind, bool silu, const void* x, int64_t first, int64_t last, int64_t channels,
+                const float* factor, const float* added, float* low, float* high);
+  void (*codes)(Float kind, bool silu, const void* x, uint8_t* codes, int64_t first, int64_t last, int64_t channels,
+                const float* factor, const float* added, float scale, float zero);
+  void (*tokens)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last, int64_t channels,
+                 const LayerNorm& norm, const float* gain, const float* shift, float* scratch);
+};
+
 struct Kernels {
   void (*token_rows)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
                      int64_t channels);
@@ -74,6 +92,7 @@ struct Kernels {
                        const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels);
   void (*unpack_rows)(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
                       int64_t channels, int64_t groups, int64_t group);
+  Norm norm;
   Matmul matmul;
   Attention attention;
 };

@@ -19,7 +19,7 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor out, double scale) {
   demand(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1, "the last axes have no gaps");
   demand(keys > 0 && width > 0 && width <= kWidestHead && scale > 0, "there are keys, and heads of 1 to 256 channels");
   float* to = memory<float>(out, ScalarType::Float, q.numel(), "out is fp32 [B, N, H, d]");
-  const Float kind = type == ScalarType::Float ? Float::kFloat32 : Float::kBFloat16;
+  const Float kind = float_kind(q);
   const int64_t bytes = type == ScalarType::Float ? 4 : 2;
   std::vector<AttentionHead> all;
   for (int64_t i = 0; i < batch * heads; ++i) {

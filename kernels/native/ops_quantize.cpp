@@ -6,10 +6,8 @@ namespace dcomp {
 namespace {
 
 Float kind_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  demand(type == ScalarType::Float || type == ScalarType::BFloat16, "inputs are float32 or bfloat16");
   demand(x.dim() == 2 && x.is_contiguous(), "inputs are a matrix without gaps");
-  return type == ScalarType::Float ? Float::kFloat32 : Float::kBFloat16;
+  return float_kind(x);
 }
 
 // x [M, I] -> codes int8 [M, I], scale fp32 [M]
@@ -40,12 +38,8 @@ void range(Tensor x, Tensor found) {
       if (start < stop) kernels().range(kind, values, row + start, row + stop, &low[i], &high[i]);
     }
   });
-  for (int64_t i = 0; i < samples * parts; ++i) {
-    float& lowest = out[i / parts];
-    float& highest = out[samples + i / parts];
-    if (i % parts == 0) lowest = highest = 0.0f;
-    if (low[i] < lowest || low[i] != low[i]) lowest = low[i];
-    if (high[i] > highest || high[i] != high[i]) highest = high[i];
+  for (int64_t i = 0; i < samples; ++i) {
+    join_ranges(low.data() + i * parts, high.data() + i * parts, parts, out + i, out + samples + i);
   }
 }
 

@@ -15,38 +15,81 @@ struct Range {
   float low, high;
 };
 
-// The smallest and the largest of `count` values and `range`; NaN if there is one.
+// The smaller and the larger values of each lane.
+struct Extremes {
+  Floats low, high;
+
+  void add(Floats v) {
+    low = smaller(v, low);
+    high = larger(v, high);
+  }
+
+  // Those of all lanes, and 0.
+  Range range() const {
+    Range all{0.0f, 0.0f};
+    for (int64_t k = 0; k < kLanes; ++k) {
+      const float lane_low = low[k], lane_high = high[k];
+      all.low = lane_low < all.low || lane_low != lane_low ? lane_low : all.low;
+      all.high = lane_high > all.high || lane_high != lane_high ? lane_high : all.high;
+    }
+    return all;
+  }
+};
+
+// The smallest and the largest of `count` values and 0; NaN if there is one.
 template <class T>
-Range widen(Range range, const T* x, int64_t count) {
-  Floats low = broadcast(range.low), high = broadcast(range.high);
+Range range_of(const T* x, int64_t count) {
+  Extremes first{}, second{};  // two, because one would wait for itself
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    Floats v = load(x + i);
-    low = smaller(v, low);
-    high = larger(v, high);
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    first.add(load(x + i));
+    second.add(load(x + i + kLanes));
   }
-  if (i < count) {  // what is missing repeats the first of them
-    T padded[kLanes];
-    for (int64_t k = 0; k < kLanes; ++k) padded[k] = x[i + (k < count - i ? k : 0)];
-    Floats v = load(padded);
-    low = smaller(v, low);
-    high = larger(v, high);
-  }
-  for (int64_t k = 0; k < kLanes; ++k) {
-    float lane_low = low[k], lane_high = high[k];
-    range.low = lane_low < range.low || lane_low != lane_low ? lane_low : range.low;
-    range.high = lane_high > range.high || lane_high != lane_high ? lane_high : range.high;
-  }
-  return range;
+  for (; i < count; i += kLanes) first.add(count - i < kLanes ? load_some(x + i, count - i) : load(x + i));
+  first.add(second.low);
+  first.add(second.high);
+  return first.range();
 }
 
-// codes = clamp(rint(x * inverse) + zero, low, high); the bytes of uint8 codes are written as well as those of int8 ones
+// The largest magnitude of `count` values; NaN if there is one, whose bits are larger than those of all others.
 template <class T>
-void write_codes(const T* x, int8_t* codes, int64_t count, float inverse, float zero, float low, float high) {
-  const Floats far = broadcast(kFarBeyondCodes), lowest = broadcast(low), highest = broadcast(high);
-  const auto code = [=](Floats v) {
-    return to_bytes(to_ints(clamp(round_to_even(clamp(v * inverse, -far, far)) + zero, lowest, highest)));
+float largest_magnitude(const T* x, int64_t count) {
+  const auto magnitude = [](Floats v) {
+    Ints bits;
+    memcpy(&bits, &v, sizeof bits);
+    return bits & 0x7FFFFFFF;
   };
+  Ints first{}, second{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    first = larger(first, magnitude(load(x + i)));
+    second = larger(second, magnitude(load(x + i + kLanes)));
+  }
+  for (; i < count; i += kLanes) {
+    first = larger(first, magnitude(count - i < kLanes ? load_some(x + i, count - i) : load(x + i)));
+  }
+  first = larger(first, second);
+  int32_t bits = 0;
+  for (int64_t k = 0; k < kLanes; ++k) bits = first[k] > bits ? first[k] : bits;
+  float found;
+  memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
+// clamp(rint(v * inverse) + zero, low, high); the bytes of uint8 codes are made as well as those of int8 ones
+struct CodesOf {
+  Floats inverse, zero, low, high, far = broadcast(kFarBeyondCodes);
+
+  CodesOf(float inverse, float zero, float low, float high)
+      : inverse(broadcast(inverse)), zero(broadcast(zero)), low(broadcast(low)), high(broadcast(high)) {}
+
+  Bytes operator()(Floats v) const {
+    return to_bytes(to_ints(clamp(round_to_even(clamp(v * inverse, -far, far)) + zero, low, high)));
+  }
+};
+
+template <class T>
+void write_codes(const T* x, int8_t* codes, int64_t count, const CodesOf& code) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = code(load(x + i));
@@ -61,17 +104,16 @@ void write_codes(const T* x, int8_t* codes, int64_t count, float inverse, float 
 // int8 codes of a row and its scale
 template <class T>
 void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
-  const Range range = widen(Range{0.0f, 0.0f}, x, channels);
-  float found = (range.high > -range.low || range.high != range.high ? range.high : -range.low) / kTokenLimit;
+  float found = largest_magnitude(x, channels) / kTokenLimit;
   if (found < kSmallestScale) found = 1.0f;
   *scale = found;
-  write_codes(x, codes, channels, 1.0f / found, 0.0f, -kTokenLimit, kTokenLimit);
+  write_codes(x, codes, channels, CodesOf(1.0f / found, 0.0f, -kTokenLimit, kTokenLimit));
 }
 
 // uint8 codes within a given range
 template <class T>
 void quantize_static(const T* x, uint8_t* codes, int64_t count, float scale, float zero) {
-  write_codes(x, reinterpret_cast<int8_t*>(codes), count, 1.0f / scale, zero, 0.0f, 255.0f);
+  write_codes(x, reinterpret_cast<int8_t*>(codes), count, CodesOf(1.0f / scale, zero, 0.0f, 255.0f));
 }
 
 // out = bias + (sums * weight_scale) * x_scale for one row; `sums` may be the memory of `out`

@@ -72,6 +72,7 @@ inline Floats broadcast(float value) { return Floats{} + value; }
 
 // NaN stays NaN, as in torch's amax and amin.
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return (a < b) | (a != a) ? a : b; }
 
 inline Floats clamp(Floats v, Floats low, Floats high) {
@@ -82,5 +83,24 @@ inline Floats clamp(Floats v, Floats low, Floats high) {
 inline Floats round_to_even(Floats v) { return (v + kRound) - kRound; }
 
 inline Ints to_ints(Floats v) { return __builtin_convertvector(v, Ints); }
+
+inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+// e^x to 2 ulp: 2^n times a polynomial of what is left of x (Cephes, expf)
+inline Floats exp(Floats x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  x = clamp(x, broadcast(-87.0f), broadcast(88.0f));
+  const Floats n = round_to_even(x * kLog2e), r = (x - n * kLn2High) - n * kLn2Low;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints power = (to_ints(n) + 127) << 23;
+  Floats scale;
+  memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
 
 }  // namespace dcomp::DCOMP_ISA

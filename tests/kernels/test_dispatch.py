@@ -51,7 +51,13 @@ def _all_calls():
         (dispatch.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
         (dispatch.quantize_group, (torch.randn(2, 3, 21), 8)),
         (dispatch.conv2d_a8, _conv(8, samples=2)),
+        (dispatch.layer_norm_quantize, (torch.randn(2, 3, 8), *torch.randn(2, 8), *torch.randn(2, 2, 8), 1e-5)),
+        (dispatch.layer_norm_quantize, (torch.randn(2, 3, 8), None, None, None, None, 1e-5)),
     ]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x, static = torch.randn(2, 6, 4, 5).contiguous(memory_format=memory_format), _conv(8)[1:3]
+        norm = (x, 2, *torch.randn(2, 6), 1e-5, True)
+        calls += [(dispatch.group_norm_quantize, (*norm, *ranges)) for ranges in (static, (None, None))]
     for bits in (8, 4):
         _, _, *weight = _linear(bits)
         calls += [(dispatch.linear_a8, _linear(bits)), (dispatch.linear_a16, (torch.randn(2, 5, 21), *weight))]
@@ -169,7 +175,7 @@ def test_every_operation_and_format_is_explained_for_every_device():
     lines = dispatch.explain()
     assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
     assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
-    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 26
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 30
     assert all(line["reason"] for line in lines)
     for line in lines:
         if line["device"] == "cuda":

@@ -86,6 +86,84 @@ def test_extremes(x: torch.Tensor) -> None:
         assert torch.equal(found, expected)
 
 
+def same_but_for_ties(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Norms are summed in another order: values next to the middle between two codes may get either."""
+    return int((found.int() - expected.int()).abs().max()) <= 1
+
+
+@given(
+    st.integers(0, 2**16),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(2, 9),
+    st.tuples(st.integers(2, 12), st.integers(2, 12)),
+    st.tuples(*[st.booleans()] * 3),
+    st.sampled_from(DTYPES),
+)
+def test_group_norm_and_activation_before_codes(
+    seed: int,
+    samples: int,
+    groups: int,
+    of_group: int,
+    size: tuple[int, int],
+    options: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+) -> None:
+    silu, static, affine = options
+    channels = groups * of_group
+    x = values(seed, samples, channels, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, channels, generator=torch.Generator().manual_seed(seed)) if affine else (None, None)
+    ranges = (torch.tensor([0.03]), torch.tensor([seed % 256], dtype=torch.uint8)) if static else (None, None)
+    found = rows.group_norm_quantize(x, groups, weight, bias, 1e-5, silu, *ranges)
+    expected = reference.group_norm_quantize(x, groups, weight, bias, 1e-5, silu, *ranges)
+    assert same_but_for_ties(found[0], expected[0])
+    assert found[0].stride() == x.stride()
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
+    assert same_but_for_ties(found[2], expected[2])
+
+
+def test_codes_after_norms_differ_from_the_definition_where_there_are_ties_alone() -> None:
+    x = torch.randn(2, 64, 40, 33, generator=torch.Generator().manual_seed(5)) * 10 + 1
+    x = x.contiguous(memory_format=torch.channels_last)
+    found, expected = (
+        each.group_norm_quantize(x, 8, None, None, 1e-5, True, None, None)[0] for each in (rows, reference)
+    )
+    assert int((found != expected).sum()) < found.numel() / 1000
+    tokens = x.flatten(2)
+    found, expected = (each.layer_norm_quantize(tokens, None, None, None, None, 1e-5)[0] for each in (rows, reference))
+    assert int((found != expected).sum()) < found.numel() / 1000
+
+
+def test_a_group_far_from_zero_keeps_its_variance() -> None:
+    x = (torch.randn(1, 8, 40, 40) + 3000).contiguous(memory_format=torch.channels_last)
+    found = rows.group_norm_quantize(x, 2, None, None, 1e-5, False, None, None)
+    exact = torch.nn.functional.group_norm(x.double(), 2, None, None, 1e-5)
+    values = (found[0].double() - found[2]) * found[1]
+    assert (values - exact).abs().max() < found[1] * 0.55
+
+
+@given(
+    st.integers(0, 2**16),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(8, 70),
+    st.tuples(st.booleans(), st.booleans()),
+    st.sampled_from(DTYPES),
+)
+def test_layer_norm_before_codes(
+    seed: int, samples: int, length: int, channels: int, options: tuple[bool, bool], dtype: torch.dtype
+) -> None:
+    affine, modulated = options
+    x = values(seed, samples, length, channels, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(2, channels, generator=generator) if affine else (None, None)
+    gain, shift = torch.randn(2, samples, channels, generator=generator) if modulated else (None, None)
+    found, scale = rows.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
+    expected, expected_scale = reference.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
+    assert same_but_for_ties(found, expected)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-3, atol=0)
+
+
 @given(st.integers(0, 2**16), st.integers(1, 9), sizes, st.integers(1, 40))
 def test_codes_of_four_bits(seed: int, count: int, channels: int, half_group: int) -> None:
     group, generator = 2 * half_group, torch.Generator().manual_seed(seed)

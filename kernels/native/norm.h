@@ -1,0 +1,127 @@
+// Normalization, activation and rounding in as few passes as there can be: nothing between them reaches memory.
+//
+// The definitions are those of `reference.py`; means and variances are summed otherwise than torch does, so that a code
+// may differ by one where a value lies next to the middle between two.
+#pragma once
+#include "kernels.h"
+#include "quantize.h"
+
+namespace dcomp::DCOMP_ISA {
+
+constexpr int64_t kRowsOfSums = 64;  // that float32 sums before they are added to float64
+
+// Sums of x - shift and of its square for each channel, over rows [rows, channels]; `scratch` holds 2 * channels.
+template <class T>
+void add_moments(const T* x, int64_t rows, int64_t channels, const float* shift, double* sums, float* scratch) {
+  for (int64_t first = 0; first < rows; first += kRowsOfSums) {
+    const int64_t last = first + kRowsOfSums < rows ? first + kRowsOfSums : rows;
+    memset(scratch, 0, 2 * channels * sizeof(float));
+    for (int64_t row = first; row < last; ++row) {
+      const T* line = x + row * channels;
+      int64_t c = 0;
+      for (; c + kLanes <= channels; c += kLanes) {
+        const Floats v = load(line + c) - load(shift + c);
+        store(scratch + c, load(scratch + c) + v);
+        store(scratch + channels + c, load(scratch + channels + c) + v * v);
+      }
+      for (; c < channels; ++c) {
+        const float v = load_some(line + c, 1)[0] - shift[c];
+        scratch[c] += v;
+        scratch[channels + c] += v * v;
+      }
+    }
+    for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += scratch[i];
+  }
+}
+
+inline Floats silu(Floats v) { return v / (1.0f + exp(-v)); }
+
+// What becomes of values of one channel each: v * factor + added, through SiLU if it is wanted.
+template <bool with_silu>
+Floats normalized(Floats v, Floats factor, Floats added) {
+  v = v * factor + added;
+  return with_silu ? silu(v) : v;
+}
+
+// Calls take(values, place, count) for all of x [rows, channels], normalized by channel.
+template <bool with_silu, class T, class Take>
+void for_normalized(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added, Take take) {
+  for (int64_t place = 0; place < rows * channels; place += channels) {
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) {
+      take(normalized<with_silu>(load(x + place + c), load(factor + c), load(added + c)), place + c, kLanes);
+    }
+    if (c < channels) {
+      const int64_t rest = channels - c;
+      take(normalized<with_silu>(load_some(x + place + c, rest), load_some(factor + c, rest), load_some(added + c, rest)),
+           place + c, rest);
+    }
+  }
+}
+
+// The smallest and the largest normalized value, and 0; NaN if there is one.
+template <bool with_silu, class T>
+Range normalized_range(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added) {
+  Extremes found{};  // lanes beyond the last channel are 0
+  for_normalized<with_silu>(x, rows, channels, factor, added, [&](Floats v, int64_t, int64_t) { found.add(v); });
+  return found.range();
+}
+
+// uint8 codes of normalized values within a range
+template <bool with_silu, class T>
+void normalized_codes(const T* x, uint8_t* codes, int64_t rows, int64_t channels, const float* factor,
+                      const float* added, float scale, float zero) {
+  const CodesOf code(1.0f / scale, zero, 0.0f, 255.0f);
+  for_normalized<with_silu>(x, rows, channels, factor, added, [&](Floats v, int64_t place, int64_t count) {
+    const Bytes bytes = code(v);
+    memcpy(codes + place, &bytes, count);
+  });
+}
+
+// The sum of what `of` makes of `count` values; lanes beyond the last one hold `beyond`, of which it must make 0.
+template <class T, class Of>
+float sum_over(const T* x, int64_t count, Of of, float beyond = 0.0f) {
+  Floats first{}, second{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    first += of(load(x + i));
+    second += of(load(x + i + kLanes));
+  }
+  for (; i + kLanes <= count; i += kLanes) first += of(load(x + i));
+  if (i < count) {
+    Floats v = load_some(x + i, count - i);
+    for (int64_t k = count - i; k < kLanes; ++k) v[k] = beyond;
+    second += of(v);
+  }
+  first += second;
+  float sum = 0.0f;
+  for (int64_t k = 0; k < kLanes; ++k) sum += first[k];
+  return sum;
+}
+
+// int8 codes of a normalized row and its scale: ((x - mean) / deviation * weight + bias) * (1 + gain) + shift, where
+// all four may be missing. `scratch` holds a row.
+template <class T>
+void layer_norm_token(const T* x, int8_t* codes, float* scale, int64_t channels, const LayerNorm& norm,
+                      const float* gain, const float* shift, float* scratch) {
+  const float count = static_cast<float>(channels);
+  const float mean = sum_over(x, channels, [](Floats v) { return v; }) / count;
+  const float variance = sum_over(x, channels, [=](Floats v) { return (v - mean) * (v - mean); }, mean) / count;
+  const float factor = 1.0f / __builtin_sqrtf(variance + norm.eps);
+  const auto value = [&](auto of) {
+    Floats v = (of(x) - mean) * factor;
+    if (norm.weight) v = v * of(norm.weight);
+    if (norm.bias) v = v + of(norm.bias);
+    if (gain) v = v * (1.0f + of(gain));
+    return shift ? v + of(shift) : v;
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) store(scratch + c, value([=](auto* p) { return load(p + c); }));
+  if (c < channels) {
+    const Floats v = value([=](auto* p) { return load_some(p + c, channels - c); });
+    memcpy(scratch + c, &v, (channels - c) * sizeof(float));
+  }
+  quantize_token(scratch, codes, scale, channels);
+}
+
+}  // namespace dcomp::DCOMP_ISA
