@@ -22,9 +22,9 @@ from filelock import FileLock
 _SOURCES = Path(__file__).parent
 _STABLE_ABI = "0x020a000000000000"  # of torch 2.10, the oldest that dcomp takes
 _OPTIONS = ("-std=c++17", "-O3", "-fPIC", "-fwrapv", "-ffp-contract=off", "-Wno-psabi")
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_AVX512 = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _OF_X86 = {
-    "avx2": ("-mavx2",),
+    "avx2": ("-mavx2", "-mfma"),
     "avx512": _AVX512,
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),

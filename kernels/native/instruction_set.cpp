@@ -20,7 +20,7 @@ struct InstructionSet {
 };
 
 #ifdef DCOMP_HAS_AVX2
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
 #ifdef DCOMP_HAS_AVX512

@@ -6,6 +6,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace dcomp::DCOMP_ISA {
 
@@ -86,18 +89,32 @@ inline Ints to_ints(Floats v) { return __builtin_convertvector(v, Ints); }
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
+// a * b + c, rounded once where the processor can
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e^x to 2 ulp: 2^n times a polynomial of what is left of x (Cephes, expf)
 inline Floats exp(Floats x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   x = clamp(x, broadcast(-87.0f), broadcast(88.0f));
-  const Floats n = round_to_even(x * kLog2e), r = (x - n * kLn2High) - n * kLn2Low;
-  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Ints power = (to_ints(n) + 127) << 23;
+  const Floats shifted = multiply_add(x, broadcast(kLog2e), broadcast(kRound)), n = shifted - kRound;
+  const Floats r = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), x));
+  Floats p = multiply_add(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+  p = multiply_add(p, r, broadcast(8.3334519073e-3f));
+  p = multiply_add(p, r, broadcast(4.1665795894e-2f));
+  p = multiply_add(p, r, broadcast(1.6666665459e-1f));
+  p = multiply_add(p, r, broadcast(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r + 1.0f);
+  Ints power;  // n lies in the low bits of `shifted`
+  memcpy(&power, &shifted, sizeof power);
+  power = (power + 127) << 23;
   Floats scale;
   memcpy(&scale, &power, sizeof scale);
   return p * scale;
