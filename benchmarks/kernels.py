@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernel_peers import PEERS  # noqa: E402
+from kernel_peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 GROUP = 64
