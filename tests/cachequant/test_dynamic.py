@@ -62,7 +62,7 @@ def error_of(schedule: Schedule) -> float:
 
 
 @given(costs(), st.sampled_from([0.0, 0.1, 0.5]), st.sampled_from([None, 1.0, 1.3, 2.5]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float, unrounded: float | None) -> None:
     prices = {"all": 0.0, "deep1": deep}
     found = best_schedules(given_costs, prices, unrounded=unrounded, grid=0.0)
@@ -76,7 +76,7 @@ def test_the_front_is_that_of_all_schedules(given_costs: GapCosts, deep: float, 
 
 
 @given(costs(), st.sampled_from([None, 1.4]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_say_what_was_paid_for(given_costs: GapCosts, unrounded: float | None) -> None:
     prices = {"all": 0.0, "deep1": 0.3}
     for one in best_schedules(given_costs, prices, unrounded=unrounded):
@@ -103,7 +103,7 @@ def test_rows_say_what_was_paid_for(given_costs: GapCosts, unrounded: float | No
 
 
 @given(costs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_coarse_grid_costs_little(given_costs: GapCosts) -> None:
     prices = {"all": 0.0, "deep1": 0.3}
     exact, coarse = (best_schedules(given_costs, prices, grid=grid) for grid in (0.0, 0.05))

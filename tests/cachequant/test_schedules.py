@@ -19,7 +19,6 @@ def task_of(calls: int, count: int, *, seed: int = 0) -> ScheduleTask:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(deadline=None)
 @given(calls=st.integers(1, 20), data=st.data())
 def test_a_rule_places_as_many_calls_as_asked_for_the_first_among_them(name: str, calls: int, data: Any) -> None:
     count = data.draw(st.integers(1, calls))
@@ -30,7 +29,7 @@ def test_a_rule_places_as_many_calls_as_asked_for_the_first_among_them(name: str
     assert found[-1] < calls
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(calls=st.integers(1, 9), data=st.data(), seed=st.integers(0, 10**6), far=st.integers(2, 9), whole=st.booleans())
 def test_the_partition_is_the_best_of_all(calls: int, data: Any, seed: int, far: int, whole: bool) -> None:
     count = data.draw(st.integers(1, calls))

@@ -12,7 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -227,7 +227,6 @@ def test_a_module_without_timestep_is_refused() -> None:
         StepClock().attach(nn.Linear(1, 1))
 
 
-@settings(deadline=None)
 @given(
     timesteps=st.lists(st.integers(0, 999), min_size=1, max_size=60),
     count=st.integers(1, 70),

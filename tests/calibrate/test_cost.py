@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -49,7 +49,6 @@ def test_bytes_are_those_of_the_real_layer(
     assert layer_bytes(layer, None) == sum(tensor.nbytes for tensor in layer.state_dict().values())
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(["linear", "linear without bias", "half", "conv", "patches"]), st.integers(1, 30))
 def test_bytes_are_those_of_the_buffers_of_every_scheme(data: st.DataObject, kind: str, bins: int) -> None:
     layer = LAYERS[kind]

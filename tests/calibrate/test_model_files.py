@@ -31,7 +31,7 @@ VALID = hostile.file_bytes(
     },
     bytes(21),
 )
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,7 +48,6 @@ NAMES = [
 ]  # fmt: skip
 
 
-@settings(deadline=None)
 @example([[0.0], [0.25]], Random(0))
 @given(st.lists(st.lists(FLOATS, max_size=6), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_any_split_and_merge_order_gives_the_same_state(parts: list[list[float]], random: Random) -> None:
@@ -64,7 +63,6 @@ def test_any_split_and_merge_order_gives_the_same_state(parts: list[list[float]]
     assert same(whole, observers[0])
 
 
-@settings(deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=40))
 def test_counts_are_those_of_exact_arithmetic(values: list[float]) -> None:
     observer = observe(torch.tensor(values))
@@ -123,7 +121,6 @@ def test_zeros_have_scale_one(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["mse", "minmax"])
-@settings(deadline=None)
 @given(value=FLOATS.filter(lambda v: abs(v) > 255 * SMALLEST_SCALE))
 def test_a_constant_is_met_to_float_precision(method: str, value: float) -> None:
     scale, zero = observe(torch.full((50,), value)).qparams(method)
@@ -131,7 +128,6 @@ def test_a_constant_is_met_to_float_precision(method: str, value: float) -> None
     assert torch.allclose(fake_quant_static(x, scale, torch.tensor(zero, dtype=torch.uint8)), x, rtol=3e-7, atol=0)
 
 
-@settings(deadline=None)
 @given(st.lists(FLOATS, min_size=1, max_size=20), st.sampled_from(["mse", "minmax"]))
 def test_scales_can_be_inverted_and_real_zero_is_exact(values: list[float], method: str) -> None:
     scale, zero = observe(torch.tensor(values)).qparams(method)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcomp import DcompError
@@ -158,7 +158,6 @@ def test_unconditional_models_get_empty_prompts_and_take_no_source(tmp_path: Pat
         read_prompts(write(tmp_path, ".txt"), 3, "unconditional")
 
 
-@settings(deadline=None)
 @given(content=st.binary(max_size=300), suffix=st.sampled_from([".txt", ".csv", ".json", ".jsonl", ".parquet"]))
 def test_random_bytes_give_prompts_or_an_error_of_ours(
     content: bytes, suffix: str, tmp_path_factory: pytest.TempPathFactory

@@ -37,7 +37,7 @@ def test_zero_sample_that_is_not_matched_has_infinite_error_and_nan_spreads() ->
     assert [quality.finite_or_none(e) for e in errors] == [None, None]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(0.001, 0.5), st.integers(1, 4))
 def test_psnr_of_a_constant_offset_is_known(offset: float, count: int) -> None:
     original = torch.full((count, 3, 12, 12), 0.25)

@@ -67,7 +67,7 @@ def test_layout_and_ranges_are_those_of_the_format(bits: int, group_size: int | 
 
 
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), channels=st.integers(1, 150))
 def test_mse_is_never_worse_than_minmax_in_any_row(bits: int, group_size: int | None, seed: int, channels: int) -> None:
     weight = rough(4, channels, seed=seed)

@@ -25,7 +25,7 @@ def mass(total: int, call: int, mu: float, sigma: float) -> float:
     sigma=st.floats(1e-3, 1e3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_calls_are_distinct_ascending_and_within_the_trajectory(
     total: int, count: int, mu: float, sigma: float, seed: int
 ) -> None:

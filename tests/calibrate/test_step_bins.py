@@ -39,7 +39,7 @@ def segmentations(steps: int, count: int) -> list[tuple[int, ...]]:
 
 
 @given(steps=st.integers(1, 8), layers=st.integers(1, 3), count=st.integers(1, 8), seed=st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_other_segmentation_drifts_less(steps: int, layers: int, count: int, seed: int) -> None:
     ranges, count = random_ranges(steps, layers, seed), min(count, steps)
     bins = range_drift_bins(ranges, times(steps), count)
@@ -50,7 +50,7 @@ def test_no_other_segmentation_drifts_less(steps: int, layers: int, count: int, 
 
 
 @given(steps=st.integers(2, 25), seed=st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_more_bins_never_drift_more_and_one_for_each_step_not_at_all(steps: int, seed: int) -> None:
     ranges = random_ranges(steps, 3, seed)
     drifts = [range_drift(ranges, range_drift_bins(ranges, times(steps), b).bin_of) for b in range(1, steps + 1)]
@@ -74,7 +74,7 @@ def test_equal_ranges_give_bins_of_equal_size() -> None:
 
 
 @given(steps=st.integers(1, 9), count=st.integers(1, 9), flow=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_log_snr_bins_have_the_least_spread(steps: int, count: int, flow: bool) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0) if flow else DDIMScheduler()
     scheduler.set_timesteps(steps)

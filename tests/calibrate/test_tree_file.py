@@ -45,7 +45,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 @given(tree=TREES)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_tree_comes_back_bit_for_bit(tree: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "tree.safetensors"
     tensors: dict[str, Tensor] = {}

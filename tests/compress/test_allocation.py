@@ -51,7 +51,7 @@ def total(options: dict[str, list[Option]], what: str, pick: Any = min) -> float
 
 
 @given(seed=st.integers(0, 10**6), part=st.floats(0, 1), cost_part=st.one_of(st.none(), st.floats(0, 1)))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_eight_layers_of_three_options_as_by_brute_force(seed: int, part: float, cost_part: float | None) -> None:
     options = random_options(8, seed)
     max_bytes = int(total(options, "nbytes") + part * (total(options, "nbytes", max) - total(options, "nbytes")))
@@ -74,7 +74,7 @@ def test_eight_layers_of_three_options_as_by_brute_force(seed: int, part: float,
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_groups_choose_alike(seed: int) -> None:
     options = random_options(7, seed)
     groups = {"layer0": "qkv", "layer3": "qkv", "layer6": "qkv", "layer1": "kv", "layer2": "kv"}

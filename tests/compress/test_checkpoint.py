@@ -36,7 +36,7 @@ from tests.support.quantized import quantized_pipeline
 from tests.support.tiny import NAMES, denoiser_inputs, save_tiny_pipeline
 
 NAME = "UNet2DModel"
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+FUZZ = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 FIELDS = ManifestFields(
     recipe={"kind": "quantize", "seed": 0},
     layers={"conv_in": LayerRecord(role="input", weight_bits=32, input_bits=32, bytes_before=9, bytes_after=9)},

@@ -183,7 +183,7 @@ def test_unaligned_mapped_weights_crash_torch_and_ours_do_not(tmp_path: Path) ->
     assert code < 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 33), max_size=3), min_size=1, max_size=8),
     dtypes=st.lists(st.sampled_from([torch.int8, torch.uint8, torch.float16, torch.float32]), min_size=8, max_size=8),

@@ -71,7 +71,7 @@ def test_with_uncorrelated_inputs_of_one_size_the_nearest_codes_are_kept(
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([(8, None), (4, 4), (4, 32)]),
     st.integers(1, 9),
@@ -98,7 +98,7 @@ def test_no_channel_is_worse_than_at_the_start(
     assert rounded.multiplier is start.multiplier or torch.equal(rounded.multiplier, start.multiplier)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.sampled_from([3, 40, 128, 150, 300]), st.booleans(), st.integers(0, 99))
 def test_descent_ends_lower_and_no_code_alone_can_gain_where_it_ends(
     channels: int, columns: int, dead: bool, seed: int

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from dcomp.compress.held_out import HeldOutError, hold_out
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda g: len(set(g)) > 1), st.integers(0, 9))
 def test_whole_groups_are_held_out_and_about_a_tenth_of_them(groups, seed):
     groups = torch.tensor(groups)

@@ -65,7 +65,7 @@ def _assert_int_is_fake(layer, x):
         assert (integer - fake).abs().max() <= INT_VS_FAKE * peak
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from([8, 4]),
     st.sampled_from([TOKEN, FLOAT]),
@@ -80,7 +80,7 @@ def test_a_linear_layer_gives_the_same_in_integers_as_fake(bits, granularity, bi
     _assert_int_is_fake(_linear(inner, out, bits, granularity, bias), torch.randn(*lead, inner) * 3)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     st.sampled_from([8, 4]),
     st.sampled_from([STATIC, FLOAT]),
@@ -464,7 +464,7 @@ CONVS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.data(), st.integers(1, 33), st.integers(1, 12), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 99))
 def test_linear_layers_of_every_scheme_run_the_same_in_integers_as_fake(data, inner, out, lead, seed):
     scheme = data.draw(schemes(inner, out, ("token",)))
@@ -473,7 +473,7 @@ def test_linear_layers_of_every_scheme_run_the_same_in_integers_as_fake(data, in
     _assert_int_is_fake(layer, torch.randn(*lead, inner) * 3 + 1)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(st.data(), CONVS, st.integers(0, 3), st.sampled_from([torch.contiguous_format, torch.channels_last]))
 def test_convolutions_of_every_scheme_run_the_same_in_integers_as_fake(data, conv, batch, layout):
     channels, out, kernel, stride, padding, bias = conv

@@ -12,7 +12,7 @@ from dcomp.compress.soft_rounding import fake_execution
 from dcomp.kernels import qparams
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(1e-3, 1.0), st.integers(0, 255), st.integers(0, 99))
 def test_values_are_those_of_the_kernels_and_gradients_those_of_lsq(scale, zero, seed):
     scale, zero = torch.tensor([scale], requires_grad=True), torch.tensor([zero], dtype=torch.uint8)

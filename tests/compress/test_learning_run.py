@@ -7,7 +7,7 @@ from dcomp.calibrate.tree_file import TreeError
 from dcomp.compress.learning_run import CosineAdam, Snapshot, StratifiedOrder
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 7), st.integers(0, 9))
 def test_every_item_is_drawn_once_before_any_is_drawn_twice(classes, count, seed):
     classes = torch.tensor(classes)

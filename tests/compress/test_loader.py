@@ -434,7 +434,7 @@ def test_a_checkpoint_of_the_first_version_opens(checkpoint: Path) -> None:
     assert torch.equal(output(load(checkpoint, check="none").unet), expected)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(data=st.data())
 def test_random_damage_gives_a_pipeline_or_our_error(data: st.DataObject, written: Path, tmp_path: Path) -> None:
     folder = tmp_path / "fuzzed"

@@ -2,13 +2,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from dcomp.compress.scheme import QScheme, SchemeError
 from tests.support.schemes import schemes
 
 
-@settings(deadline=None)
 @given(schemes())
 def test_schemes_survive_json(scheme: QScheme) -> None:
     data = json.loads(json.dumps(scheme.to_dict()))

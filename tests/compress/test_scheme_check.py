@@ -17,7 +17,7 @@ from tests.support.schemes import quantized_form, schemes
 TOKEN = QScheme(8, input_bits=8, input_granularity="token")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_what_passes_can_be_made_and_runs(data: Any) -> None:
     inputs, outputs = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))

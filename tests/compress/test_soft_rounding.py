@@ -18,7 +18,7 @@ from dcomp.compress.soft_rounding import (
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.sampled_from([(8, None), (4, 8), (4, 64)]),
     st.sampled_from([(5, 24), (3, 1), (4, 3, 3, 10), (2, 1, 1, 70)]),

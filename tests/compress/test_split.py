@@ -105,7 +105,7 @@ def test_a_quiet_part_keeps_its_information(bits, least, granularity):
     assert quality(whole) < 5
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data(), st.sampled_from([LINEAR, CONV, SHORTCUT]), st.sampled_from(["int", "fake"]))
 def test_a_split_layer_is_the_sum_of_its_parts(data, layer, execution):
     boundaries = tuple(sorted(data.draw(st.sets(st.integers(1, 23), min_size=1, max_size=5))))

@@ -388,7 +388,7 @@ def test_a_table_without_a_timestep_is_refused() -> None:
         table(torch.zeros(1, 7))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1000, width=32), min_size=2, max_size=6, unique=True), st.floats(-10, 1010, width=32))
 def test_a_lookup_is_that_of_linear_interpolation(timesteps: list[float], t: float) -> None:
     known = sorted(timesteps, reverse=True)

@@ -54,7 +54,7 @@ def test_smoothing_factors_are_those_of_the_formula() -> None:
     assert half.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.floats(0, 1), st.floats(-30, 30), st.integers(0, 99))
 def test_smoothing_factors_have_the_mean_one_and_forget_the_unit(
     channels: int, alpha: float, exponent: float, seed: int

@@ -32,7 +32,7 @@ def _assert_close(found, expected, terms):
 
 
 @needs_vnni
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, 40), st.integers(1, 130), st.integers(1, 70), st.integers(0, 999), EXTREMES, EXTREMES)
 def test_linear_sums_are_exact_for_ragged_shapes_and_extremes(rows, inner, out, seed, kind_q, kind_w):
     q, codes = _draw((rows, inner), -128, 127, seed, kind_q), _draw((out, inner), -128, 127, seed + 1, kind_w)
@@ -42,7 +42,7 @@ def test_linear_sums_are_exact_for_ragged_shapes_and_extremes(rows, inner, out, 
 
 
 @needs_vnni
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.integers(1, 600),
     st.sampled_from([1, 3, 64, 320]),
@@ -84,7 +84,7 @@ SHAPES = {
 
 @needs_vnni
 @pytest.mark.parametrize("convolve", [cpu.conv2d_prepacked, cpu.conv2d_patches])
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(**SHAPES)
 def test_convolution_sums_are_exact_and_padding_is_the_real_zero(
     convolve, batch, channels, out, size, kernel, stride, padding, dilation, zero, seed, kind
@@ -145,7 +145,7 @@ BY_SAMPLE = pytest.mark.parametrize("convolve", [_loop_over_samples, cpu.conv2d_
 
 @needs_vnni
 @BY_SAMPLE
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(**{key: value for key, value in SHAPES.items() if key != "zero"})
 def test_convolution_sums_are_exact_with_a_zero_for_each_sample(
     convolve, batch, channels, out, size, kernel, stride, padding, dilation, seed, kind
@@ -289,7 +289,7 @@ def test_a_weight_without_a_version_is_never_cached():
     assert codes not in cpu._packs
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 3),
     st.integers(1, 9),
@@ -321,7 +321,7 @@ def test_static_codes_of_many_blocks_and_of_extremes_are_those_of_the_definition
         assert torch.equal(cpu.quantize_static(x, *static), qparams.quantize_static(x, *static))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 20),
     st.integers(1, 300),
@@ -353,7 +353,7 @@ def _assert_same(found, expected):
         assert torch.equal(one, other)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), LAYOUTS, DTYPES, BLOCK_SIZES, st.integers(0, 99))
 def test_codes_of_samples_are_those_of_the_definition(batch, channels, side, layout, dtype, block, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -373,7 +373,7 @@ def test_codes_of_samples_are_those_of_the_definition(batch, channels, side, lay
     assert layout != "nhwc" or found[0].is_contiguous(memory_format=torch.channels_last)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.integers(0, 3), st.integers(0, 9), st.integers(1, 40), st.integers(1, 48), DTYPES, BLOCK_SIZES,
     st.integers(-40, 15), st.integers(0, 99),

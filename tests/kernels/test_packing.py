@@ -10,14 +10,14 @@ def _codes(shape, low, high, seed):
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 5), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(0, 2**31))
 def test_unpacking_inverts_packing(out, taps, pairs, seed):
     codes = _codes((out, *taps, 2 * pairs), -8, 7, seed)
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.lists(st.integers(1, 3), max_size=2), st.integers(1, 40), st.integers(0, 2**31))
 def test_packing_inverts_unpacking(out, taps, pairs, seed):
     stored = torch.randint(
@@ -49,7 +49,7 @@ def test_a_weight_of_many_blocks_unpacks_like_its_rows():
     assert torch.equal(torch.cat(rows).int(), expected[[0, 255, 256, 699]])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 4),
     st.sampled_from([(), (1, 1), (2, 3)]),

@@ -13,7 +13,7 @@ from dcomp.kernels import qparams
 ZERO = torch.tensor([77], dtype=torch.uint8)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.floats(1e-6, 1e6), st.integers(0, 255))
 def test_real_zero_and_every_code_survive_a_static_range(scale, zero):
     scale, zero = torch.tensor([scale], dtype=torch.float32), torch.tensor([zero], dtype=torch.uint8)
@@ -34,7 +34,7 @@ def test_a_static_error_is_at_most_half_a_scale_inside_the_range():
     assert error <= 0.015 * (1 + 1e-4)  # slack: x, product and scale are rounded to float32
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 6), st.integers(1, 50), st.integers(-30, 30), st.integers(0, 999))
 def test_the_largest_magnitude_of_a_token_is_code_127(rows, columns, exponent, seed):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
@@ -76,7 +76,7 @@ def _randn(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 5), st.integers(1, 60), st.integers(-30, 30), st.floats(-4, 4), st.integers(0, 999))
 def test_a_sample_is_cut_into_255_steps_that_hold_its_ends_and_0(samples, size, exponent, shift, seed):
     x = (_randn(samples, size, seed=seed) + shift) * 2.0**exponent
@@ -143,7 +143,7 @@ def _grids_by_hand(x, group):
     return grids
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 21), st.integers(1, 24), st.floats(-2, 2), st.integers(0, 99))
 def test_groups_have_the_smallest_multipliers_that_reach_their_steps(rows, channels, group, shift, seed):
     x = _randn(2, rows, channels, seed=seed).mul(_randn(2, rows, 1, seed=seed + 1)) + shift
@@ -164,7 +164,7 @@ def test_groups_have_the_smallest_multipliers_that_reach_their_steps(rows, chann
     assert image.min() >= -127
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 16), st.integers(-20, 20), st.integers(0, 99))
 def test_a_group_has_at_most_16_values_and_an_error_is_half_a_step_or_what_is_clipped(
     rows, channels, group, exponent, seed

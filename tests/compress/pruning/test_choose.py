@@ -71,7 +71,7 @@ RULES = [
 ]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.sampled_from(RULES), st.integers(0, 120), st.integers(0, 120))
 def test_no_choice_is_better(seed: int, rules: Constraints, parameters: int, macs: int) -> None:
     problem, needed = problem_of(seed, rules), Saving(parameters, macs)

@@ -39,7 +39,7 @@ def loss(layer: Any, x: Tensor, *altered: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 999), lost=st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
 def test_no_other_weights_have_less_squares(kind: str, seed: int, lost: list[int]) -> None:
     layer, x, fit = case(kind, seed)
