@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # `python -P` leaves a script's own f
 
 import cache_quality  # noqa: E402
 import cache_speed  # noqa: E402
+import kernel_speed  # noqa: E402
 import precompute  # noqa: E402
 import prune_quality  # noqa: E402
 import ptq_quality  # noqa: E402
@@ -72,7 +73,7 @@ def page() -> str:
             ptq_tables.options_table(report),
             *(ptq_tables.ladder_table(entry, report) for entry in report.ladders),
         ]
-    parts += ["## Speed", *shape(), "## Layers that run ahead", *ahead(), "## Cache plans", *both()]
+    parts += ["## Speed", *shape(), *operations(), "## Layers that run ahead", *ahead(), "## Cache plans", *both()]
     for report in plans():
         parts += [f"{cache_quality.setup(report)}, at most as many products as stated:", cache_quality.grid(report)]
     for report in pruned():
@@ -92,13 +93,33 @@ def _errors_of_cuts(report: dict[str, Any]) -> str:
 
 
 def shape() -> list[str]:
-    """Return the speed of quantized calls at a common shape."""
-    timed = json.loads((RESULTS / "speed.json").read_text())
-    head = (
-        f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
-        f"{timed['repeats']} rounds in turn, {timed['threads']} threads, {timed['machine']}:"
-    )
-    return [head, speed.table(timed)]
+    """Return the speed of quantized calls at a common shape, on each processor that was measured."""
+    texts = []
+    for file in sorted(RESULTS.glob("speed-*.json")):
+        timed = json.loads(file.read_text())
+        head = (
+            f"Stable Diffusion 1.5's shape, {timed['latent']}x{timed['latent']} latents, batch {timed['batch']}, "
+            f"{timed['repeats']} rounds in turn, {timed['threads']} threads, {timed['machine']}:"
+        )
+        texts += [head, speed.table(timed)]
+    return texts
+
+
+def operations() -> list[str]:
+    """Return where the time of calls goes, and the speed of single operations beside other runtimes'."""
+    texts = []
+    for file in sorted(RESULTS.glob("speed-*.json")):
+        timed = json.loads(file.read_text())
+        if "split" in timed:
+            texts += [f"Where the time of these calls goes, {timed['machine']}:", speed.split_table(timed)]
+    for file in sorted(RESULTS.glob("kernel_speed-*.json")):
+        report = json.loads(file.read_text())
+        texts += [
+            f"Single operations, {report['threads']} threads, {report['machine']}. Layers are timed from float inputs "
+            "to float outputs; `product` is without the rounding of inputs. Without VNNI, other runtimes' sums saturate:",
+            *(kernel_speed.table(report, name) for name in report["tables"]),
+        ]
+    return texts
 
 
 def ahead() -> list[str]:

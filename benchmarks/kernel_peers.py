@@ -1,4 +1,4 @@
-"""Single integer layers of other runtimes, as calls that `kernels.py` times.
+"""Single integer layers of other runtimes, as calls that `kernel_speed.py` times.
 
 Each function returns a call that takes nothing and computes one layer from a float input to a float output, with 8-bit
 inputs and weights in the runtime's own way. The packages are imported when they are asked for

@@ -4,7 +4,8 @@
 
 Weights are random: speed does not depend on them. Each round times the fp32 call and every quantized call once, in
 turn, so that a drift of the machine's speed hits all of them; the ratio of a round is what counts, its median is what
-is quoted. Prints a table and writes `benchmarks/results/speed.json`.
+is quoted. One more call of each is profiled, and its time split by kinds of operations. Prints tables and writes
+`benchmarks/results/speed-<instruction set>.json`.
 """
 
 import copy
@@ -32,6 +33,13 @@ UNET_SD15 = {
 }
 
 RESULTS = Path(__file__).parent / "results"
+KINDS = {  # of operations, by what their names in the profile contain; the first that fits counts
+    "attention": ("scaled_dot_product", "dcomp_native::attention", "dcomp::attention"),
+    "convolutions": ("conv2d", "convolution", "onednn::qconv"),
+    "linear layers": ("linear", "addmm", "aten::mm", "_int_mm", "dcomp_native::rescale", "unpack_int4"),
+    "rounding": ("quantize", "dcomp_native::range", "normal_"),
+    "norms": ("norm",),
+}
 
 
 class Calls:
@@ -67,9 +75,14 @@ def quantized(denoiser: Any, preset: str, args: tuple[Any, ...], kwargs: dict[st
 
 def machine() -> str:
     """Return the kind of processor, and the best instruction set that our kernels have for it."""
+    return f"{platform.machine()} with {instruction_set()}"
+
+
+def instruction_set() -> str:
+    """Return the best instruction set that our kernels have for this processor."""
     from dcomp.kernels.native import rows
 
-    return f"{platform.machine()} with {'no kernels of our own' if rows.defect() else rows.instruction_set()}"
+    return "no kernels of our own" if rows.defect() else rows.instruction_set()
 
 
 def main(
@@ -123,10 +136,31 @@ def main(
         "machine": machine(),
         "torch": torch.__version__,
         "rows": rows,
+        "split": {name: split(model, args) for name, model in models.items()},
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "speed.json").write_text(json.dumps(report, indent=2) + "\n")
-    print("\n" + table(report))
+    (RESULTS / f"speed-{instruction_set()}.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{table(report)}\n\n{split_table(report)}")
+
+
+def split(model: Any, args: tuple[Any, ...]) -> dict[str, float]:
+    """Return the part of a call's time that each kind of operations takes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(*args)
+    parts = dict.fromkeys((*KINDS, "others"), 0.0)
+    for event in profile.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if any(name in event.key for name in names)), "others")
+        parts[kind] += event.self_cpu_time_total
+    return {kind: round(part / sum(parts.values()), 3) for kind, part in parts.items()}
+
+
+def split_table(report: dict[str, Any]) -> str:
+    """Return where the time of a call goes as Markdown."""
+    kinds = list(next(iter(report["split"].values())))
+    lines = [f"| part of a call's time | {' | '.join(kinds)} |", "|---|" + "---:|" * len(kinds)]
+    for name, parts in report["split"].items():
+        lines.append(f"| {name} | {' | '.join(f'{parts[kind]:.0%}' for kind in kinds)} |")
+    return "\n".join(lines)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """Speed of single operations on this processor: ours against torch's and other runtimes', in turns, as ratios.
 
-    python benchmarks/kernels.py [--threads 1] [--rounds 15] [--only linear]
+    python benchmarks/kernel_speed.py [--threads 1] [--rounds 15] [--only linear]
 
 A layer is timed from a float input to a float output. The fastest of `rounds` turns counts, because everything else
-that runs only makes turns slower. Values are random: speed does not depend on them. Prints tables and writes
-`benchmarks/results/kernels.json`. Peers that are not installed are left out, see `kernel_peers.py`.
+that runs only makes turns slower. Values are random: speed does not depend on them. Peers that are not installed are
+left out, see `kernel_peers.py`. Prints tables and writes `benchmarks/results/kernel_speed-<instruction set>.json`.
 """
 
 import json
@@ -38,7 +38,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="linear, convolution, quantize or norm; default: all.")] = None,
 ) -> None:
     """Measure, print the tables, write the JSON."""
-    from speed import machine
+    from speed import instruction_set, machine
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
@@ -54,7 +54,7 @@ def main(
             print(
                 f"{label}: " + ", ".join(f"{key} {v:.2f}" for key, v in rows["rows"][-1]["ratios"].items()), flush=True
             )
-    (RESULTS / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"kernel_speed-{instruction_set()}.json").write_text(json.dumps(report, indent=1) + "\n")
     print("\n" + "\n\n".join(table(report, name) for name in report["tables"]))
 
 
