@@ -116,7 +116,7 @@ def operations() -> list[str]:
         report = json.loads(file.read_text())
         texts += [
             f"Single operations, {report['threads']} threads, {report['machine']}. Layers are timed from float inputs "
-            "to float outputs; `product` is without the rounding of inputs. Without VNNI, other runtimes' sums saturate:",
+            "to float outputs; `product` is without their rounding. Without VNNI, sums of other runtimes saturate:",
             *(kernel_speed.table(report, name) for name in report["tables"]),
         ]
     return texts
