@@ -10,14 +10,14 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from dcomp.kernels import build_cache
+from dcomp.kernels.build_cache import BuildError
 
 _SOURCES = Path(__file__).parent
 _STABLE_ABI = "0x020a000000000000"  # of torch 2.10, the oldest that dcomp takes
@@ -32,10 +32,6 @@ _OF_X86 = {
 _TIMEOUT = 300  # seconds
 
 
-class BuildError(Exception):
-    """The library cannot be built here, and why: a reason for the dispatch table, which then has other rows."""
-
-
 def library_file() -> Path:
     """Return the library for this machine, built now if it is not there yet.
 
@@ -43,13 +39,12 @@ def library_file() -> Path:
         BuildError: there is no compiler, it fails, or there is no folder of the user's own to keep the result in.
     """
     compiler = _compiler()
-    folder = _folder()
-    file = folder / f"native-{_key(compiler)}.so"
+    file = build_cache.folder() / f"native-{_key(compiler)}.so"
     if not file.is_file():
         try:
-            with FileLock(file.with_suffix(".lock"), timeout=_TIMEOUT):
+            with build_cache.locked(file):
                 if not file.is_file():
-                    _build(compiler, file)
+                    build_cache.write(file, lambda unfinished: _build(compiler, unfinished))
         except OSError as error:
             raise BuildError(f"the folder of built kernels cannot be written ({error})") from error
     return file
@@ -64,19 +59,6 @@ def _compiler() -> list[str]:
     if not words or shutil.which(words[0]) is None:
         raise BuildError(f"there is no C++ compiler {words[0] if words else named!r}")
     return words
-
-
-def _folder() -> Path:
-    """Return the folder of built libraries; what others can write to is not loaded from."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError) as error:  # the latter without a home
-        raise BuildError(f"there is no folder to keep built kernels in ({error})") from error
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"the folder of built kernels can be written by others: {folder}")
-    return folder
 
 
 def _key(compiler: list[str]) -> str:
@@ -112,18 +94,15 @@ def _is_known(compiler: list[str], flags: tuple[str, ...]) -> bool:
     return True
 
 
-def _build(compiler: list[str], file: Path) -> None:
+def _build(compiler: list[str], library: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        commands = _commands(compiler, {name: flags for name, flags in _sets().items() if _is_known(compiler, flags)})
-        objects = [str(Path(scratch) / f"{name}.o") for name in commands]
-        with ThreadPoolExecutor() as pool:
-            made = pool.map(_run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))
-            for _ in made:  # raises what went wrong
-                pass
-        unfinished = Path(scratch) / file.name
-        _run([*compiler, "-shared", *objects, "-o", str(unfinished), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
-        unfinished.replace(file)
+    commands = _commands(compiler, {name: flags for name, flags in _sets().items() if _is_known(compiler, flags)})
+    objects = [str(library.with_name(f"{name}.o")) for name in commands]
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(_run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))
+        for _ in made:  # raises what went wrong
+            pass
+    _run([*compiler, "-shared", *objects, "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
 
 
 def _run(command: list[str]) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dcomp.kernels import cpu, packing, qparams, reference
-from dcomp.kernels.native.build import BuildError, library_file
+from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.native.build import library_file
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST_HEAD = 256
