@@ -1,0 +1,42 @@
+"""The entry points of `kernels.cu`: threads and shared memory of a block, and the tile of the output that it makes."""
+
+from dataclasses import dataclass
+
+_STEP = 64  # of K, as in products.cuh
+_WEIGHT_BYTES = {"w8a8": 64, "w4a8": 36, "w4a8_channel": 32}  # of a column in a stage
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A kernel as the host must launch it.
+
+    Attributes:
+        threads: of a block.
+        shared_memory: bytes of a block.
+        rows, columns: of the output, that a block makes; 0 where blocks share work otherwise (see `arguments.h`).
+    """
+
+    name: str
+    threads: int
+    shared_memory: int = 0
+    rows: int = 0
+    columns: int = 0
+
+
+def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
+    stages = 4 if "w4" in weight or rows < 128 else 3
+    threads = {256: 256, 128: 256, 64: 128}[rows]
+    shared_memory = stages * (rows * _STEP + columns * _WEIGHT_BYTES[weight])
+    return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)
+
+
+TILES = ((256, 128), (128, 128), (64, 64))
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        _product(operation, weight, *tile)
+        for operation in ("linear", "conv")
+        for weight in _WEIGHT_BYTES
+        for tile in TILES
+    )
+}
