@@ -1,5 +1,7 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
 #include "products.cuh"
+#include "quantize.cuh"
+#include "unpack.cuh"
 
 namespace dcomp {
 
@@ -15,25 +17,33 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
 
 // Name and kernel of each entry point. A build may give a shorter list, as tests of a single one do.
 #ifndef DCOMP_ENTRIES
-#define DCOMP_ENTRIES(ENTRY)                                           \
-  ENTRY(linear_w8a8_256x128, LinearW8A8<Tile256x128<3>>)               \
-  ENTRY(linear_w8a8_128x128, LinearW8A8<Tile128x128<3>>)               \
-  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<4>>)                   \
-  ENTRY(linear_w4a8_256x128, LinearW4A8<Tile256x128<4>>)               \
-  ENTRY(linear_w4a8_128x128, LinearW4A8<Tile128x128<4>>)               \
-  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<4>>)                   \
+#define DCOMP_ENTRIES(ENTRY)                                            \
+  ENTRY(linear_w8a8_256x128, LinearW8A8<Tile256x128<3>>)                \
+  ENTRY(linear_w8a8_128x128, LinearW8A8<Tile128x128<3>>)                \
+  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<4>>)                    \
+  ENTRY(linear_w4a8_256x128, LinearW4A8<Tile256x128<4>>)                \
+  ENTRY(linear_w4a8_128x128, LinearW4A8<Tile128x128<4>>)                \
+  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<4>>)                    \
   ENTRY(linear_w4a8_channel_256x128, LinearW4A8Channel<Tile256x128<4>>) \
   ENTRY(linear_w4a8_channel_128x128, LinearW4A8Channel<Tile128x128<4>>) \
-  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<4>>)    \
-  ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                   \
-  ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                   \
-  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<4>>)                       \
-  ENTRY(conv_w4a8_256x128, ConvW4A8<Tile256x128<4>>)                   \
-  ENTRY(conv_w4a8_128x128, ConvW4A8<Tile128x128<4>>)                   \
-  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<4>>)                       \
-  ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)    \
-  ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)    \
-  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<4>>)
+  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<4>>)     \
+  ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                    \
+  ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                    \
+  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<4>>)                        \
+  ENTRY(conv_w4a8_256x128, ConvW4A8<Tile256x128<4>>)                    \
+  ENTRY(conv_w4a8_128x128, ConvW4A8<Tile128x128<4>>)                    \
+  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<4>>)                        \
+  ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)     \
+  ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)     \
+  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<4>>)         \
+  ENTRY(quantize_static, QuantizeStatic)                                \
+  ENTRY(sample_range, SampleRange)                                      \
+  ENTRY(quantize_sample, QuantizeSample)                                \
+  ENTRY(quantize_token, QuantizeToken)                                  \
+  ENTRY(group_peak, GroupPeak)                                          \
+  ENTRY(quantize_group, QuantizeGroup)                                  \
+  ENTRY(unpack_int8, UnpackInt8)                                        \
+  ENTRY(unpack_int4, UnpackInt4)
 #endif
 
 #ifndef DCOMP_EMULATOR

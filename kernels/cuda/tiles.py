@@ -31,12 +31,17 @@ def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
 
 
 TILES = ((256, 128), (128, 128), (64, 64))
-ENTRIES = {
-    entry.name: entry
-    for entry in (
-        _product(operation, weight, *tile)
-        for operation in ("linear", "conv")
-        for weight in _WEIGHT_BYTES
-        for tile in TILES
-    )
-}
+_PRODUCTS = [
+    _product(operation, weight, *tile) for operation in ("linear", "conv") for weight in _WEIGHT_BYTES for tile in TILES
+]
+_OTHERS = [
+    Entry("quantize_static", 256),
+    Entry("sample_range", 256, 64),
+    Entry("quantize_sample", 256),
+    Entry("quantize_token", 256),
+    Entry("group_peak", 256, 32),
+    Entry("quantize_group", 256),
+    Entry("unpack_int8", 256),
+    Entry("unpack_int4", 256),
+]
+ENTRIES = {entry.name: entry for entry in (*_PRODUCTS, *_OTHERS)}
