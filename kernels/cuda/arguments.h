@@ -116,7 +116,7 @@ struct GroupNormArguments {
   uint8* codes;         // [N, P, C]
   float* scale;         // [N], written; static: [1], read
   uint8* zero;          // [N], written; static: [1], read
-  int pixels, channels, groups;
+  int pixels, channels, groups;  // at most 256 groups
   float epsilon;
   int silu;             // not 0: SiLU comes after the norm
   int parts;

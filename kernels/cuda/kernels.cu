@@ -1,4 +1,5 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
+#include "norm_quantize.cuh"
 #include "products.cuh"
 #include "quantize.cuh"
 #include "unpack.cuh"
@@ -43,7 +44,12 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(group_peak, GroupPeak)                                          \
   ENTRY(quantize_group, QuantizeGroup)                                  \
   ENTRY(unpack_int8, UnpackInt8)                                        \
-  ENTRY(unpack_int4, UnpackInt4)
+  ENTRY(unpack_int4, UnpackInt4)                                        \
+  ENTRY(group_norm_moments, GroupNormMoments)                           \
+  ENTRY(group_norm_range, GroupNormRange)                               \
+  ENTRY(group_norm_static, GroupNormStatic)                             \
+  ENTRY(group_norm_sample, GroupNormSample)                             \
+  ENTRY(layer_norm_token, LayerNormToken)
 #endif
 
 #ifndef DCOMP_EMULATOR

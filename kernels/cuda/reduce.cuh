@@ -14,6 +14,10 @@ struct Smaller {
   static DCOMP_DEVICE float of(float a, float b) { return a < b || a != a ? a : b; }
 };
 
+struct Sum {
+  static DCOMP_DEVICE float of(float a, float b) { return add(a, b); }
+};
+
 // Over neighbouring lanes, `width` of them, a power of two; all lanes of a warp take part and get the result.
 template <class Choice>
 DCOMP_DEVICE float over_lanes(float value, int width = kWarpLanes) {

@@ -43,5 +43,10 @@ _OTHERS = [
     Entry("quantize_group", 256),
     Entry("unpack_int8", 256),
     Entry("unpack_int4", 256),
+    Entry("group_norm_moments", 256),
+    Entry("group_norm_range", 256, 2112),
+    Entry("group_norm_static", 256, 2112),
+    Entry("group_norm_sample", 256, 2112),
+    Entry("layer_norm_token", 256),
 ]
 ENTRIES = {entry.name: entry for entry in (*_PRODUCTS, *_OTHERS)}
