@@ -5,7 +5,6 @@ in any memory format that is dense, else the row of oneDNN does it.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from dcomp.kernels import cpu, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.native.build import library_file
+from dcomp.kernels.packing import Stored
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST_HEAD = 256
@@ -124,25 +124,6 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
     rows = (qweight.reshape(-1, qweight.shape[-1]), multiplier.reshape(-1, multiplier.shape[-1]))
     torch.ops.dcomp_native.unpack_int4(*rows, codes.view(-1, in_channels))
     return codes
-
-
-class Stored(NamedTuple):
-    """A weight as a checkpoint has it, which `tiled_linear_a8` and `tiled_conv2d_a8` unpack for themselves."""
-
-    qweight: Tensor
-    multiplier: Tensor | None
-
-    def by_taps(self) -> tuple[Tensor, Tensor | None]:
-        """View both as `[O, taps, ...]`."""
-        qweight = self.qweight.reshape(len(self.qweight), -1, self.qweight.shape[-1])
-        if self.multiplier is None:
-            return qweight, None
-        return qweight, self.multiplier.reshape(*qweight.shape[:2], -1)
-
-
-def stored(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Stored:
-    """Return the weight as it is, in the place of `int8_image`."""
-    return Stored(qweight, multiplier)
 
 
 def tiled_linear_a8(q: Tensor, x_scale: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
