@@ -37,8 +37,10 @@ def kernels(name: str, index: int) -> tuple[Kernel, ...]:
     """Return a kernel of a device that is right there, after those that must run before it.
 
     Raises:
-        UnusableError: it is not right, or is not there.
+        UnusableError: it is not right, or is not there; or it was not tested yet, and a CUDA graph is being recorded.
     """
+    if driver.is_capturing() and not is_known(name, index):
+        raise UnusableError("it cannot be tested while a CUDA graph is recorded")
     found = _found(driver.library(), name, index)
     if isinstance(found, str):
         raise UnusableError(found)
