@@ -3,8 +3,8 @@
 // Pointers come first, then integers of 64 bits, then what has 32 bits; only the end may be padded. All tensors are
 // dense. A float tensor of a layer has the type that `FloatType` names; all other floats are fp32.
 //
-// M rows, O outputs, K depth: the channels of all taps, padded to a multiple of 16 by the host. N samples, P pixels of a
-// sample, C channels.
+// M rows, O outputs, K depth: the channels of all taps, padded to a multiple of 16 by the host. N samples, P pixels of
+// a sample, C channels.
 #pragma once
 
 namespace dcomp {

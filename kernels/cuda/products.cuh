@@ -1,8 +1,8 @@
 // Integer products in tiles: linear layers and convolutions, with int8 weights or int4 weights in fragment order.
 //
-// A block makes a tile of rows and columns of the output and walks along K in steps of 64, a stage of shared memory each;
-// asynchronous copies run kStages - 1 stages ahead. Where rows come from (`LinearRows`, `ConvPixels`), how the weight is
-// stored (`Int8Weight`, `Int4Weight`) and what becomes of sums is left to the parts that `Product` is made of.
+// A block makes a tile of rows and columns of the output and walks along K in steps of 64, a stage of shared memory
+// each; asynchronous copies run kStages - 1 stages ahead. Where rows come from (`LinearRows`, `ConvPixels`) and how the
+// weight is stored (`Int8Weight`, `Int4Weight`) is left to the parts that `Product` is made of.
 #pragma once
 #include "float_types.cuh"
 
@@ -62,7 +62,7 @@ struct LinearRows {
   // What turns the sums of a row into values.
   struct Output {
     float scale;
-    DCOMP_DEVICE void load(const Arguments& a, int m) { scale = load_global(a.x_scale + m); }
+    DCOMP_DEVICE Output(const Arguments& a, int m) : scale(load_global(a.x_scale + m)) {}
     DCOMP_DEVICE int corrected(int sum, int) const { return sum; }
   };
 
@@ -74,8 +74,8 @@ template <class Tile>
 struct ConvPixels {
   using Arguments = ConvArguments;
   static constexpr int kNowhere = -(1 << 24);  // a coordinate that no tap brings into the image
-  const uint8* origin[Tile::kRowCopies];       // of the first tap, which may lie outside
-  const uint8* padding[Tile::kRowCopies];
+  int origin[Tile::kRowCopies];                // chunk of the first tap, which may lie outside
+  int padding[Tile::kRowCopies];               // chunk of the sample's zeros
   int y[Tile::kRowCopies], x[Tile::kRowCopies];
 
   DCOMP_DEVICE ConvPixels(const Arguments& a, int first_row) {
@@ -86,9 +86,8 @@ struct ConvPixels {
       const uint32 pixel = live ? m : 0, sample = pixel / a.out_pixels, place = pixel % a.out_pixels;
       y[i] = live ? static_cast<int>(place / a.out_width) * a.stride_y - a.padding_y : kNowhere;
       x[i] = static_cast<int>(place % a.out_width) * a.stride_x - a.padding_x;
-      const int64 first = (static_cast<int64>(sample) * a.height + (live ? y[i] : 0)) * a.width + x[i];
-      origin[i] = a.x + first * a.channels;
-      padding[i] = a.padding + pixel / a.scale_rows * 16;
+      origin[i] = ((static_cast<int>(sample) * a.height + (live ? y[i] : 0)) * a.width + x[i]) * (a.channels / 16);
+      padding[i] = pixel / a.scale_rows;
     }
   }
 
@@ -96,14 +95,16 @@ struct ConvPixels {
     const int k = step * kStep + threadIdx.x % kChunks * 16;
     const int tap = multiply_high(k, a.channels_inverse), tap_y = (tap * a.kernel_width_inverse) >> 16;
     const int dy = tap_y * a.dilation_y, dx = (tap - tap_y * a.kernel_width) * a.dilation_x;
-    const int64 shift = static_cast<int64>(dy * a.width + dx) * a.channels + (k - tap * a.channels);
+    const int shift = (dy * a.width + dx) * (a.channels / 16) + (k - tap * a.channels) / 16;
     const bool there = k < a.depth;
 #pragma unroll
     for (int i = 0; i < Tile::kRowCopies; ++i) {
       const int chunk = i * Tile::kThreads + threadIdx.x;
       const bool inside = static_cast<uint32>(y[i] + dy) < static_cast<uint32>(a.height) &&
                           static_cast<uint32>(x[i] + dx) < static_cast<uint32>(a.width);
-      copy_async16(stage + swizzled(chunk / kChunks, chunk % kChunks), inside ? origin[i] + shift : padding[i], there);
+      const uint8* const from = (inside ? a.x : a.padding) + 16ll * (inside ? origin[i] + shift : padding[i]);
+      uint8* const to = stage + swizzled(chunk / kChunks, chunk % kChunks);
+      copy_async16(to, from, there);
     }
   }
 
@@ -114,7 +115,7 @@ struct ConvPixels {
   struct Output {
     float scale;
     int zero;
-    DCOMP_DEVICE void load(const Arguments& a, int m) {
+    DCOMP_DEVICE Output(const Arguments& a, int m) {
       const uint32 sample = static_cast<uint32>(m) / a.scale_rows;
       scale = load_global(a.x_scale + sample);
       zero = load_global(a.x_zero + sample);
@@ -170,13 +171,15 @@ struct Int4Weight {
   template <class Arguments>
   static DCOMP_DEVICE void load_stage(const Arguments& a, uint8* stage, int first_column, int step) {
     constexpr int kCopies = kBlock / 16;
+    constexpr bool kAll = kBytes / 16 % Tile::kThreads == 0;  // each thread has as many
     const int steps = (a.depth + kStep - 1) / kStep;
 #pragma unroll
     for (int i = 0; i < (kBytes / 16 + Tile::kThreads - 1) / Tile::kThreads; ++i) {
       const int chunk = i * Tile::kThreads + threadIdx.x, n = first_column + chunk / kCopies * kFragmentColumns;
-      const bool part = chunk < kBytes / 16, there = part && n < a.outputs;
+      const bool part = kAll || chunk < kBytes / 16, there = part && n < a.outputs;
       const int64 block = static_cast<int64>(n / kFragmentColumns) * steps + step;
-      copy_async16(stage + chunk * 16, there ? a.weight + block * kBlock + chunk % kCopies * 16 : a.weight, there, part);
+      const uint8* const from = there ? a.weight + block * kBlock + chunk % kCopies * 16 : a.weight;
+      copy_async16(stage + chunk * 16, from, there, part);
     }
   }
 
@@ -203,8 +206,8 @@ struct Int4Weight {
     }
   }
 
-  // Nibbles u from 0 to 15 times m, less c: four bytes at once. The word of a column holds m and 128 - c of each half; a
-  // byte u * m + 128 - c is 8 at least and 248 at most, so nothing carries, and its upper bit is then turned.
+  // Nibbles u from 0 to 15 times m, less c: four bytes at once. The word of a column holds m and 128 - c of each half.
+  // A byte u * m + 128 - c is 8 at least and 248 at most, so nothing carries, and its upper bit is then turned.
   template <int kHalf>
   static DCOMP_DEVICE void scale(uint32 (&to)[2], uint32 nibbles, uint32 multipliers) {
     const uint32 m = (multipliers >> (kHalf * 16)) & 0xFF, shift = repeat_byte<kHalf * 2 + 1>(multipliers);
@@ -226,7 +229,8 @@ struct Product {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_row = blockIdx.y * Tile::kRows, first_column = blockIdx.x * Tile::kColumns;
-    const int row = warp / Tile::kWarpsAcross * Tile::kWarpRows, column = warp % Tile::kWarpsAcross * Tile::kWarpColumns;
+    const int row = warp / Tile::kWarpsAcross * Tile::kWarpRows;
+    const int column = warp % Tile::kWarpsAcross * Tile::kWarpColumns;
     const int steps = (a.depth + kStep - 1) / kStep;
     uint8* const shared = shared_memory();
     const Rows rows(a, first_row);
@@ -284,42 +288,49 @@ struct Product {
     }
   }
 
-  // out = bias + (sum * weight_scale) * x_scale
-  static DCOMP_DEVICE void write(const Arguments& a, const Sums& sums, int row, int column, int lane) {
-    typename Rows::Output rows[Tile::kRowTiles * 2];
-#pragma unroll
-    for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
-      const int m = row + i * 8 + lane / 4;
-      rows[i].load(a, m < a.rows ? m : 0);
-    }
-#pragma unroll
-    for (int j = 0; j < Tile::kColumnTiles; ++j) {
-      const int n = column + j * 8 + lane % 4 * 2;
-      if (n >= a.outputs) continue;
-      const Column first(a, n), second(a, n + 1 < a.outputs ? n + 1 : n);
-#pragma unroll
-      for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
-        const int m = row + i * 8 + lane / 4;
-        if (m >= a.rows) continue;
-        const int* const pair = sums[i / 2][j] + i % 2 * 2;
-        store_floats(a.out, a.out_type, static_cast<int64>(m) * a.outputs + n, first.scaled(rows[i], pair[0]),
-                     second.scaled(rows[i], pair[1]), n + 1 < a.outputs, a.outputs % 2 == 0);
-      }
-    }
-  }
-
+  // What turns the sums of a column into values.
   struct Column {
     float scale, bias;
     int weight_sum;
-    DCOMP_DEVICE Column(const Arguments& a, int n)
-        : scale(load_global(a.weight_scale + n)),
-          bias(a.bias ? load_global(a.bias + n) : 0.0f),
-          weight_sum(Rows::weight_sum(a, n)) {}
 
+    DCOMP_DEVICE void load(const Arguments& a, int n) {
+      n = n < a.outputs ? n : 0;
+      scale = load_global(a.weight_scale + n);
+      bias = a.bias ? load_global(a.bias + n) : 0.0f;
+      weight_sum = Rows::weight_sum(a, n);
+    }
+
+    // bias + (sum * weight_scale) * x_scale
     DCOMP_DEVICE float scaled(const typename Rows::Output& row, int sum) const {
       return add(bias, multiply(multiply(to_float(row.corrected(sum, weight_sum)), scale), row.scale));
     }
   };
+
+  static DCOMP_DEVICE void write(const Arguments& a, const Sums& sums, int row, int column, int lane) {
+    Column columns[Tile::kColumnTiles][2];
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      columns[j][0].load(a, column_of(column, j, lane));
+      columns[j][1].load(a, column_of(column, j, lane) + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
+      const int m = row + i * 8 + lane / 4;
+      if (m >= a.rows) continue;
+      const typename Rows::Output output(a, m);
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnTiles; ++j) {
+        const int n = column_of(column, j, lane);
+        if (n >= a.outputs) continue;
+        const int* const pair = sums[i / 2][j] + i % 2 * 2;
+        const float first = columns[j][0].scaled(output, pair[0]), second = columns[j][1].scaled(output, pair[1]);
+        store_floats(a.out, a.out_type, static_cast<int64>(m) * a.outputs + n, first, second, n + 1 < a.outputs,
+                     a.outputs % 2 == 0);
+      }
+    }
+  }
+
+  static DCOMP_DEVICE int column_of(int column, int tile, int lane) { return column + tile * 8 + lane % 4 * 2; }
 };
 
 template <class Tile>

@@ -24,7 +24,7 @@ class Entry:
 
 
 def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
-    stages = 4 if "w4" in weight or rows < 128 else 3
+    stages = 3 if rows > 64 and (weight == "w8a8" or (weight == "w4a8" and rows == 128)) else 4
     threads = {256: 256, 128: 256, 64: 128}[rows]
     shared_memory = stages * (rows * _STEP + columns * _WEIGHT_BYTES[weight])
     return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)

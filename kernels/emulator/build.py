@@ -18,6 +18,7 @@ _OPTIONS = (
     "-shared",
     "-fwrapv",
     "-ffp-contract=off",  # floats round as the primitives say
+    "-fno-gnu-unique",  # two libraries in a process share nothing
     "-U_FORTIFY_SOURCE",  # it takes a jump to another fiber's stack for an error
     "-Wall",
     "-Wextra",

@@ -104,8 +104,8 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return kSuccess;
 }
 
-int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
-                   unsigned block_z, unsigned shared_bytes, void*, void** parameters, void**) {
+int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                   unsigned block_y, unsigned block_z, unsigned shared_bytes, void*, void** parameters, void**) {
   const Kernel& kernel = *static_cast<const Kernel*>(function);
   const emulator::Position grid{grid_x, grid_y, grid_z}, block{block_x, block_y, block_z};
   if (!grid.count() || grid_y > 65535 || grid_z > 65535) return refuse(kInvalidValue, "no grid of a launch");

@@ -33,7 +33,16 @@ struct Counts {
   uint64_t sectors, copied_bytes;         // 32 bytes each, of asynchronous copies from global memory
 };
 
-enum class Operation { kNone, kMultiplyAddS8, kMultiplyAddU8, kLoadMatrices, kLoadShared, kStoreShared, kCopy, kShuffle };
+enum class Operation {
+  kNone,
+  kMultiplyAddS8,
+  kMultiplyAddU8,
+  kLoadMatrices,
+  kLoadShared,
+  kStoreShared,
+  kCopy,
+  kShuffle,
+};
 enum class State { kReady, kAtOperation, kAtBarrier, kDone };
 
 // What a lane brings to an operation of its warp, and what it takes away.
@@ -202,7 +211,8 @@ inline void run_block(std::mt19937& random) {
 }
 
 // Runs a kernel; throws Failure.
-inline void launch(Position grid, Position block, size_t shared_bytes, void (*body)(const void*), const void* arguments) {
+inline void launch(Position grid, Position block, size_t shared_bytes, void (*body)(const void*),
+                   const void* arguments) {
   const unsigned count = block.count();
   machine.grid = grid;
   machine.block = block;

@@ -84,8 +84,8 @@ inline void wait_for_copies(int thread, int pending) {
   groups.erase(groups.begin(), groups.begin() + finished);
 }
 
-// Wavefronts of one access of a warp: lanes share one as long as no bank is asked for two of its words. `at` is null for
-// lanes that take no part.
+// Wavefronts of one access of a warp: lanes share one as long as no bank is asked for two of its words. `at` is null
+// for lanes that take no part.
 inline void count_wavefronts(const uint8_t* const (&at)[kWarp], int bytes) {
   const int lanes = std::min(kWarp, 128 / bytes);  // that one wavefront can serve
   for (int first = 0; first < kWarp; first += lanes) {
