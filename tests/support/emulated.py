@@ -41,11 +41,17 @@ class Emulator:
         return dict(zip(names, numbers, strict=True))
 
     def launch(self, name: str, grid: tuple[int, int], kind: Any, **fields: Any) -> None:
+        """Run a kernel as the table of entry points says; otherwise like `run`."""
+        self.run(name, grid, ENTRIES[name].threads, ENTRIES[name].shared_memory, kind, **fields)
+
+    def run(self, name: str, grid: tuple[int, int], threads: int, shared_memory: int, kind: Any, **fields: Any) -> None:
         """Run a kernel.
 
         Args:
             name: of the entry point.
             grid: columns and rows of blocks.
+            threads: of a block.
+            shared_memory: bytes of a block.
             kind: struct that the kernel takes.
             fields: what is in it; tensors are the memory that the kernel may touch.
 
@@ -60,11 +66,10 @@ class Emulator:
         given = {key: value.data_ptr() if isinstance(value, Tensor) else value for key, value in fields.items()}
         arguments = kind(**given)
         function = ctypes.c_void_p()
-        entry = ENTRIES[name]
         self._call("cuModuleGetFunction", ctypes.byref(function), None, name.encode())
-        self._call("cuFuncSetAttribute", function, 8, entry.shared_memory)
+        self._call("cuFuncSetAttribute", function, 8, shared_memory)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        shape = (*grid, 1, entry.threads, 1, 1, entry.shared_memory)
+        shape = (*grid, 1, threads, 1, 1, shared_memory)
         self._call("cuLaunchKernel", function, *shape, None, parameters, None)
 
     def _call(self, function: str, *arguments: Any) -> None:
