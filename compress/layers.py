@@ -16,6 +16,7 @@ Letters: O output and I input channels (of one convolution group), B step bins, 
 directions.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -213,6 +214,19 @@ class QuantLayer(SteppedLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer as `execution` says; the result has the dtype of `x`."""
         return self.fake_forward(x) if self.execution == "fake" else self.int_forward(x)
+
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """Return what `int_forward` runs of the dispatch table, in order, with what `dispatch.choose` asks of each."""
+        scheme, groups = self.scheme, getattr(self, "groups", 1)
+        weight = {"bits": scheme.weight_bits}
+        product = "linear" if scheme.input_granularity == "token" or self.float_kind is nn.Linear else "conv2d"
+        if scheme.input_bits == 16:
+            return {f"{product}_a16": weight}
+        reduction = self._in_channels * math.prod(self.qweight.shape[1:-1])
+        quantizers = {"tensor": "quantize_static", "sample": "quantize_sample", "token": "quantize_token"}
+        assert scheme.input_granularity is not None
+        quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
+        return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
 
     @property
     def weight(self) -> WeightForm:

@@ -42,6 +42,15 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
 
 
+def usage() -> tuple[int, int]:
+    """Return the number of files and of bytes in the folder, without making it."""
+    try:
+        sizes = [file.stat().st_size for file in path().iterdir() if file.is_file()]
+    except (OSError, RuntimeError):
+        return 0, 0
+    return len(sizes), sum(sizes)
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold the lock of a file of the folder; another process that wants it waits.

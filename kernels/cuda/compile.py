@@ -22,8 +22,8 @@ from dcomp.kernels.build_cache import BuildError
 
 _SOURCES = Path(__file__).parent
 _MAIN = "kernels.cu"
-# Floats must round as in `qparams`, whose operations are not contracted. NVRTC takes generic lambdas of device functions
-# for functions of the host unless it is told that there are none.
+# Floats must round as in `qparams`, whose operations are not contracted. NVRTC takes generic lambdas of device
+# functions for functions of the host unless it is told that there are none.
 _OPTIONS = ("--std=c++17", "--fmad=false", "--device-as-default-execution-space")
 _OLDEST = 12  # NVRTC of CUDA; older ones do not know some architectures' way to say `sm_`
 _DIGEST = hashlib.sha256().digest_size

@@ -61,6 +61,13 @@ def is_known(name: str, index: int) -> bool:
     return (driver.library(), name, index) in _states
 
 
+def known(index: int) -> dict[str, str | None]:
+    """Return what is wrong with each kernel of a device that was tried so far, or None where it is right."""
+    used = driver.library()
+    found = {name: state for (library, name, number), state in _states.items() if (library, number) == (used, index)}
+    return {name: state if isinstance(state, str) else None for name, state in found.items()}
+
+
 _Found = tuple[Kernel, ...] | str
 _states: dict[tuple[Any, str, int], _Found] = {}
 
