@@ -2,10 +2,10 @@
 //
 // Kernels are those of cuda/kernels.cu, looked up by name whatever image is loaded, and run on host memory. Beside them
 // are functions for tests, whose names begin with `emulator_`.
-#include <cstddef>
 #include <map>
 
 #include "../cuda/kernels.cu"
+#include "layout.h"
 
 namespace dcomp {
 namespace {
@@ -153,6 +153,12 @@ void emulator_counts(uint64_t* counts) {
 const char* emulator_count_names() {
   return "launches blocks barriers products matrix_loads copies shuffles shared_accesses wavefronts ideal_wavefronts "
          "sectors copied_bytes";
+}
+
+// Size of an argument struct, then name and offset of each field; null if there is none of this name.
+const char* emulator_layout(const char* structure) {
+  const auto found = emulator::layouts.find(structure);
+  return found == emulator::layouts.end() ? nullptr : found->second.c_str();
 }
 
 }  // extern "C"

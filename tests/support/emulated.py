@@ -27,6 +27,7 @@ class Emulator:
         self.library = ctypes.CDLL(str(file))
         self.library.emulator_error.restype = ctypes.c_char_p
         self.library.emulator_count_names.restype = ctypes.c_char_p
+        self.library.emulator_layout.restype = ctypes.c_char_p
         self.library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
     def seed(self, seed: int) -> None:
