@@ -21,22 +21,22 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
 #define DCOMP_ENTRIES(ENTRY)                                            \
   ENTRY(linear_w8a8_256x128, LinearW8A8<Tile256x128<3>>)                \
   ENTRY(linear_w8a8_128x128, LinearW8A8<Tile128x128<3>>)                \
-  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<4>>)                    \
+  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>)                    \
   ENTRY(linear_w4a8_256x128, LinearW4A8<Tile256x128<4>>)                \
   ENTRY(linear_w4a8_128x128, LinearW4A8<Tile128x128<3>>)                \
-  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<4>>)                    \
+  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>)                    \
   ENTRY(linear_w4a8_channel_256x128, LinearW4A8Channel<Tile256x128<4>>) \
   ENTRY(linear_w4a8_channel_128x128, LinearW4A8Channel<Tile128x128<4>>) \
-  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<4>>)     \
+  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>)     \
   ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                    \
   ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                    \
-  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<4>>)                        \
+  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>)                        \
   ENTRY(conv_w4a8_256x128, ConvW4A8<Tile256x128<4>>)                    \
   ENTRY(conv_w4a8_128x128, ConvW4A8<Tile128x128<3>>)                    \
-  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<4>>)                        \
+  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>)                        \
   ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)     \
   ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)     \
-  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<4>>)         \
+  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<3>>)         \
   ENTRY(quantize_static, QuantizeStatic)                                \
   ENTRY(sample_range, SampleRange)                                      \
   ENTRY(quantize_sample, QuantizeSample)                                \

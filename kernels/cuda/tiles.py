@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 _STEP = 64  # of K, as in products.cuh
 _WEIGHT_BYTES = {"w8a8": 64, "w4a8": 36, "w4a8_channel": 32}  # of a column in a stage
+_STAGES = {("w4a8", 256): 4, ("w4a8_channel", 256): 4, ("w4a8_channel", 128): 4}  # 3 of all others
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Entry:
 
 
 def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
-    stages = 3 if rows > 64 and (weight == "w8a8" or (weight == "w4a8" and rows == 128)) else 4
+    stages = _STAGES.get((weight, rows), 3)
     threads = {256: 256, 128: 256, 64: 128}[rows]
     shared_memory = stages * (rows * _STEP + columns * _WEIGHT_BYTES[weight])
     return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)

@@ -33,7 +33,7 @@ def library_file(folder: Path, *, kernels: Path = KERNELS, entries: Sequence[str
     Args:
         folder: of libraries, their names hold a hash.
         kernels: folder with `cuda/` and `emulator/`.
-        entries: pairs of name and kernel, as "linear_w8a8_64x64, LinearW8A8<Tile64x64<4>>", to leave all others out.
+        entries: pairs of name and kernel, as "linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>", to leave all others out.
         optimize: option of the compiler.
 
     Raises:

@@ -188,11 +188,11 @@ def check_layer_norm(emulator: Emulator) -> bool:
 
 
 CHECKS: dict[str, tuple[Check, str]] = {
-    "linear w8": (check_linear(0), "linear_w8a8_64x64, LinearW8A8<Tile64x64<4>>"),
-    "linear group": (check_linear(32), "linear_w4a8_64x64, LinearW4A8<Tile64x64<4>>"),
-    "linear channel": (check_linear(None), "linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<4>>"),
-    "conv w8": (check_conv(0), "conv_w8a8_64x64, ConvW8A8<Tile64x64<4>>"),
-    "conv group": (check_conv(32), "conv_w4a8_64x64, ConvW4A8<Tile64x64<4>>"),
+    "linear w8": (check_linear(0), "linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>"),
+    "linear group": (check_linear(32), "linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>"),
+    "linear channel": (check_linear(None), "linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>"),
+    "conv w8": (check_conv(0), "conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>"),
+    "conv group": (check_conv(32), "conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>"),
     "static": (check_static, "quantize_static, QuantizeStatic"),
     "sample": (check_sample, "sample_range, SampleRange; quantize_sample, QuantizeSample"),
     "token": (check_token, "quantize_token, QuantizeToken"),

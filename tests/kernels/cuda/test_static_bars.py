@@ -50,8 +50,8 @@ def assert_bars(architecture, found):
         assert of_kernel.blocks >= (2 if size == LARGE else 1)
 
 
-def test_the_common_architecture_keeps_the_bars():
-    assert_bars(86, facts(86, [name for name in PRODUCTS if name.endswith(LARGE)]))
+def test_one_architecture_keeps_the_bars():
+    assert_bars(86, facts(86, [f"{stem}_{LARGE}" for stem in ("linear_w8a8", "linear_w4a8", "conv_w8a8")]))
 
 
 @pytest.mark.slow
