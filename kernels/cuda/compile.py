@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,8 @@ def _candidates() -> Iterator[str]:
         for place in folder.glob(pattern)
         for library in place.glob("libnvrtc.so.*")
     ]
+    libraries += Path(torch.__file__).parent.glob("lib/libnvrtc.so.*")
+    libraries += Path(sys.prefix).glob("lib/libnvrtc.so.*")  # of conda
     for library in sorted(libraries, key=lambda file: (file.suffix == f".{own}", file.suffix), reverse=True):
         yield str(library)
     for major in dict.fromkeys([own, "13", "12"]):

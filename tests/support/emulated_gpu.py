@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
+from dcomp.kernels import dispatch
 from dcomp.kernels.cuda import calls, driver, loaded
 from dcomp.kernels.cuda.compile import Image
 from tests.support.emulated import emulator
@@ -34,3 +37,27 @@ def emulated_gpu() -> Iterator[None]:
     ):
         yield
     library.emulator_forget()
+
+
+@contextmanager
+def layers_on_the_emulated_gpu() -> Iterator[list[tuple[str, str]]]:
+    """Let operations take CPU tensors for those of the emulated GPU.
+
+    Yields:
+        Operation and row of each choice that is made, as they come.
+    """
+    choose, chosen = dispatch.choose, []
+
+    def choose_for_gpu(operation: str, *, device: Any, **asked: Any) -> Any:
+        choice = choose(operation, device="cuda", **asked)
+        chosen.append((operation, choice.row))
+        return choice
+
+    dispatch._choose.cache_clear()
+    with (
+        emulated_gpu(),
+        mock.patch.object(dispatch, "choose", choose_for_gpu),
+        mock.patch.object(torch.Tensor, "is_cuda", property(lambda _: True)),
+    ):
+        yield chosen
+    dispatch._choose.cache_clear()
