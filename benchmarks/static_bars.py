@@ -68,6 +68,7 @@ class Facts:
         products: of tensor cores in the hot loop; 0 if there are none.
         instructions: in the hot loop.
         copies: asynchronous copies in the hot loop.
+        opcodes: of all instructions, with their modifiers.
     """
 
     registers: int
@@ -77,6 +78,7 @@ class Facts:
     products: int
     instructions: int
     copies: int
+    opcodes: frozenset[str]
 
     @property
     def instructions_per_product(self) -> float:
@@ -165,6 +167,7 @@ def _facts(architecture: int, name: str, usage: str, instructions: list[tuple[in
         products=loop.count("IMMA"),
         instructions=len(loop),
         copies=loop.count("LDGSTS"),
+        opcodes=frozenset(_opcode(text) for _, text in instructions),
     )
 
 
@@ -181,7 +184,11 @@ def _hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
 
 
 def _operation(text: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0]
+    return _opcode(text).split(".")[0]
+
+
+def _opcode(text: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
 
 def _blocks(limits: Multiprocessor, registers: int, name: str) -> int:

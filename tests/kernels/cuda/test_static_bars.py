@@ -50,8 +50,21 @@ def assert_bars(architecture, found):
         assert of_kernel.blocks >= (2 if size == LARGE else 1)
 
 
+# What the primitives of PTX become: a wrong type or width would show here.
+OPCODES = {
+    "linear_w8a8": {"IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "DEPBAR.LE", "F2FP.BF16.PACK_AB"},
+    "linear_w4a8": {"IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "LDS.128", "LDS.64"},
+    "conv_w8a8": {"IMMA.16832.U8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"},
+}
+
+
 def test_one_architecture_keeps_the_bars():
-    assert_bars(86, facts(86, [f"{stem}_{LARGE}" for stem in ("linear_w8a8", "linear_w4a8", "conv_w8a8")]))
+    found = facts(86, [f"{stem}_{LARGE}" for stem in OPCODES])
+    assert_bars(86, found)
+    for stem, opcodes in OPCODES.items():
+        assert opcodes <= found[f"{stem}_{LARGE}"].opcodes
+        products = {opcode for opcode in found[f"{stem}_{LARGE}"].opcodes if opcode.startswith("IMMA")}
+        assert len(products) == 1
 
 
 @pytest.mark.slow
