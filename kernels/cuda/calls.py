@@ -58,6 +58,7 @@ def product_weight(weight: Stored, in_channels: int, kind: str, *, with_sums: bo
     """Make of a stored weight what kernels of a kind take; they need `sums` where inputs have a zero."""
     if kind == "w8a8":
         image = int8_image(*weight, in_channels)
+        assert image.shape[-1] == in_channels
         channels = packing.padded_channels(in_channels, grouped=False)
         sums = image.flatten(1).sum(1, dtype=torch.int32) if with_sums else None
         return ProductWeight(kind, _padded(image, channels), channels, sums, None)
@@ -91,7 +92,7 @@ def linear(
         "weight": weight.data,
         "x_scale": x_scale.expand(rows).contiguous(),
         "weight_scale": scale.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
+        "bias": None if bias is None else bias.float().contiguous(),
         "out": out,
     }
     sizes = {"rows": rows, "outputs": outputs, "depth": weight.channels, "out_type": FLOAT_TYPE[dtype]}
@@ -130,7 +131,7 @@ def conv2d(
         "x_scale": x_scale.expand(ranges).contiguous(),
         "x_zero": zeros,
         "weight_scale": scale.contiguous(),
-        "bias": None if bias is None else bias.contiguous(),
+        "bias": None if bias is None else bias.float().contiguous(),
         "out": out,
     }
     rows, pixels = samples * out_height * out_width, out_height * out_width
@@ -275,6 +276,9 @@ def _blocks(kernel: Kernel, elements: int) -> int:
 def _launch(
     kernel: Kernel, grid: tuple[int, ...], struct: type[Any], tensors: Mapping[str, Tensor | None], **sizes: int
 ) -> None:
+    devices = {tensor.device for tensor in tensors.values() if tensor is not None}
+    if len(devices) > 1:  # a kernel that reads memory of another device takes the whole process down
+        raise RuntimeError(f"Tensors of one operation lie on {' and '.join(sorted(map(str, devices)))}")
     # Kernels load 16 bytes at once; a view may begin anywhere. What they write was made for them, and is aligned.
     aligned = {name: t.clone() if t is not None and t.data_ptr() % 16 else t for name, t in tensors.items()}
     pointers = {name: None if tensor is None else _address(tensor) for name, tensor in aligned.items()}

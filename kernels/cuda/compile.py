@@ -277,13 +277,16 @@ def _first_error(log: bytes) -> str:
 
 
 def _at_most(ptx: bytes, isa: tuple[int, int]) -> bytes:
-    """Lower the version that PTX says it is of, so that an older driver reads it.
+    """Make PTX say that it is of no later version than `isa`, so that an older driver reads it.
 
-    A compiler writes its own version whatever is used; the kernels use nothing newer than 7.0. Triton does the same.
+    A compiler writes its own version whatever is used, as Triton knows too. The kernels use nothing newer than 7.0, but
+    for hints about bytes of loads that are not needed, which came with 8.3.
     """
 
     def lower(line: re.Match[bytes]) -> bytes:
         found = int(line[1]), int(line[2])
         return b".version %d.%d" % min(found, isa)
 
+    if isa < (8, 3):
+        ptx = re.sub(rb'^\s*\.pragma "used_bytes_mask [^;]*;\n', b"", ptx, flags=re.MULTILINE)
     return re.sub(rb"^\.version (\d+)\.(\d+)", lower, ptx, count=1, flags=re.MULTILINE)

@@ -1,6 +1,7 @@
 """Kernels are compiled once and kept whole, and where they cannot be, there is one reason and no harm."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,27 @@ def test_ptx_says_no_newer_version_than_the_driver_reads() -> None:
     text = b"//\n.version 9.0\n.target sm_86\n"
     assert compiler._at_most(text, (8, 4)) == text.replace(b"9.0", b"8.4")
     assert compiler._at_most(text, (9, 1)) == text
+
+
+def test_hints_that_an_old_driver_does_not_know_are_left_out() -> None:
+    text = b'.version 9.0\n\t.pragma "nounroll";\n\t.pragma "used_bytes_mask 240";\n\tadd.s32 %r1;\n'
+    assert compiler._at_most(text, (8, 2)) == b'.version 8.2\n\t.pragma "nounroll";\n\tadd.s32 %r1;\n'
+    assert b"used_bytes_mask" in compiler._at_most(text, (8, 3))
+
+
+@pytest.mark.skipif(shutil.which("ptxas") is None, reason="there is no ptxas")
+@pytest.mark.parametrize(("capability", "isa"), [((8, 0), (7, 0)), ((12, 0), (8, 7))])
+@pytest.mark.parametrize("name", ["conv_w4a8_64x64", "linear_w8a8_64x64", "quantize_token"])
+def test_ptx_of_the_oldest_version_for_a_device_assembles(
+    cache: Path, tmp_path: Path, capability: tuple[int, int], isa: tuple[int, int], name: str
+) -> None:
+    real_nvrtc()
+    source, code = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    source.write_bytes(image(Target(capability, isa), part_of(name)).code.rstrip(b"\0"))
+    command = ["ptxas", "-arch=sm_{}{}".format(*capability), str(source), "-o", str(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:400]
+    assert "{}.{}".format(*isa).encode() in source.read_bytes().split(b".version ")[1][:8]
 
 
 def test_machine_code_is_of_the_device_or_the_nearest_below_in_its_generation() -> None:

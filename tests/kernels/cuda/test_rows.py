@@ -149,6 +149,22 @@ def test_memory_may_begin_anywhere_and_lie_in_any_order() -> None:
     assert all(map(torch.equal, rows.quantize_sample(x[1:]), qparams.quantize_sample(x[1:])))
 
 
+def test_a_bias_in_the_dtype_of_the_model_is_read_as_such() -> None:
+    stored, image = weight_of("int8", (9, 32))
+    q, bias = drawn((3, 32), -127, 127, torch.int8), floats(9, dtype=torch.bfloat16)
+    found = rows.linear_a8(q, scales(3), stored, scales(9), bias)
+    assert_close(found, reference.linear_a8(q, scales(3), image, scales(9), bias.float()), torch.float32)
+
+
+def test_memory_of_two_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, _ = weight_of("int8", (5, 16))
+    assert self_test.defect("linear_w8a8_64x64", 0) is None
+    names = launched(monkeypatch)
+    with pytest.raises(RuntimeError, match="lie on cpu and meta"):
+        rows.linear_a8(drawn((2, 16), 0, 9, torch.int8), scales(2), stored, scales(5).to("meta"), None)
+    assert names == []
+
+
 def test_nothing_is_launched_for_tensors_without_elements() -> None:
     stored, _ = weight_of("int8", (5, 16))
     assert rows.linear_a8(torch.empty(0, 16, dtype=torch.int8), scales(0), stored, scales(5), None).shape == (0, 5)
