@@ -139,8 +139,8 @@ def _cuda() -> dict[str, Any]:
     except DriverError as error:
         return facts | {"driver": None, "problem": str(error), "compiler": None, "devices": []}
     try:
-        compiler_ = compiler.nvrtc()
-        facts["compiler"] = "NVRTC {}.{}".format(*compiler_.version)
+        nvrtc = compiler.nvrtc()
+        facts["compiler"] = "NVRTC {}.{} ({})".format(*nvrtc.version, nvrtc.name)
     except BuildError as error:
         facts |= {"compiler": None, "problem": str(error)}
     facts["devices"] = [_device(index) for index in range(driver.count())]

@@ -18,7 +18,6 @@ import torch
 _UNFIT = (200, 209, 218, 222, 223)
 _MAJOR, _MINOR = 75, 76  # of cuDeviceGetAttribute: compute capability
 _MULTIPROCESSORS = 16
-_SHARED_MEMORY = 97  # that a block may have when it asks for it
 _DYNAMIC_SHARED_MEMORY = 8  # of cuFuncSetAttribute
 _WITHOUT_ASKING = 48 * 1024
 
@@ -48,14 +47,12 @@ class Device:
 
     Attributes:
         capability: its compute capability, as (8, 6).
-        shared_memory: bytes that a block may use.
     """
 
     index: int
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared_memory: int
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,7 @@ def _device(_: Any, index: int) -> Device:
     name = ctypes.create_string_buffer(256)
     _call("cuDeviceGetName", name, len(name), handle)
     capability = attribute(_MAJOR), attribute(_MINOR)
-    return Device(
-        index, name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS), attribute(_SHARED_MEMORY)
-    )
+    return Device(index, name.value.decode(errors="replace"), capability, attribute(_MULTIPROCESSORS))
 
 
 def _handle(index: int) -> ctypes.c_int:

@@ -58,7 +58,7 @@ def test_a_gpu_is_told_with_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys:
     report = examine()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     facts = report["cuda"]
-    assert (facts["driver"], facts["compiler"]) == ("13.0", "NVRTC 13.0")
+    assert (facts["driver"], facts["compiler"]) == ("13.0", "NVRTC 13.0 (fake)")
     (device,) = facts["devices"]
     assert (device["name"], device["compute_capability"], device["problem"]) == ("emulator", "8.6", None)
     assert {"linear_w8a8_64x64", "conv_w4a8_64x64", "quantize_token"} <= set(device["tested_kernels"])

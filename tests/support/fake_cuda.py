@@ -52,7 +52,7 @@ class FakeDriver:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> int:  # noqa: N802
-        _target(value).value = {16: 4, 75: self.capability[0], 76: self.capability[1], 97: 101_376}[attribute]
+        _target(value).value = {16: 4, 75: self.capability[0], 76: self.capability[1]}[attribute]
         return 0
 
     def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:  # noqa: N802

@@ -94,7 +94,7 @@ def test_a_device_is_described_by_the_driver() -> None:
     with driver.use(FakeDriver((9, 0), cuda=12040, devices=2)):
         assert driver.count() == 2
         assert driver.version() == (12, 4)
-        assert driver.device(1) == driver.Device(1, "Fake 1", (9, 0), 4, 101_376)
+        assert driver.device(1) == driver.Device(1, "Fake 1", (9, 0), 4)
         with pytest.raises(DriverError, match="cuDeviceGet: unknown error, 101"):
             driver.device(2)
 

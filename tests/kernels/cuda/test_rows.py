@@ -248,7 +248,7 @@ def test_the_tile_follows_the_size_of_the_output(
 def test_devices_with_fast_tensor_cores_take_the_largest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     device = driver.device(0)
     for capability, tiles in {(8, 0): 2, (8, 6): 1, (9, 0): 2, (12, 0): 1}.items():
-        kind = driver.Device(0, device.name, capability, 4, device.shared_memory)
+        kind = driver.Device(0, device.name, capability, 4)
         monkeypatch.setattr(driver, "device", lambda _, kind=kind: kind)
         assert len(rows._large_tiles(1000, 1000, 0)) == tiles
         assert rows._large_tiles(100, 100, 0) == []
