@@ -782,12 +782,20 @@ def inspect(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Say what this machine will use for each operation, and why."""
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A quantized folder, to be told of its layers.", metavar="OUT")
+    ] = None,
+    explain: Annotated[str, typer.Option(help="Names of layers of OUT, as '*.attn1.*'.", metavar="PATTERN")] = "*",
+    json: Json = False,
+) -> None:
+    """Say what this machine will use for each operation, or for each layer of a checkpoint, and why."""
     from dcomp.recipes import console
     from dcomp.recipes.doctor import examine
 
-    report = examine()
+    if checkpoint is None and explain != "*":
+        raise UsageError("--explain needs a checkpoint", where="doctor", remedy="Name the folder: dcomp doctor OUT.")
+    report = examine(checkpoint, explain)
     console.print_json(report) if json else console.print_doctor(report)
 
 

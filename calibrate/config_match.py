@@ -32,7 +32,7 @@ def check_buildable(class_name: str, config: Mapping[str, Any], tensors: Mapping
     Raises:
         ModelError: unknown class, a value out of bounds, or a config that the class refuses.
     """
-    _build_on_meta(class_name, config, len(tensors), where)
+    build_on_meta(class_name, config, len(tensors), where)
 
 
 def check_config_matches(
@@ -46,7 +46,7 @@ def check_config_matches(
     """
     import torch
 
-    model = _build_on_meta(class_name, config, len(tensors), where)
+    model = build_on_meta(class_name, config, len(tensors), where)
     found: dict[str, TensorInfo] = dict(tensors)
     # Old attention blocks are stored under other names; diffusers renames them while loading, so we ask it to.
     rename = getattr(model, "_fix_state_dict_keys_on_load", None)
@@ -100,8 +100,18 @@ def model_class(class_name: str, where: str) -> Any:
     return found
 
 
-def _build_on_meta(class_name: str, config: Mapping[str, Any], tensors: int, where: str) -> "nn.Module":
-    """Build a diffusers model from an untrusted config without memory for its weights."""
+def build_on_meta(class_name: str, config: Mapping[str, Any], tensors: int, where: str) -> "nn.Module":
+    """Build a diffusers model from an untrusted config without memory for its weights.
+
+    Args:
+        class_name: of diffusers.
+        config: of the component; what it says of quantization is left out.
+        tensors: number of them on disk, which bounds the model.
+        where: for errors.
+
+    Raises:
+        ModelError: unknown class, a value out of bounds, or a config that the class refuses.
+    """
     import torch
     from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
     from diffusers.models.modeling_utils import LegacyModelMixin

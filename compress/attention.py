@@ -86,7 +86,7 @@ def _scaled(
     """Return what torch's function of these arguments does, or None if the kernel cannot take them."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return None
-    if query.ndim != 4 or query.shape[-2] * key.shape[-2] < _LEAST_SCORES:
+    if query.device.type != "cpu" or query.ndim != 4 or query.shape[-2] * key.shape[-2] < _LEAST_SCORES:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return None

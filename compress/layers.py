@@ -16,6 +16,7 @@ Letters: O output and I input channels (of one convolution group), B step bins, 
 directions.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -214,6 +215,19 @@ class QuantLayer(SteppedLayer):
         """Apply the layer as `execution` says; the result has the dtype of `x`."""
         return self.fake_forward(x) if self.execution == "fake" else self.int_forward(x)
 
+    def operations(self) -> dict[str, dict[str, Any]]:
+        """Return what `int_forward` runs of the dispatch table, in order, with what `dispatch.choose` asks of each."""
+        scheme, groups = self.scheme, getattr(self, "groups", 1)
+        weight = {"bits": scheme.weight_bits}
+        product = "linear" if scheme.input_granularity == "token" or self.float_kind is nn.Linear else "conv2d"
+        if scheme.input_bits == 16:
+            return {f"{product}_a16": weight}
+        reduction = self._in_channels * math.prod(self.qweight.shape[1:-1])
+        quantizers = {"tensor": "quantize_static", "sample": "quantize_sample", "token": "quantize_token"}
+        assert scheme.input_granularity is not None
+        quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
+        return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
+
     @property
     def weight(self) -> WeightForm:
         """Shape, dtype and device of the float weight, which is not there."""
@@ -286,8 +300,8 @@ class QuantLayer(SteppedLayer):
         assert self.direction_scale is not None
         return self.direction_weight.float() * self.direction_scale
 
-    def _int_rows(self, rows: Tensor, step_bin: int) -> Tensor:
-        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: fp32 `[M, O]`."""
+    def _int_rows(self, rows: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
+        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
         if self.scheme.input_bits == 8:
             codes, x_scale = dispatch.quantize_token(rows)
         else:
@@ -296,7 +310,11 @@ class QuantLayer(SteppedLayer):
         multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
         scale, bias = self._scale_and_bias(step_bin)
         weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
-        return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight))
+        return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight, dtype))
+
+    def _product_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the dtype in which an integer product is wanted: that of inputs, unless floats are added to it."""
+        return torch.float32 if self.directions is not None or self.lr_down is not None else x.dtype
 
     @property
     def _input_group(self) -> int:
@@ -337,7 +355,8 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             scale, bias = self._scale_and_bias(step_bin)
             y = dispatch.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
-            y = self._int_rows(inputs.reshape(-1, self.in_features), step_bin).view(*x.shape[:-1], self.out_features)
+            rows = inputs.reshape(-1, self.in_features)
+            y = self._int_rows(rows, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
         return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
@@ -392,12 +411,13 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             assert self.input_zero is not None
             scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
             q = dispatch.quantize_static(inputs, scale, zero)
-            y = dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin))
+            y = dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin), self._product_dtype(x))
         elif self.scheme.input_granularity == "sample":
-            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *self._weight_and_shape(step_bin))
+            weight_and_shape = self._weight_and_shape(step_bin)
+            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
-            rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin)
+            rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin, self._product_dtype(x))
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
             y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dcomp import DcompError, UsageError, __version__
 from dcomp.calibrate.clock import StepBins, StepClock, clock_of
+from dcomp.calibrate.config_match import build_on_meta
 from dcomp.calibrate.model_files import Component, check_model_folder
 from dcomp.calibrate.structure import is_layer
 from dcomp.compress.attention import attend_by_kernels
@@ -353,6 +354,23 @@ def load(
         ) from error
     run_layers_ahead(getattr(opened, model.denoiser.name), ahead, model.denoiser)
     return opened
+
+
+def empty_denoiser(component: Component) -> nn.Module:
+    """Return a checkpoint's denoiser as `load` makes it, but without any values.
+
+    Args:
+        component: checked, and of our format.
+
+    Raises:
+        CheckpointError: its config names layers that the model has not, or schemes that they cannot have.
+        ModelError: the model cannot be built.
+    """
+    where = str(component.path)
+    model = build_on_meta(component.class_name, component.config, len(component.tensors), where)
+    config = DcompQuantizationConfig.from_dict(dict(component.config["quantization_config"]))
+    DcompQuantizer(config)._process_model_before_weight_loading(model)
+    return model
 
 
 def run_layers_ahead(denoiser: nn.Module, ahead: str | None, component: Component) -> None:

@@ -9,17 +9,15 @@ Signed activations never go to `qlinear` or `qconv`: they fall to a scalar loop,
 """
 
 import functools
-import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dcomp.kernels import qparams, reference
+from dcomp.kernels.packs import Packs
 
 # |uint8| * |int8| summed this often stays within int32; with int8 activations there is room for twice as many.
 MAX_REDUCTION = (2**31 - 1) // (255 * 128)
@@ -216,24 +214,7 @@ def _two_columns(q: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     return q, codes
 
 
-@dataclass(frozen=True)
-class _Pack:
-    packed: Tensor
-    version: int
-    # Holding the storage keeps its address from being given to another tensor while the pack is cached.
-    storage: torch.UntypedStorage
-    offset: int | torch.SymInt
-
-    def fits(self, weight: Tensor) -> bool:
-        return (self.version, self.storage.data_ptr(), self.offset) == (
-            weight._version,
-            weight.untyped_storage().data_ptr(),
-            weight.storage_offset(),
-        )
-
-
-_Shape = tuple[tuple[int, ...], ...]
-_packs: "weakref.WeakKeyDictionary[Tensor, dict[_Shape, _Pack]]" = WeakTensorKeyDictionary()  # type: ignore[assignment]
+_packs: Packs[Tensor] = Packs()
 
 
 def conv2d_prepacked(
@@ -248,30 +229,22 @@ def conv2d_prepacked(
     dilation: list[int],
     groups: int = 1,
 ) -> Tensor:
-    """Return `reference.conv2d_a8` by `qconv`, with a reordered copy of the weight that lives as long as `codes`.
-
-    A change of the weight is seen by its version, storage and offset. A write through `.data` or a numpy view, which
-    torch does not count either, is not.
-    """
+    """Return `reference.conv2d_a8` by `qconv`, with a reordered copy of the weight that lives as long as `codes`."""
     assert groups == 1
     by_sample = len(x_scale) != 1 or len(x_zero) != 1
     unfit = (
         _may_see_only_padding(q, codes, padding, dilation)
         or _is_strided_column(q, codes, stride, padding, dilation)
-        or codes.is_inference()  # which has no version
+        or not _packs.can_keep(codes)
     )
     if unfit or (by_sample and _is_small(q, codes)):
         return conv2d_patches(q, x_scale, x_zero, codes, weight_scale, bias, stride, padding, dilation)
     shape = (tuple(codes.shape), tuple(stride), tuple(padding), tuple(dilation))
-    packs = _packs.setdefault(codes, {})
-    pack = packs.get(shape)
-    if pack is None or not pack.fits(codes):
-        packed = _prepack(codes, stride, padding, dilation)
-        pack = packs[shape] = _Pack(packed, codes._version, codes.untyped_storage(), codes.storage_offset())
+    packed = _packs.get(codes, shape, lambda: _prepack(codes, stride, padding, dilation))
     q = q.contiguous(memory_format=torch.channels_last)
     convolve = functools.partial(
         _qconv,
-        packed=pack.packed,
+        packed=packed,
         weight_scale=weight_scale,
         bias=bias,
         stride=stride,

@@ -7,6 +7,7 @@ memory; what a kernel wants otherwise it makes for itself. No scale is computed 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +72,25 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(t.nbytes for t in (self.qweight, self.scale, self.multiplier) if t is not None)
+
+
+class Stored(NamedTuple):
+    """A weight as a checkpoint has it, for kernels that unpack it themselves."""
+
+    qweight: Tensor
+    multiplier: Tensor | None
+
+    def by_taps(self) -> tuple[Tensor, Tensor | None]:
+        """View both as `[O, taps, ...]`."""
+        qweight = self.qweight.reshape(len(self.qweight), -1, self.qweight.shape[-1])
+        if self.multiplier is None:
+            return qweight, None
+        return qweight, self.multiplier.reshape(*qweight.shape[:2], -1)
+
+
+def stored(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Stored:
+    """Return the weight as it is, in the place of `int8_image`."""
+    return Stored(qweight, multiplier)
 
 
 def storage(

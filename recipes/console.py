@@ -163,9 +163,14 @@ def print_validation(result: Any, html: Path | None = None) -> None:
 
 
 def print_doctor(report: Mapping[str, Any]) -> None:
-    """Print what `dcomp doctor` found; the chosen kernels as a table."""
-    print_facts("Machine", {key: value for key, value in report.items() if key != "kernels"})
-    print_records("Kernels", report.get("kernels", ()))
+    """Print what `dcomp doctor` found: the chosen kernels as a table, or those of layers if some were asked for."""
+    if report["layers"]:
+        print_records("Layers", report["layers"])
+        return
+    apart = ("kernels", "layers", "cuda", "built")
+    print_facts("Machine", {key: value for key, value in report.items() if key not in apart})
+    print_facts("Kernels of our own", {"compiled": report["built"], "cuda": report["cuda"]})
+    print_records("Operations", report["kernels"])
 
 
 def print_records(

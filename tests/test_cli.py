@@ -592,6 +592,13 @@ def test_doctor_speaks_json_and_is_silent_about_missing_kernels(run: Run) -> Non
     assert set(json.loads(out)) == documented("doctor")
 
 
+def test_doctor_tells_of_the_layers_of_a_checkpoint(checkpoint: Path, run: Run) -> None:
+    data = read_json(run("doctor", checkpoint, "--explain", "*conv*", "--json"))
+    assert data["layers"]
+    assert all("conv" in line["layer"] for line in data["layers"])
+    assert_one_screen(*run("doctor", "--explain", "*conv*"), code_wanted=2, words="needs a checkpoint")
+
+
 @pytest.mark.slow
 def test_bench_speaks_json(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
     data = read_json(run("bench", checkpoint, "--against", models[UNET], "--repeats", "3", "--json"))

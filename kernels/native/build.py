@@ -8,16 +8,14 @@ library is loaded.
 import hashlib
 import os
 import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+
+from dcomp.kernels import build_cache
+from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.compiler import compiler, run
 
 _SOURCES = Path(__file__).parent
 _STABLE_ABI = "0x020a000000000000"  # of torch 2.10, the oldest that dcomp takes
@@ -29,11 +27,6 @@ _OF_X86 = {
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
     "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
-_TIMEOUT = 300  # seconds
-
-
-class BuildError(Exception):
-    """The library cannot be built here, and why: a reason for the dispatch table, which then has other rows."""
 
 
 def library_file() -> Path:
@@ -42,46 +35,21 @@ def library_file() -> Path:
     Raises:
         BuildError: there is no compiler, it fails, or there is no folder of the user's own to keep the result in.
     """
-    compiler = _compiler()
-    folder = _folder()
-    file = folder / f"native-{_key(compiler)}.so"
+    command = compiler()
+    file = build_cache.folder() / f"native-{_key(command)}.so"
     if not file.is_file():
         try:
-            with FileLock(file.with_suffix(".lock"), timeout=_TIMEOUT):
+            with build_cache.locked(file):
                 if not file.is_file():
-                    _build(compiler, file)
+                    build_cache.write(file, lambda unfinished: _build(command, unfinished))
         except OSError as error:
             raise BuildError(f"the folder of built kernels cannot be written ({error})") from error
     return file
 
 
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    try:
-        words = shlex.split(named) if named else ["g++"]
-    except ValueError as error:
-        raise BuildError(f"CXX is no command ({error})") from error
-    if not words or shutil.which(words[0]) is None:
-        raise BuildError(f"there is no C++ compiler {words[0] if words else named!r}")
-    return words
-
-
-def _folder() -> Path:
-    """Return the folder of built libraries; what others can write to is not loaded from."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dcomp"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except (OSError, RuntimeError) as error:  # the latter without a home
-        raise BuildError(f"there is no folder to keep built kernels in ({error})") from error
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise BuildError(f"the folder of built kernels can be written by others: {folder}")
-    return folder
-
-
 def _key(compiler: list[str]) -> str:
     """Return what decides the bytes of the library, as a hash."""
-    version = _run([*compiler, "--version"])
+    version = run([*compiler, "--version"])
     digest = hashlib.sha256(repr((compiler, version, torch.__version__, _commands(compiler, _sets()))).encode())
     for source in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
@@ -106,33 +74,18 @@ def _sets() -> dict[str, tuple[str, ...]]:
 
 def _is_known(compiler: list[str], flags: tuple[str, ...]) -> bool:
     try:
-        _run([*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+        run([*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
     except BuildError:
         return False
     return True
 
 
-def _build(compiler: list[str], file: Path) -> None:
+def _build(compiler: list[str], library: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        commands = _commands(compiler, {name: flags for name, flags in _sets().items() if _is_known(compiler, flags)})
-        objects = [str(Path(scratch) / f"{name}.o") for name in commands]
-        with ThreadPoolExecutor() as pool:
-            made = pool.map(_run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))
-            for _ in made:  # raises what went wrong
-                pass
-        unfinished = Path(scratch) / file.name
-        _run([*compiler, "-shared", *objects, "-o", str(unfinished), f"-L{libraries}", "-ltorch_cpu", "-lc10"])
-        unfinished.replace(file)
-
-
-def _run(command: list[str]) -> str:
-    """Return what a command of the compiler prints."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the C++ compiler did not run ({error})") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-        raise BuildError(f"the C++ compiler failed ({lines[0].strip()[:200]})")
-    return done.stdout
+    commands = _commands(compiler, {name: flags for name, flags in _sets().items() if _is_known(compiler, flags)})
+    objects = [str(library.with_name(f"{name}.o")) for name in commands]
+    with ThreadPoolExecutor() as pool:
+        made = pool.map(run, ([*words, "-o", out] for words, out in zip(commands.values(), objects, strict=True)))
+        for _ in made:  # raises what went wrong
+            pass
+    run([*compiler, "-shared", *objects, "-o", str(library), f"-L{libraries}", "-ltorch_cpu", "-lc10"])

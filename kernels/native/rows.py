@@ -7,13 +7,14 @@ in any memory format that is dense, else the row of oneDNN does it.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcomp.kernels import cpu, packing, qparams, reference
-from dcomp.kernels.native.build import BuildError, library_file
+from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.native.build import library_file
+from dcomp.kernels.packing import Stored
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST_HEAD = 256
@@ -176,25 +177,6 @@ def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> 
     rows = (qweight.reshape(-1, qweight.shape[-1]), multiplier.reshape(-1, multiplier.shape[-1]))
     torch.ops.dcomp_native.unpack_int4(*rows, codes.view(-1, in_channels))
     return codes
-
-
-class Stored(NamedTuple):
-    """A weight as a checkpoint has it, which `linear_a8_by_strips` and `conv2d_a8_by_strips` unpack."""
-
-    qweight: Tensor
-    multiplier: Tensor | None
-
-    def by_taps(self) -> tuple[Tensor, Tensor | None]:
-        """View both as `[O, taps, ...]`."""
-        qweight = self.qweight.reshape(len(self.qweight), -1, self.qweight.shape[-1])
-        if self.multiplier is None:
-            return qweight, None
-        return qweight, self.multiplier.reshape(*qweight.shape[:2], -1)
-
-
-def stored(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Stored:
-    """Return the weight as it is, in the place of `int8_image`."""
-    return Stored(qweight, multiplier)
 
 
 def linear_a8_by_strips(

@@ -262,9 +262,10 @@ def test_a_pack_is_made_once_and_dies_with_its_weight():
         [1, 1],
     )
     cpu.conv2d_prepacked(_draw((1, 4, 5, 5), 0, 255, 1), *arguments)
-    packs = [*cpu._packs[codes].values()]
+    packs = cpu._packs.of(codes)
+    assert len(packs) == 1
     cpu.conv2d_prepacked(_draw((2, 4, 7, 3), 0, 255, 1), *arguments)
-    assert [*cpu._packs[codes].values()] == packs
+    assert cpu._packs.of(codes) == packs
     del codes, arguments
     gc.collect()
     assert len(cpu._packs) == before
@@ -286,7 +287,7 @@ def test_a_weight_without_a_version_is_never_cached():
     )
     q = _draw((1, 4, 5, 5), 0, 255, 1)
     assert torch.equal(cpu.conv2d_prepacked(q, *arguments), reference.conv2d_a8(q, *arguments, 1))
-    assert codes not in cpu._packs
+    assert cpu._packs.of(codes) == {}
 
 
 @settings(max_examples=60)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dcomp.kernels import cpu, dispatch, reference
+from dcomp.kernels.cuda import loaded
 from dcomp.kernels.packing import pack_weight
 
 needs_vnni = pytest.mark.skipif(cpu.defect() is not None, reason=str(cpu.defect()))
@@ -110,6 +111,14 @@ def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
             assert found.stride() == plain.stride()
 
 
+@pytest.mark.parametrize(("operation", "make"), [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_products_are_rounded_once_to_the_dtype_that_is_asked_for(operation, make, dtype):
+    arguments = make(8)
+    torch.library.opcheck(operation, (*arguments, dtype))
+    assert torch.equal(operation(*arguments, dtype), operation(*arguments).to(dtype))
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_operations_are_the_definition_on_the_int8_image(bits):
     q, x_scale, qweight, scale, multiplier, bias, in_features = _linear(bits)
@@ -154,8 +163,12 @@ def test_the_largest_allowed_sum_does_not_overflow():
 def test_demanding_a_row_that_cannot_run_is_an_error():
     with dispatch.use_backend("cpu"), pytest.raises(dispatch.KernelError, match="grouped"):
         dispatch.choose("conv2d_a8", groups=2)
-    with pytest.raises(dispatch.KernelError), dispatch.use_backend("cuda"):
+    with pytest.raises(dispatch.KernelError), dispatch.use_backend("toaster"):
         pass
+    with dispatch.use_backend("cuda"), pytest.raises(dispatch.KernelError, match="does not run on cpu"):
+        dispatch.choose("linear_a8")
+    with dispatch.use_backend("native"), pytest.raises(dispatch.KernelError, match="does not run on cuda"):
+        dispatch.choose("linear_a8", device="cuda")
     with dispatch.use_backend("native"), pytest.raises(dispatch.KernelError, match="no kernel of our own"):
         dispatch.choose("linear_a16")
 
@@ -177,10 +190,14 @@ def test_every_operation_and_format_is_explained_for_every_device():
     assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
     assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 30
     assert all(line["reason"] for line in lines)
+    unfit = loaded.defect(0)
     for line in lines:
-        if line["device"] == "cuda":
-            assert line["row"] == ("torch" if line["operation"].endswith(("a16", "attention")) else "emulated")
-            assert "no CUDA kernels" in line["reason"]
+        if line["device"] == "cuda" and line["operation"] == "attention":
+            assert line["row"] == "torch"
+            assert "there is no CUDA kernel for it" in line["reason"]
+        elif line["device"] == "cuda" and unfit is not None:
+            assert line["row"] == ("torch" if line["operation"].endswith("a16") else "emulated")
+            assert unfit in line["reason"]
 
 
 def test_backward_through_an_operation_is_refused():

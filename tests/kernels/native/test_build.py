@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.native import rows
-from dcomp.kernels.native.build import BuildError, library_file
+from dcomp.kernels.native.build import library_file
 
 needs_compiler = pytest.mark.skipif(rows.defect() is not None, reason=f"{rows.defect()}")
 

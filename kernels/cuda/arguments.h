@@ -1,0 +1,141 @@
+// What each kernel takes: one struct, by value. Python mirrors them in arguments.py.
+//
+// Pointers come first, then integers of 64 bits, then what has 32 bits; only the end may be padded. All tensors are
+// dense. A float tensor of a layer has the type that `FloatType` names; all other floats are fp32.
+//
+// M rows, O outputs, K depth: the channels of all taps, padded to a multiple of 16 by the host. N samples, P pixels of
+// a sample, C channels.
+#pragma once
+
+namespace dcomp {
+
+using int8 = signed char;
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using int64 = long long;
+
+enum FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// linear_w8a8_*, linear_w4a8_*, linear_w4a8_channel_*; grid (ceil(O / columns), ceil(M / rows of a tile))
+struct LinearArguments {
+  const int8* x;              // [M, K]
+  const uint8* weight;        // int8 [O, K]; or fragments, see packing.py
+  const float* x_scale;       // [M]
+  const float* weight_scale;  // [O]; of w4a8_channel: times multiplier / 16
+  const float* bias;          // [O], or null
+  void* out;                  // [M, O]
+  int rows, outputs, depth;   // M, O, K
+  int out_type;
+};
+
+// conv_w8a8_*, conv_w4a8_*, conv_w4a8_channel_*; grid as of linear layers, where a row is a pixel of the output
+struct ConvArguments {
+  const uint8* x;             // [N, height, width, C]; C is a multiple of 16, of 32 for w4a8
+  const uint8* padding;       // [N or 1, 16], 16 times the zero; what taps beyond the image read
+  const uint8* weight;        // int8 [O, kernel height, kernel width, C]; or fragments, see packing.py
+  const int* weight_sum;      // [O], of the integers that are multiplied: of w4a8_channel, 16 times those of the codes
+  const float* x_scale;       // [N or 1]
+  const uint8* x_zero;        // [N or 1]
+  const float* weight_scale;  // [O]; of w4a8_channel: times multiplier / 16
+  const float* bias;          // [O], or null
+  void* out;                  // [N, output height, output width, O]
+  int rows, outputs, depth;   // M = N * output height * output width, O, K = kernel height * kernel width * C
+  int out_type;
+  int height, width, channels;
+  int out_pixels, out_width;  // output height * output width, output width
+  int scale_rows;             // rows that share scale and zero: out_pixels, or M if there is one for all
+  int kernel_width;
+  int stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  uint32 channels_inverse;      // 2^32 / C, rounded up; K * C is below 2^32
+  uint32 kernel_width_inverse;  // 2^16 / kernel width, rounded up
+};
+
+// quantize_static; any grid, each thread takes every so many elements
+struct QuantizeStaticArguments {
+  const void* x;       // [count]
+  uint8* codes;        // [count]
+  const float* scale;  // [1]
+  const uint8* zero;   // [1]
+  int64 count;
+  int x_type;
+};
+
+// sample_range, then quantize_sample; both with grid (parts, N)
+struct QuantizeSampleArguments {
+  const void* x;  // [N, count]
+  uint8* codes;   // [N, count]
+  float* scale;   // [N], written
+  uint8* zero;    // [N], written
+  float* ranges;  // [N, parts, 2], scratch: the lowest and the highest value of each part
+  int64 count;    // elements of a sample
+  int parts;
+  int x_type;
+};
+
+// quantize_token; grid ceil(M / 8): a warp a row
+struct QuantizeTokenArguments {
+  const void* x;  // [M, C]
+  int8* codes;    // [M, K], 0 beyond C
+  float* scale;   // [M], written
+  int rows, channels, depth;
+  int x_type;
+};
+
+// group_peak, then quantize_group; both with grid (parts, N)
+struct QuantizeGroupArguments {
+  const void* x;  // [N, rows, C]
+  int8* codes;    // [N, rows, K], 0 beyond C
+  float* scale;   // [N], written
+  float* peaks;   // [N, parts], scratch: the outer scale that each part of the rows calls for
+  int rows, channels, depth;
+  int group;      // channels that share a grid, at most C
+  int parts;
+  int x_type;
+};
+
+// unpack_int8, unpack_int4; any grid
+struct UnpackArguments {
+  const void* qweight;      // int8 [O, taps, C]; or uint8 [O, taps, groups * group / 2]
+  const int8* multiplier;   // [O, taps, groups], null for 8 bits
+  const float* scale;       // [O]
+  void* out;                // [O, taps, C]
+  int rows, taps;           // O * taps, taps
+  int channels, groups, group;
+  int out_type;
+};
+
+// group_norm_moments, then group_norm_static; or group_norm_moments, group_norm_range, group_norm_sample: all with grid
+// (parts, N)
+struct GroupNormArguments {
+  const void* x;        // [N, P, C]
+  const float* weight;  // [C], or null with `bias`
+  const float* bias;    // [C]
+  float* moments;       // [N, parts, groups, 2], scratch: mean and sum of squared distances from it, of a part's pixels
+  float* ranges;        // [N, parts, 2], scratch of a sample's range; null for static
+  uint8* codes;         // [N, P, C]
+  float* scale;         // [N], written; static: [1], read
+  uint8* zero;          // [N], written; static: [1], read
+  int pixels, channels, groups;  // at most 256 groups
+  float epsilon;
+  int silu;             // not 0: SiLU comes after the norm
+  int parts;
+  int x_type;
+};
+
+// layer_norm_token; grid ceil(M / 8): a warp a row
+struct LayerNormArguments {
+  const void* x;        // [M, C]
+  const float* weight;  // [C], or null with `bias`
+  const float* bias;    // [C]
+  const float* gain;    // [M / gain_rows, C], or null with `shift`: y * (1 + gain) + shift
+  const float* shift;   // like gain
+  int8* codes;          // [M, K], 0 beyond C
+  float* scale;         // [M], written
+  int rows, channels, depth;
+  int gain_rows;        // neighbouring rows that share gain and shift
+  float epsilon;
+  int x_type;
+};
+
+}  // namespace dcomp

@@ -1,0 +1,316 @@
+"""A kernel is trusted on a device once it has given exact results there.
+
+Nobody can test kernels on all GPUs. So each is run at its first use, on three small shapes, and its integers are
+compared with the definitions in `reference` and `qparams`; floats are powers of two, so they are exact too, and codes
+of norms may differ by one at ties alone. A kernel that fails is not used, which is said once. One that passes is not
+tested again with the same code, driver and device.
+"""
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcomp.kernels import build_cache, qparams, reference
+from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.cuda import calls, driver, loaded
+from dcomp.kernels.cuda.compile import Image
+from dcomp.kernels.cuda.driver import DriverError, Kernel
+from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.packing import Stored, int8_image
+
+_BEGUN, _PASSED = b"begun", b"passed"
+_BEFORE = {
+    "quantize_sample": ("sample_range",),
+    "quantize_group": ("group_peak",),
+    "group_norm_static": ("group_norm_moments",),
+    "group_norm_sample": ("group_norm_moments", "group_norm_range"),
+}
+_CASES = 3
+_lock = threading.RLock()
+
+
+class UnusableError(Exception):
+    """A kernel that is not used on a device, and why."""
+
+
+def kernels(name: str, index: int) -> tuple[Kernel, ...]:
+    """Return a kernel of a device that is right there, after those that must run before it.
+
+    Raises:
+        UnusableError: it is not right, or is not there; or it was not tested yet, and a CUDA graph is being recorded.
+    """
+    if driver.is_capturing() and not is_known(name, index):
+        raise UnusableError("it cannot be tested while a CUDA graph is recorded")
+    found = _found(driver.library(), name, index)
+    if isinstance(found, str):
+        raise UnusableError(found)
+    return found
+
+
+def defect(name: str, index: int) -> str | None:
+    """Say why a kernel is not used on a device, or None."""
+    try:
+        kernels(name, index)
+    except UnusableError as error:
+        return str(error)
+    return None
+
+
+def is_known(name: str, index: int) -> bool:
+    """Whether it is known of a kernel if it can be used, without compiling or running anything."""
+    return (driver.library(), name, index) in _states
+
+
+def known(index: int) -> dict[str, str | None]:
+    """Return what is wrong with each kernel of a device that was tried so far, or None where it is right."""
+    used = driver.library()
+    found = {name: state for (library, name, number), state in _states.items() if (library, number) == (used, index)}
+    return {name: state if isinstance(state, str) else None for name, state in found.items()}
+
+
+_Found = tuple[Kernel, ...] | str
+_states: dict[tuple[Any, str, int], _Found] = {}
+
+
+def _found(library: Any, name: str, index: int) -> _Found:
+    state = (library, name, index)
+    if state not in _states:
+        with _lock:
+            if state not in _states:
+                _states[state] = _tried(name, index)
+    return _states[state]
+
+
+def _tried(name: str, index: int) -> _Found:
+    """Load a kernel and test it; say what is wrong otherwise."""
+    try:
+        module, image = loaded.module(name, index)
+        entries = (ENTRIES[entry] for entry in (*_BEFORE.get(name, ()), name))
+        found = tuple(module.kernel(entry.name, entry.threads, entry.shared_memory) for entry in entries)
+    except (BuildError, DriverError) as error:
+        return str(error)
+    problem = _tested(name, index, found, image)
+    if problem is None:
+        return found
+    warnings.warn(f"dcomp does not use its CUDA kernel {name} on {driver.device(index).name}: {problem}", stacklevel=2)
+    return problem
+
+
+def _tested(name: str, index: int, found: tuple[Kernel, ...], image: Image) -> str | None:
+    """Say what is wrong with a kernel, or None; a pass is kept beside the compiled code."""
+    if image.file is None:
+        return _test(name, index, found)
+    device, version = driver.device(index), driver.version()
+    key = hashlib.sha256(repr((name, image.file.name, version, device.name)).encode()).hexdigest()[:16]
+    file = image.file.with_name(f"{name}-{key}.tested")
+    if _content(file) == _PASSED:
+        return None
+    try:
+        with build_cache.locked(file):
+            before = _content(file)
+            if before == _PASSED:
+                return None
+            if before == _BEGUN:  # by a process that did not live to say how it ended
+                return f"a process died in its self-test; delete {file} to have it tested again"
+            _write(file, _BEGUN)
+            left = None
+            try:
+                problem = _test(name, index, found)
+                left = _PASSED if problem is None else None if _is_alive(index) else _BEGUN
+            finally:
+                _write(file, left)
+            return problem
+    except OSError:  # a folder that cannot be written keeps nothing
+        return _test(name, index, found)
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
+def _write(file: Path, content: bytes | None) -> None:
+    if content is None:
+        file.unlink(missing_ok=True)
+    else:
+        build_cache.write(file, lambda unfinished: unfinished.write_bytes(content))
+
+
+def _is_alive(index: int) -> bool:
+    """Whether a device still works for this process; a kernel that touches wrong memory ends that."""
+    try:
+        return bool(torch.ones(1, device=driver.torch_device(index)).item())
+    except RuntimeError:
+        return False
+
+
+def _test(name: str, index: int, found: tuple[Kernel, ...]) -> str | None:
+    """Say in which case a kernel is not exact, or None."""
+    test = next(test for start, test in _TESTS.items() if name.startswith(start))
+    device = driver.torch_device(index)
+    try:
+        with torch.no_grad():
+            for case in range(_CASES):
+                draw = _Draw(case, device)
+                if not all(torch.equal(result.cpu(), expected) for result, expected in test(found, case, draw)):
+                    return f"it failed its self-test (case {case + 1} of {_CASES})"
+    except (DriverError, RuntimeError) as error:
+        return f"it failed its self-test ({str(error).splitlines()[0]})"
+    return None
+
+
+_Pairs = Iterator[tuple[Tensor, Tensor]]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Draw:
+    """Inputs of one case, the same at each time; made on the processor and given to the device."""
+
+    def __init__(self, case: int, device: torch.device) -> None:
+        self._generator = torch.Generator().manual_seed(case)
+        self.device = device
+
+    def integers(self, shape: tuple[int, ...], low: int, high: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=self._generator).to(dtype)
+
+    def floats(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return (3 * torch.randn(shape, generator=self._generator) - 0.5).to(dtype)
+
+    def powers(self, *shape: int) -> Tensor:
+        """Powers of two, which change no digit of a sum; the product of two keeps sums in the range of float16."""
+        return 2.0 ** self.integers(shape, -8, -5, torch.float32)
+
+    def weight(self, kind: str, shape: tuple[int, ...]) -> Stored:
+        """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups of 32, or rows."""
+        if kind == "w8a8":
+            return Stored(self.integers(shape, -127, 127, torch.int8), None)
+        *rows, channels = shape
+        groups = -(-channels // 32)
+        packed = (*rows, 16 * groups) if kind == "w4a8" else (*rows, -(-channels // 2))
+        whole_row = (shape[0], *(1 for _ in rows))
+        factors = self.integers((*rows, groups) if kind == "w4a8" else whole_row, 1, 15, torch.int8)
+        factors = torch.where(self.integers(tuple(factors.shape), 0, 1, torch.int8) > 0, factors, -factors)
+        return Stored(self.integers(packed, 0, 255, torch.uint8), factors.expand(*rows, -1))
+
+    def here(self, *tensors: Tensor | None) -> Iterator[Any]:
+        """Copies on the device."""
+        return (None if tensor is None else tensor.to(self.device) for tensor in tensors)
+
+
+def _test_linear(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
+    rows, outputs, channels = ((5, 7, 40), (entry.rows + 37, entry.columns + 19, 208), (33, entry.columns, 512))[case]
+    q = draw.integers((rows, channels), -127, 127, torch.int8)
+    x_scale, scale = draw.powers(rows), draw.powers(outputs)
+    bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    stored = draw.weight(kind, (outputs, channels))
+    expected = reference.linear_a8(q, x_scale, int8_image(*stored, channels), scale, bias).to(_DTYPES[case])
+    weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
+    q, x_scale, scale, bias = draw.here(q, x_scale, scale, bias)
+    yield calls.linear(found[-1], q, x_scale, weight, scale, bias, _DTYPES[case]), expected
+
+
+def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
+    outputs = (9, entry.columns + 19, 32)[case]
+    image = ((1, 20, 5, 6), (2, 32, 13, 13), (3, 48, 9, 8))[case]
+    taps = ((3, 3), (3, 3), (3, 2))[case]
+    shape = (([1, 1], [1, 1], [1, 1]), ([1, 1], [1, 1], [1, 1]), ([2, 1], [2, 1], [1, 2]))[case]
+    q = draw.integers(image, 0, 255, torch.uint8).contiguous(memory_format=torch.channels_last)
+    ranges = 1 if case == 0 else image[0]
+    x_scale, x_zero = draw.powers(ranges), draw.integers((ranges,), 0, 255, torch.uint8)
+    scale, bias = draw.powers(outputs), None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    stored = draw.weight(kind, (outputs, *taps, image[1]))
+    codes = int8_image(*stored, image[1])
+    expected = reference.conv2d_a8(q, x_scale, x_zero, codes, scale, bias, *shape, 1).to(_DTYPES[case])
+    weight = calls.product_weight(Stored(*draw.here(*stored)), image[1], kind, with_sums=True)
+    q, x_scale, x_zero, scale, bias = draw.here(q, x_scale, x_zero, scale, bias)
+    made = calls.conv2d(found[-1], q, x_scale, x_zero, weight, scale, bias, taps, *shape, dtype=_DTYPES[case])
+    yield made, expected
+
+
+def _operation_and_kind(name: str) -> tuple[str, str]:
+    """Take the name of a product's kernel apart."""
+    operation, *kind, _ = name.split("_")
+    return operation, "_".join(kind)
+
+
+def _test_static(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((3, 5, 7), (2, 19, 33, 31), (4, 4099))[case], _DTYPES[case])
+    scale, zero = draw.powers(1), draw.integers((1,), 0, 255, torch.uint8)
+    expected = qparams.quantize_static(x, scale, zero)
+    yield calls.quantize_static(found[-1], *draw.here(x, scale, zero)), expected
+
+
+def _test_sample(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((1, 3, 5, 7), (2, 19, 33, 31), (5, 4099))[case], _DTYPES[case])
+    yield from zip(calls.quantize_sample(found, *draw.here(x)), qparams.quantize_sample(x), strict=True)
+
+
+def _test_token(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((5, 7), (37, 320), (18, 1283))[case], _DTYPES[case])
+    yield from zip(calls.quantize_token(found[-1], *draw.here(x)), qparams.quantize_token(x), strict=True)
+
+
+def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((1, 5, 7), (37, 1, 320), (2, 143, 84))[case], _DTYPES[case])
+    yield from zip(calls.quantize_group(found, next(draw.here(x)), 32), qparams.quantize_group(x, 32), strict=True)
+
+
+def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    shape = ((9, 20), (67, 3, 3, 64), (33, 2, 1, 83))[case]
+    stored = draw.weight("w4a8" if found[-1].name == "unpack_int4" else "w8a8", shape)
+    scale = draw.powers(shape[0])
+    expected = qparams.dequantize_weight(int8_image(*stored, shape[-1]), scale).to(_DTYPES[case])
+    weight = Stored(*draw.here(*stored))
+    yield calls.unpack(found[-1], weight, next(draw.here(scale)), shape[-1], _DTYPES[case]), expected
+
+
+def _test_group_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((1, 8, 5, 7), (2, 64, 9, 11), (3, 42, 16, 5))[case], _DTYPES[case])
+    x, groups = x.contiguous(memory_format=torch.channels_last), (2, 8, 3)[case]
+    weight, bias = (None, None) if case == 0 else (draw.powers(x.shape[1]), draw.powers(x.shape[1]))
+    is_static = found[-1].name == "group_norm_static"
+    scale, zero = (draw.powers(1), draw.integers((1,), 0, 255, torch.uint8)) if is_static else (None, None)
+    expected, *_ = reference.group_norm_quantize(x, groups, weight, bias, 1e-5, case > 0, scale, zero)
+    x, weight, bias, scale, zero = draw.here(x, weight, bias, scale, zero)
+    codes, *_ = calls.group_norm_quantize(found, x, groups, weight, bias, 1e-5, case > 0, scale, zero)
+    yield _near(codes, expected), torch.tensor(True)
+
+
+def _test_layer_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    x = draw.floats(((1, 5, 8), (2, 19, 320), (3, 7, 1283))[case], _DTYPES[case])
+    samples, _, channels = x.shape
+    weight, bias = (None, None) if case == 0 else (draw.powers(channels), draw.powers(channels))
+    gain, shift = (None, None) if case == 1 else (draw.powers(samples, channels), draw.powers(samples, channels))
+    expected, _ = reference.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
+    x, weight, bias, gain, shift = draw.here(x, weight, bias, gain, shift)
+    codes, _ = calls.layer_norm_quantize(found[-1], x, weight, bias, gain, shift, 1e-5)
+    yield _near(codes, expected), torch.tensor(True)
+
+
+def _near(codes: Tensor, expected: Tensor) -> Tensor:
+    """Whether codes are right but for a few, of values at ties, that are off by one."""
+    off = (codes.cpu().int() - expected.int()).abs()
+    return (off.max() <= 1) & (off.sum() <= max(1, off.numel() // 500))
+
+
+_TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
+    "linear": _test_linear,
+    "conv": _test_conv,
+    "quantize_static": _test_static,
+    "quantize_sample": _test_sample,
+    "quantize_token": _test_token,
+    "quantize_group": _test_group,
+    "group_norm": _test_group_norm,
+    "layer_norm": _test_layer_norm,
+    "unpack": _test_unpack,
+}

@@ -1,0 +1,43 @@
+// Where the fields of each argument struct lie, as text, so that a test can compare them with their mirrors in Python.
+#pragma once
+#include <cstddef>
+#include <map>
+#include <string>
+
+#include "../cuda/arguments.h"
+
+// Applies WHAT(structure, field) to each field.
+#define DCOMP_PARENTHESES ()
+#define DCOMP_EXPAND(...) DCOMP_EXPAND_3(DCOMP_EXPAND_3(DCOMP_EXPAND_3(__VA_ARGS__)))
+#define DCOMP_EXPAND_3(...) DCOMP_EXPAND_2(DCOMP_EXPAND_2(DCOMP_EXPAND_2(__VA_ARGS__)))
+#define DCOMP_EXPAND_2(...) DCOMP_EXPAND_1(DCOMP_EXPAND_1(DCOMP_EXPAND_1(__VA_ARGS__)))
+#define DCOMP_EXPAND_1(...) __VA_ARGS__
+#define DCOMP_EACH(WHAT, structure, ...) __VA_OPT__(DCOMP_EXPAND(DCOMP_STEP(WHAT, structure, __VA_ARGS__)))
+#define DCOMP_STEP(WHAT, structure, field, ...) \
+  WHAT(structure, field) __VA_OPT__(DCOMP_AGAIN DCOMP_PARENTHESES(WHAT, structure, __VA_ARGS__))
+#define DCOMP_AGAIN() DCOMP_STEP
+
+namespace dcomp::emulator {
+
+#define DCOMP_FIELD(structure, field) +" " #field " " + std::to_string(offsetof(structure, field))
+#define DCOMP_LAYOUT(structure, ...) \
+  {#structure, std::to_string(sizeof(structure)) DCOMP_EACH(DCOMP_FIELD, structure, __VA_ARGS__)}
+
+// Size of a struct, then name and offset of each of its fields.
+inline const std::map<std::string, std::string> layouts{
+    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, rows, outputs, depth, out_type),
+    DCOMP_LAYOUT(ConvArguments, x, padding, weight, weight_sum, x_scale, x_zero, weight_scale, bias, out, rows, outputs,
+                 depth, out_type, height, width, channels, out_pixels, out_width, scale_rows, kernel_width, stride_y,
+                 stride_x, padding_y, padding_x, dilation_y, dilation_x, channels_inverse, kernel_width_inverse),
+    DCOMP_LAYOUT(QuantizeStaticArguments, x, codes, scale, zero, count, x_type),
+    DCOMP_LAYOUT(QuantizeSampleArguments, x, codes, scale, zero, ranges, count, parts, x_type),
+    DCOMP_LAYOUT(QuantizeTokenArguments, x, codes, scale, rows, channels, depth, x_type),
+    DCOMP_LAYOUT(QuantizeGroupArguments, x, codes, scale, peaks, rows, channels, depth, group, parts, x_type),
+    DCOMP_LAYOUT(UnpackArguments, qweight, multiplier, scale, out, rows, taps, channels, groups, group, out_type),
+    DCOMP_LAYOUT(GroupNormArguments, x, weight, bias, moments, ranges, codes, scale, zero, pixels, channels, groups,
+                 epsilon, silu, parts, x_type),
+    DCOMP_LAYOUT(LayerNormArguments, x, weight, bias, gain, shift, codes, scale, rows, channels, depth, gain_rows,
+                 epsilon, x_type),
+};
+
+}  // namespace dcomp::emulator

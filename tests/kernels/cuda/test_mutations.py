@@ -1,0 +1,241 @@
+"""Bugs put into the kernels: the emulator and a few small cases find each of them, and nothing where there is none.
+
+This tests the tests. A mutation replaces a text that occurs once in a source, so it fails when the source moves on.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dcomp.kernels import qparams, reference
+from dcomp.kernels.emulator.build import FOLDERS, KERNELS, library_file
+from dcomp.kernels.packing import int8_image, pack_int4
+from tests.support import quantizers
+from tests.support.emulated import SEEDS, Emulator, EmulatorError, emulator
+from tests.support.mutations import MUTATIONS, Mutation
+from tests.support.norms import group_norm, layer_norm
+from tests.support.products import Int4Weight, conv, integers, linear
+
+Check = Callable[[Emulator], bool]
+
+
+def right(found: Tensor, expected: Tensor) -> bool:
+    """Whether tensors are equal, NaN in the same places."""
+    return torch.equal(found.float().nan_to_num(nan=-7.25), expected.float().nan_to_num(nan=-7.25))
+
+
+def without_conflicts(emulator: Emulator) -> bool:
+    """Whether no bank of shared memory was asked twice at once."""
+    counts = emulator.counts()
+    return counts["wavefronts"] == counts["ideal_wavefronts"]
+
+
+def check_linear(group: int | None) -> Check:
+    def check(emulator: Emulator) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        stem = "linear_w8a8" if group == 0 else "linear_w4a8" if group else "linear_w4a8_channel"
+        good = True
+        for rows, outputs, channels in ((70, 72, 208), (64, 63, 400)):
+            q = integers(generator, -128, 127, rows, channels)
+            if group == 0:
+                weight = image = integers(generator, -127, 127, outputs, channels)
+            else:
+                packed = Int4Weight(generator, (outputs, channels), group)
+                weight, image = packed.fragments, packed.image
+            x_scale, bias = 2.0 ** (torch.arange(rows) % 5), torch.arange(outputs).float()
+            weight_scale = 2.0 ** (torch.arange(outputs) % 7)
+            scales = x_scale, weight_scale / 16 if group is None else weight_scale
+            y = linear(emulator, f"{stem}_64x64", q, weight, outputs, scales, bias)
+            good &= right(y, reference.linear_a8(q, x_scale, image, weight_scale, bias))
+        return good and without_conflicts(emulator)
+
+    return check
+
+
+def check_conv(group: int) -> Check:
+    def check(emulator: Emulator) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        good = True
+        for size, taps, shape in (
+            ((2, 7, 9, 32), (3, 3), {"padding": (1, 1), "dilation": (1, 2)}),
+            ((3, 6, 5, 32), (2, 3), {"padding": (0, 2), "stride": (2, 1)}),
+        ):
+            q = integers(generator, 0, 255, *size, dtype=torch.uint8)
+            zero = torch.arange(1, 1 + size[0], dtype=torch.uint8) * 50
+            if group:
+                packed = Int4Weight(generator, (40, *taps, 32), group)
+                weight, image, stem = packed.fragments, packed.image, "conv_w4a8"
+            else:
+                weight = image = integers(generator, -127, 127, 40, *taps, 32)
+                stem = "conv_w8a8"
+            scales = 2.0 ** torch.arange(size[0]), torch.ones(40)
+            sums = image.flatten(1).sum(1, dtype=torch.int32)
+            y = conv(emulator, f"{stem}_64x64", q, zero, weight, sums, taps, scales, **shape)
+            defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} | shape
+            geometry = [list(defaults[key]) for key in ("stride", "padding", "dilation")]
+            expected = reference.conv2d_a8(q.permute(0, 3, 1, 2), scales[0], zero, image, scales[1], None, *geometry, 1)
+            good &= right(y, expected.permute(0, 2, 3, 1))
+        return good and without_conflicts(emulator)
+
+    return check
+
+
+def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    size = 10.0 ** torch.randint(-2, 3, (shape[0], *[1] * (len(shape) - 1)), generator=generator)
+    return (torch.randn(shape, generator=generator) * size).to(dtype)
+
+
+def all_right(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(right(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def check_static(emulator: Emulator) -> bool:
+    given = torch.tensor([0.5]), torch.tensor([101], dtype=torch.uint8)
+    inputs = [torch.arange(-150, 651).float() / 4, floats(8, 70, dtype=torch.bfloat16), floats(1500, 4)]
+    return all(
+        right(quantizers.quantize_static(emulator, x, *given), qparams.quantize_static(x, *given)) for x in inputs
+    )
+
+
+def check_sample(emulator: Emulator) -> bool:
+    lopsided = floats(4, 5000) + 3
+    broken = floats(3, 90)
+    broken[1, 7] = torch.nan
+    largest = torch.tensor([[3e38, -3e38, 1e38, 0.0], [-1.0, -2.0, -3.0, -250.3]])
+    long = floats(1, 40 * 1024)
+    long[0, -1] = 1e4
+    inputs = [lopsided, broken, largest, long, floats(5, 77, dtype=torch.float16)]
+    return all(all_right(quantizers.quantize_sample(emulator, x, 40), qparams.quantize_sample(x)) for x in inputs)
+
+
+def check_token(emulator: Emulator) -> bool:
+    broken = floats(9, 130)
+    broken[3, 100] = torch.nan
+    good = True
+    for x in (broken, floats(5, 77, dtype=torch.float16), floats(20, 320), torch.full((3, 40), 1e-39)):
+        depth = -(-x.shape[1] // 16) * 16
+        codes, scale = quantizers.quantize_token(emulator, x, depth)
+        expected, expected_scale = qparams.quantize_token(x)
+        expected = functional.pad(expected, (0, depth - x.shape[1]))
+        good &= all_right((codes, scale), (expected, expected_scale))
+    return good
+
+
+def check_group(emulator: Emulator) -> bool:
+    good = True
+    for x, group in (
+        (floats(3, 20, 96), 32),
+        (floats(4, 3, 45, dtype=torch.bfloat16), 6),
+        (floats(2, 9, 320).abs(), 64),
+    ):
+        depth = -(-x.shape[2] // 16) * 16
+        codes, scale = quantizers.quantize_group(emulator, x, group, depth)
+        expected, expected_scale = qparams.quantize_group(x, group)
+        good &= all_right((codes, scale), (functional.pad(expected, (0, depth - x.shape[2])), expected_scale))
+    return good
+
+
+def check_unpack(emulator: Emulator) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    codes = integers(generator, -8, 7, 5, 3, 12)
+    multiplier, scale = integers(generator, -15, 15, 5, 3, 2), torch.rand(5, generator=generator)
+    image = int8_image(pack_int4(codes), multiplier, 11)
+    expected = qparams.dequantize_weight(image, scale)
+    packed = quantizers.unpack(emulator, pack_int4(codes), multiplier, scale, 11, torch.float32)
+    return right(packed, expected) and right(
+        quantizers.unpack(emulator, image, None, scale, 11, torch.float32), expected
+    )
+
+
+def near(codes: Tensor, steps: Tensor) -> bool:
+    return bool((codes.double() - steps).abs().max() < 0.501)
+
+
+def check_group_norm(emulator: Emulator) -> bool:
+    x = floats(2, 137, 42) + 2
+    x[:, :60] += 5 * x[:, :20].abs().amax((1, 2), keepdim=True)
+    weight, bias = floats(42), floats(42).flip(0)
+    y = functional.group_norm(x.double().mT, 6, weight.double(), bias.double(), 1e-5).mT
+    y = functional.silu(y)
+    static = torch.tensor([1.0]), torch.tensor([100], dtype=torch.uint8)
+    codes, _, _ = group_norm(emulator, x, 6, (weight, bias), silu=True, static=static, parts=3)
+    good = near(codes, (y + 100).clamp(0, 255))
+    codes, scale, zero = group_norm(emulator, x, 6, (weight, bias), silu=True, parts=3)
+    expected, _ = qparams.sample_range(y.float().amin((1, 2)), y.float().amax((1, 2)))
+    good &= bool(((scale - expected).abs() < 1e-5 * expected).all())
+    return good and near(codes, y / qparams.along_first(scale, 3).double() + qparams.along_first(zero, 3))
+
+
+def check_layer_norm(emulator: Emulator) -> bool:
+    x, affine, modulation = (
+        floats(18, 45) * 0.01 + 1,
+        (floats(45), floats(45).flip(0)),
+        (floats(2, 45), floats(2, 45).flip(1)),
+    )
+    y = functional.layer_norm(x.double(), (45,), *(t.double() for t in affine), 1e-6)
+    gain, shift = (t.double().repeat_interleave(9, 0) for t in modulation)
+    y = y * (1 + gain) + shift
+    codes, _ = layer_norm(emulator, x, affine, modulation, 48)
+    steps = y / qparams.token_scale(y.float()).double().unsqueeze(1)
+    plain, _ = layer_norm(emulator, x, depth=48)
+    return near(codes[:, :45], steps) and not codes[:, 45:].any() and not plain[:, 45:].any()
+
+
+CHECKS: dict[str, tuple[Check, str]] = {
+    "linear w8": (check_linear(0), "linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>"),
+    "linear group": (check_linear(32), "linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>"),
+    "linear channel": (check_linear(None), "linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>"),
+    "conv w8": (check_conv(0), "conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>"),
+    "conv group": (check_conv(32), "conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>"),
+    "static": (check_static, "quantize_static, QuantizeStatic"),
+    "sample": (check_sample, "sample_range, SampleRange; quantize_sample, QuantizeSample"),
+    "token": (check_token, "quantize_token, QuantizeToken"),
+    "group": (check_group, "group_peak, GroupPeak; quantize_group, QuantizeGroup"),
+    "unpack": (check_unpack, "unpack_int8, UnpackInt8; unpack_int4, UnpackInt4"),
+    "group norm": (
+        check_group_norm,
+        "group_norm_moments, GroupNormMoments; group_norm_range, GroupNormRange; group_norm_static, GroupNormStatic; "
+        "group_norm_sample, GroupNormSample",
+    ),
+    "layer norm": (check_layer_norm, "layer_norm_token, LayerNormToken"),
+}
+
+
+def findings(emulator: Emulator, check: Check) -> Iterator[str]:
+    """Yield what is wrong, for some orders of warps."""
+    emulator.counts()
+    for seed in SEEDS:
+        emulator.seed(seed)
+        try:
+            if not check(emulator):
+                yield "wrong result, or bank conflicts"
+        except EmulatorError as error:
+            yield str(error)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_nothing_is_found_where_nothing_is_wrong(name):
+    assert not list(findings(emulator(), CHECKS[name][0]))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
+def test_mutations_are_of_this_source(mutation):
+    assert (KERNELS / "cuda" / mutation.file).read_text().count(mutation.old) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.bug)
+def test_every_bug_is_found(mutation: Mutation, tmp_path: Path):
+    for folder in FOLDERS:
+        shutil.copytree(KERNELS / folder, tmp_path / folder)
+    source = tmp_path / "cuda" / mutation.file
+    source.write_text(source.read_text().replace(mutation.old, mutation.new))
+    check, entries = CHECKS[mutation.check]
+    file = library_file(tmp_path, kernels=tmp_path, entries=entries.split("; "), optimize="-O1")
+    assert list(findings(Emulator(file), check))
