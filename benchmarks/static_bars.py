@@ -3,10 +3,10 @@
     python benchmarks/static_bars.py [--write]
 
 The kernels are compiled for each architecture by nvcc or, without it, by NVRTC, and disassembled by cuobjdump and
-nvdisasm: those on PATH, or those of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm. Registers, spills and
-stack are the compiler's; instructions are counted in the innermost loop that has products of a tensor core; resident
-blocks follow from registers, shared memory and threads. Wavefronts of shared memory and sectors of global memory are
-the emulator's, over whole tiles. Nothing here says how fast a kernel is.
+nvdisasm: those on PATH, or those of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or triton. Registers,
+spills and stack are the compiler's; instructions are counted in the innermost loop that has products of a tensor core;
+resident blocks follow from registers, shared memory and threads. Wavefronts of shared memory and sectors of global
+memory are the emulator's, over whole tiles. Nothing here says how fast a kernel is.
 
 `--write` puts the tables into docs/kernels.md, between two marks.
 """
@@ -117,11 +117,12 @@ def tools() -> Path:
     on_path = shutil.which("cuobjdump")
     if on_path and shutil.which("nvdisasm"):
         return Path(on_path).parent
-    spec = importlib.util.find_spec("nvidia")
-    for place in spec.submodule_search_locations or () if spec else ():
-        for found in sorted(Path(place).glob("*/bin")):
-            if all((found / tool).is_file() for tool in _TOOLS):
-                return found
+    for package, folders in (("nvidia", "*/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in spec.submodule_search_locations or () if spec else ():
+            for found in sorted(Path(place).glob(folders)):
+                if all((found / tool).is_file() for tool in _TOOLS):
+                    return found
     raise MissingToolError(
         "there is no cuobjdump with nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     )

@@ -10,7 +10,7 @@ from dcomp.kernels.cuda.tiles import ENTRIES
 
 static_bars = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "static_bars.py")))
 PRODUCTS = [name for name, entry in ENTRIES.items() if entry.rows]
-LARGE = "128x128"
+LARGE = "_128x128"
 # Instructions for each product of a tensor core, in tiles of 128x128; larger tiles need fewer.
 BARS = {
     "linear_w8a8": 5.5,
@@ -47,7 +47,7 @@ def assert_bars(architecture, found):
             continue
         bar = ON_SM_90.get(stem, BARS[stem]) if architecture == 90 else BARS[stem]
         assert of_kernel.instructions_per_product <= bar, (name, architecture)
-        assert of_kernel.blocks >= (2 if size == LARGE else 1)
+        assert of_kernel.blocks >= (2 if name.endswith(LARGE) else 1)
 
 
 # What the primitives of PTX become: a wrong type or width would show here.
@@ -59,18 +59,19 @@ OPCODES = {
 
 
 def test_one_architecture_keeps_the_bars():
-    found = facts(86, [f"{stem}_{LARGE}" for stem in OPCODES])
+    found = facts(86, [f"{stem}{LARGE}" for stem in OPCODES])
     assert_bars(86, found)
     for stem, opcodes in OPCODES.items():
-        assert opcodes <= found[f"{stem}_{LARGE}"].opcodes
-        products = {opcode for opcode in found[f"{stem}_{LARGE}"].opcodes if opcode.startswith("IMMA")}
+        assert opcodes <= found[f"{stem}{LARGE}"].opcodes
+        products = {opcode for opcode in found[f"{stem}{LARGE}"].opcodes if opcode.startswith("IMMA")}
         assert len(products) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", static_bars.ARCHITECTURES)
 def test_all_architectures_keep_the_bars(architecture):
-    assert_bars(architecture, facts(architecture, list(ENTRIES)))
+    """Of the tiles that are used most; the script compiles all of them, which takes minutes."""
+    assert_bars(architecture, facts(architecture, [name for name in ENTRIES if name not in PRODUCTS or LARGE in name]))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
