@@ -23,7 +23,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 // 64 products of them fit into 31 bits.
 constexpr float kLargestProbability = 16383.0f, kLargestValue = 2047.0f;
 constexpr float kLog2OfProbability = 13.9999119f;
-constexpr float kNone = 1e-30f;  // numbers that are all smaller are taken for zeros
+constexpr float kNone = 1e-34f;  // numbers that are all smaller are taken for zeros
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -115,7 +115,7 @@ void pack_keys(const AttentionHead& head, uint32_t* out) {
   memcpy(out, &spoiled, sizeof spoiled);
 }
 
-// Packed values of a block of keys: a scale for each column, and for each 16 columns, or the last 8, pairs along the
+// Packed values of a block of keys: a scale for each column, which is that of probabilities too, and for each 16 columns, or the last 8, pairs along the
 // keys [32, 16, 2].
 inline int64_t columns_of(const AttentionHead& head) { return round_up(head.width, kHalfStrip); }
 inline int64_t block_words(const AttentionHead& head) {
@@ -140,7 +140,8 @@ void pack_values(const AttentionHead& head, uint32_t* out) {
       }
       __m256 scale;
       const __m256 factor = to_codes(largest, kLargestValue, &scale);
-      _mm256_storeu_ps(reinterpret_cast<float*>(out) + i, scale);
+      const __m256 of_both = _mm256_mul_ps(scale, _mm256_set1_ps(1.0f / kLargestProbability));
+      _mm256_store_ps(reinterpret_cast<float*>(out) + i, of_both);
       const int64_t start = i / kStripColumns * kStripColumns;
       const int64_t across = columns - start < kStripColumns ? kHalfStrip : kStripColumns;
       uint32_t* to = codes + start * kKeys / 2 + i - start;
@@ -304,17 +305,21 @@ inline __m256 scores_of(const int16_t* asked, int64_t depth, int64_t pairs, cons
 
 // Codes of probabilities [8, kKeys] of scores, relative to the highest of them, and the sum of each row's.
 inline __m256i probabilities_of(const float* scores, __m256 factor, __m256 highest, int64_t keys, int16_t* codes) {
-  alignas(32) float factors[kGroup], offsets[kGroup];
+  alignas(32) float factors[kGroup], peaks[kGroup];
   _mm256_store_ps(factors, factor);
-  _mm256_store_ps(offsets, _mm256_sub_ps(_mm256_set1_ps(kLog2OfProbability), highest));
+  _mm256_store_ps(peaks, highest);
+  const __m256 most = _mm256_set1_ps(kLog2OfProbability);
   __m256i sums[kGroup];
   for (int64_t row = 0; row < kGroup; ++row) {
-    const __m256 times = _mm256_broadcast_ss(factors + row), plus = _mm256_broadcast_ss(offsets + row);
+    const __m256 times = _mm256_broadcast_ss(factors + row), peak = _mm256_broadcast_ss(peaks + row);
+    const auto code = [&](const float* at) {  // the difference first: no score is above the highest then
+      const __m256 below = _mm256_sub_ps(_mm256_load_ps(at), peak);
+      return _mm256_cvtps_epi32(power_of_two(_mm256_fmadd_ps(below, times, most)));
+    };
     __m256i sum = _mm256_setzero_si256();
     for (int64_t key = 0; key < keys; key += kStripKeys) {
       const float* s = scores + row * kKeys + key;
-      const __m256i low = _mm256_cvtps_epi32(power_of_two(_mm256_fmadd_ps(_mm256_load_ps(s), times, plus)));
-      const __m256i high = _mm256_cvtps_epi32(power_of_two(_mm256_fmadd_ps(_mm256_load_ps(s + 8), times, plus)));
+      const __m256i low = code(s), high = code(s + 8);
       sum = _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
       const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xD8);
       _mm256_store_si256(reinterpret_cast<__m256i*>(codes + row * kKeys + key), both);
@@ -399,13 +404,13 @@ void attend_block(const AttentionHead& head, int64_t first, const uint32_t* keys
       const __m256 found = scores_of(asked + i * kGroup * depth, depth, round_up(head.width, 2 * kPairsAtOnce) / 2,
                                      strips + key / kStripKeys * 2 * words, words, scale + key, padded / kStripKeys,
                                      scores);
-      const __m256 high = _mm256_mul_ps(found, now.factor);
-      __m256i sum = probabilities_of(scores, now.factor, high, padded, codes);
-      for (int64_t row = 0; some < padded && row < kGroup; ++row) {  // copies of the last key are no keys
-        alignas(32) int32_t less[kGroup] = {};
-        less[row] = static_cast<int32_t>((padded - some) * codes[row * kKeys + padded - 1]);
-        sum = _mm256_sub_epi32(sum, _mm256_load_si256(reinterpret_cast<const __m256i*>(less)));
+      __m256i sum = probabilities_of(scores, now.factor, found, padded, codes);
+      if (some < padded) {  // copies of the last key do not count
+        alignas(32) int32_t copies[kGroup];
+        for (int64_t row = 0; row < kGroup; ++row) copies[row] = (padded - some) * codes[row * kKeys + padded - 1];
+        sum = _mm256_sub_epi32(sum, _mm256_load_si256(reinterpret_cast<const __m256i*>(copies)));
       }
+      const __m256 high = _mm256_mul_ps(found, now.factor);
       const __m256 highest = _mm256_max_ps(high, now.highest);
       const __m256 less = power_of_two(_mm256_sub_ps(now.highest, highest));
       const __m256 share = power_of_two(_mm256_sub_ps(high, highest));
@@ -423,7 +428,7 @@ void attend_block(const AttentionHead& head, int64_t first, const uint32_t* keys
     _mm256_store_ps(highest, now.highest);
     // Scores beyond fp32 make NaN, as they do in torch.
     const float none = spoiled[row] + head_spoiled + highest[row % kGroup] * 0.0f;
-    const __m256 inverse = _mm256_set1_ps(1.0f / total[row % kGroup] + none);
+    const __m256 inverse = _mm256_set1_ps(kLargestProbability / total[row % kGroup] + none);
     float* out = head.out + (first + row) * head.out_stride;
     for (int64_t i = 0; i < head.width; i += kLanes) {
       const __m256 mean = _mm256_mul_ps(_mm256_load_ps(sums + row * columns + i), inverse);
