@@ -353,8 +353,8 @@ def test_attention(
     in_integers = rows.instruction_set() == "avx2"
     rounded = [(x if in_integers else x.bfloat16()).double() for x in (q, k, v)]
     exact = reference.attention(*rounded, scale)
-    # Sums of scores in fp32, whose error grows with them; probabilities that are rounded to 8 bits. In integers that is 64
-    # errors of 2^-15 at most, and what is scored is rounded too.
+    # Sums of scores in fp32, whose error grows with them; probabilities that are rounded to 8 bits. In integers that is
+    # 64 errors of 2^-15 at most, and what is scored is rounded too.
     scores = (rounded[0].abs() @ rounded[1].abs().mT * scale).amax().item()
     off = 4e-7 * scores + (math.expm1(min(1, 2 * error_of_codes(q, k, scale))) + 2**-11 if in_integers else 0)
     bound = rounded[2].abs().amax() * (2**-8 + off + (2**-8 if dtype == torch.bfloat16 else 0))
