@@ -1,9 +1,10 @@
-"""Attention between integer projections: products of bfloat16, where this machine has a kernel that gains by it.
+"""Attention between integer projections: products of 16 bits, where this machine has a kernel that gains by it.
 
-What comes out of 8-bit products, and what goes into them, has about two digits; bfloat16 keeps two and a half. So
-nothing is chosen or stored: a module that projects its queries in integers (found by its parts) attends by
-`torch.ops.dcomp.attention`. Its processor stays what it is: torch's function is replaced while the module runs. With a
-mask, with gradients, while `torch.compile` traces, or when something stands in for the queries' layer, it is torch's.
+What comes out of 8-bit products, and what goes into them, has about two digits; bfloat16 keeps two and a half, integers
+of 12 bits more. So nothing is chosen or stored: a module that projects its queries in integers (found by its parts)
+attends by `torch.ops.dcomp.attention`. Its processor stays what it is: torch's function is replaced while the module
+runs. With a mask, with gradients, while `torch.compile` traces, or when something stands in for the queries' layer, it
+is torch's.
 """
 
 import functools

@@ -157,6 +157,8 @@ def _native_row(request: _Request) -> Choice:
         text = f"{text}; {cpu.defect()}" if cpu.defect() else text
         return Choice("native", text, _STRIPS[request.operation], stored)
     text, run = _NATIVE_ROW[request.key]
+    if request.operation == "attention" and not native.has_tiles():
+        text = _WITHOUT_TILES
     return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
 
 
@@ -280,6 +282,7 @@ _NO_VNNI = {
     8: "own products, widened to 16 bits",
     4: "own products of 8 bits where groups have 32 channels and more, else widened to 16 bits",
 }
+_WITHOUT_TILES = "products of 16-bit integers, softmax between them in fp32"
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", cpu.quantize_static),
     ("quantize_sample", 8): ("two passes in cache-sized blocks", cpu.quantize_sample),

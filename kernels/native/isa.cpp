@@ -9,8 +9,12 @@
 #else
 #include "matmul_tiles.h"
 #endif
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__)
 #include "attention.h"
+#define DCOMP_HAS_ATTENTION
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+#include "attention_avx2.h"
+#define DCOMP_HAS_ATTENTION
 #endif
 
 namespace dcomp::DCOMP_ISA {
@@ -112,7 +116,7 @@ void normal_tokens(Float kind, const void* x, int8_t* codes, float* scale, int64
   });
 }
 
-#ifdef __AVX512BF16__
+#ifdef DCOMP_HAS_ATTENTION
 void pack(Float kind, const AttentionHead& head, uint32_t* keys, uint32_t* values) {
   if (kind == Float::kFloat32) {
     pack_head<float>(head, keys, values);

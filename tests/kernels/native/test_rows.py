@@ -1,5 +1,6 @@
 """Our own C++ kernels against the plain definitions: bits of codes, scales and zeros, for any shape and layout."""
 
+import math
 import os
 import subprocess
 import sys
@@ -312,7 +313,10 @@ def test_extreme_codes_and_weights_do_not_saturate(code: int, nibbles: int, grou
 
 
 needs_attention = pytest.mark.skipif(
-    rows.defect() is not None or rows.instruction_set() not in ("avx512bf16", "amx"), reason="no products of bfloat16"
+    rows.defect() is not None or rows.instruction_set() not in ("avx2", "avx512bf16", "amx"), reason="no attention"
+)
+needs_integer_attention = pytest.mark.skipif(
+    rows.defect() is not None or rows.instruction_set() != "avx2", reason="attention is in bfloat16, or not ours"
 )
 
 
@@ -320,6 +324,14 @@ def heads(seed: int, *sizes: tuple[int, int, int, int], dtype: torch.dtype) -> l
     """Random `[B, H, N, d]` as projections leave it: the heads of a token lie together."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(b, n, h, d, generator=generator).to(dtype).transpose(1, 2) for b, h, n, d in sizes]
+
+
+def error_of_codes(q: torch.Tensor, k: torch.Tensor, scale: float) -> float:
+    """Return how far a score can be off when queries and keys are rounded to integers whose products fit 31 bits."""
+    most = (2**31 / q.shape[-1]) ** 0.5 - 1
+    q, k = (x.double().abs() for x in (q, k))
+    steps = [x.amax(-1, keepdim=True).expand(x.shape) / min(most, 2**15 - 1) / 2 for x in (q, k)]
+    return (steps[0] @ k.mT + (q + steps[0]) @ steps[1].mT).amax().item() * scale
 
 
 @needs_attention
@@ -338,11 +350,14 @@ def test_attention(
 ) -> None:
     q, k, v = heads(seed, *((batch, count, n, width) for n in (queries, keys, keys)), dtype=dtype)
     found = rows.attention(q, k, v, scale)
-    rounded = [x.bfloat16().double() for x in (q, k, v)]
+    in_integers = rows.instruction_set() == "avx2"
+    rounded = [(x if in_integers else x.bfloat16()).double() for x in (q, k, v)]
     exact = reference.attention(*rounded, scale)
-    # Sums of scores in fp32, whose error grows with them; probabilities that are rounded to 8 bits.
+    # Sums of scores in fp32, whose error grows with them; probabilities that are rounded to 8 bits. In integers that is
+    # 64 errors of 2^-15 at most, and what is scored is rounded too.
     scores = (rounded[0].abs() @ rounded[1].abs().mT * scale).amax().item()
-    bound = rounded[2].abs().amax() * (2**-8 + 4e-7 * scores + (2**-8 if dtype == torch.bfloat16 else 0))
+    off = 4e-7 * scores + (math.expm1(min(1, 2 * error_of_codes(q, k, scale))) + 2**-11 if in_integers else 0)
+    bound = rounded[2].abs().amax() * (2**-8 + off + (2**-8 if dtype == torch.bfloat16 else 0))
     assert found.dtype == dtype
     assert found.shape == q.shape
     assert bool(((found.double() - exact).abs() <= bound).all())
@@ -357,13 +372,91 @@ def test_attention_of_layouts_and_extremes() -> None:
     # Scores far apart: the largest takes all, whatever block it stands in.
     k[:, :, 129] = 10 * q[:, :, 0]
     taken = rows.attention(q, k, v, 2.0)[:, :, 0]
-    torch.testing.assert_close(taken, v[:, :, 129].bfloat16().float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(taken, v[:, :, 129], rtol=2**-8, atol=2**-9)
     assert bool(torch.isfinite(rows.attention(q, k, v, 10.0)).all())
     q[0, 1, 7, 3] = torch.nan
     found = rows.attention(q, k, v, 0.2)
     assert bool(found[0, 1, 7].isnan().all())
     assert int(found.isnan().sum()) == 24
     assert rows.attention(q[:, :, :0], k, v, 0.2).shape == (2, 3, 0, 24)
+
+
+@needs_integer_attention
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "larger"), [(40, 1100, 40, 1), (64, 300, 80, 4), (64, 64, 160, 1), (33, 77, 250, 2)]
+)
+def test_integers_are_nearer_to_attention_than_bfloat16(queries: int, keys: int, width: int, larger: int) -> None:
+    q, k, v = heads(2, *((1, 3, n, width) for n in (queries, keys, keys)), dtype=torch.float32)
+    q, scale = q * larger, width**-0.5
+    exact = reference.attention(q.double(), k.double(), v.double(), scale)
+    in_bfloat16 = reference.attention(*(x.bfloat16().double() for x in (q, k, v)), scale)  # with exact probabilities
+    error, other = ((x - exact).square().mean().sqrt() for x in (rows.attention(q, k, v, scale), in_bfloat16))
+    assert error < other / 2
+
+
+@needs_attention
+def test_attention_of_zeros_and_of_large_and_small_numbers() -> None:
+    q, k, v = heads(3, (1, 2, 37, 24), (1, 2, 133, 24), (1, 2, 133, 24), dtype=torch.float32)
+    mean = v.mean(-2, keepdim=True).expand(q.shape)
+    for pair in ((q * 0, k), (q, k * 0), (q * 1e-25, k * 1e-25)):
+        torch.testing.assert_close(rows.attention(*pair, v, 0.3), mean, rtol=0, atol=2**-8)
+    assert not rows.attention(q, k, v * 0, 0.3).any()
+    expected = rows.attention(q, k, v, 0.3)
+    for size in (2.0**100, 2.0**-60):
+        torch.testing.assert_close(rows.attention(q * size, k / size, v * size, 0.3) / size, expected)
+    winners = torch.nn.functional.scaled_dot_product_attention(q * 1e15, k * 1e15, v, scale=0.3)
+    torch.testing.assert_close(rows.attention(q * 1e15, k * 1e15, v, 0.3), winners, rtol=2**-8, atol=2**-9)
+    assert bool(rows.attention(q * 1e25, k * 1e25, v, 0.3).isnan().all())
+
+
+@needs_attention
+@pytest.mark.parametrize("gap", [5.0, 7.0, 8.3, 9.0, 10.4, 12.0])
+def test_many_small_probabilities_beside_a_large_one_count(gap: float) -> None:
+    q, k = torch.ones(1, 1, 1, 16), torch.zeros(1, 1, 4096, 16)
+    k[0, 0, 77] = gap / 16
+    v = torch.cat((torch.ones(1, 1, 4096, 8), torch.zeros(1, 1, 4096, 8)), -1)
+    v[0, 0, 77] = 1 - v[0, 0, 77]
+    exact = reference.attention(q, k, v, 1.0)
+    torch.testing.assert_close(rows.attention(q, k, v, 1.0), exact, rtol=0, atol=2**-7)
+
+
+@needs_integer_attention
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("key", [7, 132])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_spoils_what_it_meets(which: int, key: int, value: float) -> None:
+    inputs = heads(4, (2, 3, 133, 24), (2, 3, 133, 24), (2, 3, 133, 24), dtype=torch.float32)
+    expected = rows.attention(*inputs, 0.3)
+    inputs[which][1, 2, key, 3] = value
+    found = rows.attention(*inputs, 0.3)
+    met = torch.zeros_like(found, dtype=torch.bool)
+    met[1, 2, key if which == 0 else slice(None), 3 if which == 2 else slice(None)] = True
+    assert torch.equal(found.isnan(), met)
+    assert torch.equal(found[~met], expected[~met])
+    theirs = torch.nn.functional.scaled_dot_product_attention(*inputs, scale=0.3)
+    assert not bool((theirs.isnan() & ~met).any())
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 16, 31, 33, 128, 255, 256])
+@needs_attention
+def test_the_largest_products_of_attention_fit(width: int) -> None:
+    q, k = torch.full((1, 1, 3, width), 1.5), torch.full((1, 1, 130, width), 1.5)
+    v = torch.full((1, 1, 130, width), -3.0)
+    torch.testing.assert_close(rows.attention(q, k, v, 1.0), v[:, :, :3], rtol=2**-10, atol=0)
+    k[:, :, ::2] *= -1
+    v[:, :, 1::2] = 2.0
+    torch.testing.assert_close(rows.attention(q, k, v, 5.0), torch.full_like(q, 2.0), rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("name", ["generic", "avx2", "avx512", "avx512bf16", "amx"])
+def test_attention_is_offered_where_it_is_known_to_gain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "instruction_set", lambda: name)
+    monkeypatch.setattr(rows, "attention", reference.attention)
+    refusal = rows.attention_defect.__wrapped__()
+    assert (refusal is None) == (name in ("avx2", "amx"))
+    assert refusal is None or name in refusal
+    request = dispatch._Request("attention", "cpu", 8, 1, 1)
+    assert ("tiles" in dispatch._native_row(request).reason) == (name == "amx")
 
 
 @pytest.mark.parametrize(
