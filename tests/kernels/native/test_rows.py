@@ -455,7 +455,7 @@ def test_attention_is_offered_where_it_is_known_to_gain(name: str, monkeypatch: 
     refusal = rows.attention_defect.__wrapped__()
     assert (refusal is None) == (name in ("avx2", "amx"))
     assert refusal is None or name in refusal
-    request = dispatch._Request("attention", "cpu", 8, 1, 1)
+    request = dispatch._Request("attention", "cpu", 0, 8, 1, 1, None)
     assert ("tiles" in dispatch._native_row(request).reason) == (name == "amx")
 
 
