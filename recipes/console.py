@@ -170,7 +170,9 @@ def print_doctor(report: Mapping[str, Any]) -> None:
     apart = ("kernels", "layers", "cuda", "built")
     print_facts("Machine", {key: value for key, value in report.items() if key not in apart})
     print_facts("Kernels of our own", {"compiled": report["built"], "cuda": report["cuda"]})
-    print_records("Operations", report["kernels"])
+    # Where there is no GPU, all of its rows have one reason, which is told above.
+    rows = report["kernels"] if report["cuda"]["devices"] else [r for r in report["kernels"] if r["device"] == "cpu"]
+    print_records("Operations", rows)
 
 
 def print_records(

@@ -251,7 +251,7 @@ def test_another_batch_size_agrees_to_rounding_of_fp32(case: Case) -> None:
     call = RecordedCall(args, kwargs, torch.empty(0), 0, 0, 0, t, ())
     told = torch.tensor(t) if case.name.startswith("UNet") else torch.full((3,), t)
     got, expected = predict(denoiser, call, told), predict(case.original, call, told)
-    assert (got - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (got - expected).abs().max() <= 4e-6 * expected.abs().max()
 
 
 def test_a_row_that_is_wrong_changes_its_own_step_alone(case: Case) -> None:
