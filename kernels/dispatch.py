@@ -220,11 +220,7 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
             for bits in (8, 4):
                 if bits == 4 and not _has_weight(operation):
                     continue
-                fmt = (
-                    "any"
-                    if not _has_weight(operation)
-                    else f"W{bits}A{operation.removeprefix('linear_a').removeprefix('conv2d_a')}"
-                )
+                fmt = f"W{bits}A{operation.rpartition('_a')[2]}" if _has_weight(operation) else "any"
                 choice = choose(operation, device=device, bits=bits)
                 lines.append(
                     {
