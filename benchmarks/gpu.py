@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
 from speed import UNET_SD15, quantized
 
 from dcomp.calibrate.clock import StepBins
-from dcomp.kernels import dispatch
+from dcomp.kernels import dispatch, ops
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.cuda import compile as compiler
 from dcomp.kernels.cuda import driver, loaded, rows
@@ -121,21 +121,21 @@ def linear_works(shape: tuple[int, int, int], device: torch.device) -> dict[str,
     float_weight = torch.randn(outputs, channels, device=device, dtype=torch.bfloat16)
     bias = torch.randn(outputs, device=device)
     float_bias = bias.bfloat16()
-    q, x_scale = dispatch.quantize_token(x)
+    q, x_scale = ops.quantize_token(x)
     works: dict[str, Work] = {"bf16": lambda: functional.linear(x, float_weight, float_bias)}
 
     def product(packed: PackedWeight, q: Tensor, x_scale: Tensor) -> Tensor:
         stored = (packed.qweight, packed.scale, packed.multiplier, bias, channels, torch.bfloat16)
-        y: Tensor = dispatch.linear_a8(q, x_scale, *stored)
+        y: Tensor = ops.linear_a8(q, x_scale, *stored)
         return y
 
-    works["quantize_token alone"] = lambda: dispatch.quantize_token(x)
+    works["quantize_token alone"] = lambda: ops.quantize_token(x)
     for bits in (8, 4):
         packed = weight(bits, (outputs, channels), device)
         stored = (packed.qweight, packed.scale, packed.multiplier, bias, channels)
         works[f"W{bits}A8, product"] = lambda packed=packed: product(packed, q, x_scale)
-        works[f"W{bits}A8, all"] = lambda packed=packed: product(packed, *dispatch.quantize_token(x))
-        works[f"W{bits}A16"] = lambda stored=stored: dispatch.linear_a16(x, *stored)
+        works[f"W{bits}A8, all"] = lambda packed=packed: product(packed, *ops.quantize_token(x))
+        works[f"W{bits}A16"] = lambda stored=stored: ops.linear_a16(x, *stored)
     if device.type == "cuda" and count > 16:
         codes = weight(8, (outputs, channels), device).qweight
         works["int8 product of torch, not scaled"] = lambda: torch._int_mm(q, codes.t())
@@ -152,19 +152,19 @@ def conv_works(shape: tuple[int, int, int], batch: int, device: torch.device) ->
     bias = torch.randn(outputs, device=device)
     float_bias = bias.bfloat16()
     geometry = ([1, 1], [1, 1], [1, 1], 1)
-    codes = dispatch.quantize_sample(x)
+    codes = ops.quantize_sample(x)
     works: dict[str, Work] = {"bf16": lambda: functional.conv2d(x, float_weight, float_bias, padding=1)}
 
     def product(packed: PackedWeight, *codes: Tensor) -> Tensor:
         stored = (packed.qweight, packed.scale, packed.multiplier, bias)
-        y: Tensor = dispatch.conv2d_a8(*codes, *stored, *geometry, torch.bfloat16)
+        y: Tensor = ops.conv2d_a8(*codes, *stored, *geometry, torch.bfloat16)
         return y
 
-    works["quantize_sample alone"] = lambda: dispatch.quantize_sample(x)
+    works["quantize_sample alone"] = lambda: ops.quantize_sample(x)
     for bits in (8, 4):
         packed = weight(bits, (outputs, 3, 3, channels), device)
         works[f"W{bits}A8, product"] = lambda packed=packed: product(packed, *codes)
-        works[f"W{bits}A8, all"] = lambda packed=packed: product(packed, *dispatch.quantize_sample(x))
+        works[f"W{bits}A8, all"] = lambda packed=packed: product(packed, *ops.quantize_sample(x))
     return works
 
 

@@ -72,18 +72,18 @@ def fastest(calls: Calls, rounds: int) -> dict[str, float]:
 
 def linear_layers() -> Any:
     """Yield linear layers: quantization and product, and the product alone."""
-    from dcomp.kernels import dispatch
+    from dcomp.kernels import ops
 
     for rows, inputs, outputs in LINEAR:
         x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
         eight, four = stored_weights(outputs, inputs)
-        codes, x_scale = dispatch.quantize_token(x)
+        codes, x_scale = ops.quantize_token(x)
 
         def ours(weight: Any, x: Tensor = x, inputs: int = inputs) -> Tensor:
-            return dispatch.linear_a8(*dispatch.quantize_token(x), *weight, None, inputs)
+            return ops.linear_a8(*ops.quantize_token(x), *weight, None, inputs)
 
         def product(weight: Any, codes: Tensor = codes, scale: Tensor = x_scale, inputs: int = inputs) -> Tensor:
-            return dispatch.linear_a8(codes, scale, *weight, None, inputs)
+            return ops.linear_a8(codes, scale, *weight, None, inputs)
 
         calls: Calls = {
             "fp32": lambda x=x, w=weight: functional.linear(x, w),
@@ -99,7 +99,7 @@ def linear_layers() -> Any:
 
 def convolutions() -> Any:
     """Yield 3 x 3 convolutions of two samples, from float to float, inputs by sample."""
-    from dcomp.kernels import dispatch
+    from dcomp.kernels import ops
 
     for channels, side, outputs in CONVOLUTIONS:
         x, weight = torch.randn(2, channels, side, side), torch.randn(outputs, channels, 3, 3)
@@ -108,7 +108,7 @@ def convolutions() -> Any:
         shape = ([1, 1], [1, 1], [1, 1], 1)
 
         def ours(weight: Any, x: Tensor = last, shape: Any = shape) -> Tensor:
-            return dispatch.conv2d_a8(*dispatch.quantize_sample(x), *weight, None, *shape)
+            return ops.conv2d_a8(*ops.quantize_sample(x), *weight, None, *shape)
 
         calls: Calls = {
             "fp32": lambda x=x, w=weight: functional.conv2d(x, w, None, 1, 1),
@@ -120,25 +120,25 @@ def convolutions() -> Any:
 
 def quantizations() -> Any:
     """Yield quantization by token, and by sample."""
-    from dcomp.kernels import dispatch, qparams
+    from dcomp.kernels import ops, qparams
 
     for rows, channels in TOKENS:
         x = torch.randn(rows, channels)
         yield (
             f"tokens {rows} x {channels}",
-            {"eager": lambda x=x: qparams.quantize_token(x), "ours": lambda x=x: dispatch.quantize_token(x)},
+            {"eager": lambda x=x: qparams.quantize_token(x), "ours": lambda x=x: ops.quantize_token(x)},
         )
     for channels, side in IMAGES:
         x = torch.randn(2, channels, side, side).contiguous(memory_format=torch.channels_last)
         yield (
             f"samples 2 x {channels} x {side} x {side}",
-            {"eager": lambda x=x: qparams.quantize_sample(x), "ours": lambda x=x: dispatch.quantize_sample(x)},
+            {"eager": lambda x=x: qparams.quantize_sample(x), "ours": lambda x=x: ops.quantize_sample(x)},
         )
 
 
 def norms() -> Any:
     """Yield norm, activation and quantization; `steps` are torch's norm and activation, and our quantization."""
-    from dcomp.kernels import dispatch, qparams
+    from dcomp.kernels import ops, qparams
 
     for channels, side in IMAGES:
         x = torch.randn(2, channels, side, side).contiguous(memory_format=torch.channels_last)
@@ -153,16 +153,16 @@ def norms() -> Any:
             f"GroupNorm, SiLU, static range, 2 x {channels} x {side} x {side}",
             {
                 "eager": lambda normal=normal, s=static: qparams.quantize_static(normal(), *s),
-                "steps": lambda normal=normal, s=static: dispatch.quantize_static(normal(), *s),
-                "ours": lambda norm=norm, s=static: dispatch.group_norm_quantize(*norm, *s),
+                "steps": lambda normal=normal, s=static: ops.quantize_static(normal(), *s),
+                "ours": lambda norm=norm, s=static: ops.group_norm_quantize(*norm, *s),
             },
         )
         yield (
             f"GroupNorm, SiLU, range of the sample, 2 x {channels} x {side} x {side}",
             {
                 "eager": lambda normal=normal: qparams.quantize_sample(normal()),
-                "steps": lambda normal=normal: dispatch.quantize_sample(normal()),
-                "ours": lambda norm=norm: dispatch.group_norm_quantize(*norm, None, None),
+                "steps": lambda normal=normal: ops.quantize_sample(normal()),
+                "ours": lambda norm=norm: ops.group_norm_quantize(*norm, None, None),
             },
         )
     for rows, channels in TOKENS:
@@ -179,8 +179,8 @@ def norms() -> Any:
             f"LayerNorm, modulated, tokens {rows} x {channels}",
             {
                 "eager": lambda modulated=modulated: qparams.quantize_token(modulated()),
-                "steps": lambda modulated=modulated: dispatch.quantize_token(modulated()[0]),
-                "ours": lambda norm=norm: dispatch.layer_norm_quantize(*norm),
+                "steps": lambda modulated=modulated: ops.quantize_token(modulated()[0]),
+                "ours": lambda norm=norm: ops.layer_norm_quantize(*norm),
             },
         )
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dcomp.kernels import dispatch  # noqa: F401  (torch.ops.dcomp)
+from dcomp.kernels import ops  # noqa: F401  (torch.ops.dcomp)
 from dcomp.kernels.packing import storage
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dcomp.compress.pruning.units import projects_heads
 from dcomp.compress.quantized import Quantized
-from dcomp.kernels import dispatch
+from dcomp.kernels import dispatch, ops
 
 _LEAST_SCORES = 256  # of a head; fewer are too little work to be worth a detour
 
@@ -91,5 +91,5 @@ def _scaled(
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return None
-    out: Tensor = dispatch.attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    out: Tensor = ops.attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return out

@@ -29,7 +29,7 @@ from dcomp.compress.geometry import is_pointwise, take_conv_geometry, take_linea
 from dcomp.compress.quantized import WeightForm
 from dcomp.compress.scheme import QScheme, SchemeError
 from dcomp.compress.step_tables import SteppedLayer, form_of
-from dcomp.kernels import dispatch, packing, qparams, reference
+from dcomp.kernels import ops, packing, qparams, reference
 from dcomp.kernels.packing import PackedWeight
 
 if TYPE_CHECKING:
@@ -303,14 +303,14 @@ class QuantLayer(SteppedLayer):
     def _int_rows(self, rows: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
         """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
         if self.scheme.input_bits == 8:
-            codes, x_scale = dispatch.quantize_token(rows)
+            codes, x_scale = ops.quantize_token(rows)
         else:
-            image, x_scale = dispatch.quantize_group(rows.unsqueeze(1), self._input_group)
+            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group)
             codes = image.squeeze(1)
         multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
         scale, bias = self._scale_and_bias(step_bin)
         weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
-        return cast(Tensor, dispatch.linear_a8(codes, x_scale, *weight, dtype))
+        return cast(Tensor, ops.linear_a8(codes, x_scale, *weight, dtype))
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which an integer product is wanted: that of inputs, unless floats are added to it."""
@@ -353,7 +353,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         inputs, along = self._transformed(x)
         if self.scheme.input_bits == 16:
             scale, bias = self._scale_and_bias(step_bin)
-            y = dispatch.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
+            y = ops.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
             rows = inputs.reshape(-1, self.in_features)
             y = self._int_rows(rows, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
@@ -410,17 +410,17 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             assert self.input_scale is not None
             assert self.input_zero is not None
             scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
-            q = dispatch.quantize_static(inputs, scale, zero)
-            y = dispatch.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin), self._product_dtype(x))
+            q = ops.quantize_static(inputs, scale, zero)
+            y = ops.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin), self._product_dtype(x))
         elif self.scheme.input_granularity == "sample":
             weight_and_shape = self._weight_and_shape(step_bin)
-            y = dispatch.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
+            y = ops.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
             rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin, self._product_dtype(x))
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
-            y = dispatch.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
+            y = ops.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
         return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
@@ -446,9 +446,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
     def _sample_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return uint8 codes, scale and zero of each sample; codes of groups are shifted to have their zero at 128."""
         if self.scheme.input_bits == 8:
-            return cast(tuple[Tensor, Tensor, Tensor], dispatch.quantize_sample(x))
+            return cast(tuple[Tensor, Tensor, Tensor], ops.quantize_sample(x))
         pixels = x.movedim(1, -1)
-        image, scale = dispatch.quantize_group(pixels.flatten(1, 2), self._input_group)
+        image, scale = ops.quantize_group(pixels.flatten(1, 2), self._input_group)
         codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
         return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
 

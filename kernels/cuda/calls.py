@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import reference
-from dcomp.kernels.cpu import in_memory_order
+from dcomp.kernels.blocked import in_memory_order
 from dcomp.kernels.cuda import arguments, driver, packing
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE
 from dcomp.kernels.cuda.driver import Kernel

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from dcomp.kernels import cpu, packing, qparams, reference
+from dcomp.kernels import blocked, onednn, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.native.build import library_file
 from dcomp.kernels.packing import Stored
@@ -50,7 +50,7 @@ def has_tiles() -> bool:
 
 def multiplies_itself() -> bool:
     """Whether matrix products are our own: in tiles, or where oneDNN's are not exact; there must be no defect."""
-    return has_tiles() or (instruction_set() != "generic" and cpu.defect() is not None)
+    return has_tiles() or (instruction_set() != "generic" and onednn.defect() is not None)
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Return the bytes of `qparams.quantize_static` for one range, in the memory format of `x`."""
     values = _dense(x)
     if values is None or scale.numel() != 1 or zero.numel() != 1:
-        return cpu.quantize_static(x, scale, zero)
+        return blocked.quantize_static(x, scale, zero)
     codes = torch.empty_like(x, dtype=torch.uint8)
     out = _dense(codes)
     assert out is not None
@@ -95,7 +95,7 @@ def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
     values = _dense(x)
     if values is None or x.numel() == 0:
-        return cpu.quantize_sample(x)
+        return blocked.quantize_sample(x)
     codes, found = torch.empty_like(x, dtype=torch.uint8), torch.empty(2, len(x))
     samples, out = values.view(len(x), -1), _dense(codes)
     assert out is not None
@@ -108,7 +108,7 @@ def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     if x.dtype not in _DTYPES or x.shape[-1] == 0:
-        return cpu.quantize_token(x)
+        return blocked.quantize_token(x)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     torch.ops.dcomp_native.quantize_token(x.contiguous(), codes, scale)
     return codes, scale
@@ -127,7 +127,7 @@ def group_norm_quantize(
     """Return `reference.group_norm_quantize` of channels-last images; others take the row of torch."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not last or x.dtype not in _DTYPES or x.numel() == 0:
-        return cpu.group_norm_quantize(x, groups, weight, bias, eps, silu, scale, zero)
+        return blocked.group_norm_quantize(x, groups, weight, bias, eps, silu, scale, zero)
     factor, added = torch.empty(2, *x.shape[:2])
     pixels, codes = x.permute(0, 2, 3, 1).flatten(1, 2), torch.empty_like(x, dtype=torch.uint8)
     torch.ops.dcomp_native.group_norm_factors(pixels, groups, _vector(weight), _vector(bias), eps, factor, added)
@@ -148,7 +148,7 @@ def layer_norm_quantize(
 ) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize`."""
     if x.dtype not in _DTYPES or x.numel() == 0:
-        return cpu.layer_norm_quantize(x, weight, bias, gain, shift, eps)
+        return blocked.layer_norm_quantize(x, weight, bias, gain, shift, eps)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1])
     of_samples = [None if part is None else part.float().expand(len(x), -1).contiguous() for part in (gain, shift)]
     vectors = (_vector(weight), _vector(bias), *of_samples)
@@ -166,8 +166,8 @@ def _rescale(out: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | 
         torch.ops.dcomp_native.rescale(out, *scales, None if bias is None else bias.contiguous())
 
 
-linear_a8 = functools.partial(cpu.linear_a8, rescale=_rescale)
-conv2d_patches = functools.partial(cpu.conv2d_patches, rescale=_rescale)
+linear_a8 = functools.partial(onednn.linear_a8, rescale=_rescale)
+conv2d_patches = functools.partial(onednn.conv2d_patches, rescale=_rescale)
 
 
 def int8_image(qweight: Tensor, multiplier: Tensor | None, in_channels: int) -> Tensor:
@@ -225,7 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     for x in (q, k, v):
         fits = x.dtype == q.dtype and x.stride(-1) == 1 and (*x.shape[:2], x.shape[-1]) == heads
         if not fits or x.dtype not in _DTYPES or k.shape[-2] == 0 or x.shape[-1] > _WIDEST_HEAD or scale <= 0:
-            return cpu.attention(q, k, v, scale)
+            return blocked.attention(q, k, v, scale)
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     torch.ops.dcomp_native.attention(q, k, v, out, scale)
     return out.to(q.dtype).transpose(1, 2)
@@ -233,4 +233,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _dense(x: Tensor) -> Tensor | None:
     """View memory without gaps as one axis, samples one after the other; None where that cannot be."""
-    return cpu.in_memory_order(x) if x.dtype in (*_DTYPES, torch.uint8) else None
+    return blocked.in_memory_order(x) if x.dtype in (*_DTYPES, torch.uint8) else None

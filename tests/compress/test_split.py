@@ -22,7 +22,7 @@ from dcomp.compress.split import (
     parts_of,
     quantized_layers,
 )
-from dcomp.kernels import dispatch
+from dcomp.kernels import dispatch, ops
 from dcomp.kernels.packing import pack_weight
 from tests.support.schemes import quantized_form, relative_error
 
@@ -78,8 +78,8 @@ def test_parts_with_joint_scales_have_the_operands_of_the_layer_bit_by_bit(layer
     x = inputs_of(layer)
     parts, slices = parts_of(split), part_slices(24, boundaries)
     assert torch.equal(torch.cat([part.packed().codes() for part in parts], -1), whole.packed().codes())
-    codes_of_x = [dispatch.quantize_static(x[:, own], *ranges) for own in slices]
-    assert torch.equal(torch.cat(codes_of_x, 1), dispatch.quantize_static(x, *ranges))
+    codes_of_x = [ops.quantize_static(x[:, own], *ranges) for own in slices]
+    assert torch.equal(torch.cat(codes_of_x, 1), ops.quantize_static(x, *ranges))
     assert torch.equal(split.dequantize(), whole.dequantize())
     y = whole(x)
     assert (split(x) - y).abs().max() <= 1e-6 * y.abs().max()

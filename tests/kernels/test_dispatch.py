@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 
-from dcomp.kernels import cpu, dispatch, reference
+from dcomp.kernels import dispatch, onednn, ops, reference
 from dcomp.kernels.cuda import loaded
 from dcomp.kernels.packing import pack_weight
 
-needs_vnni = pytest.mark.skipif(cpu.defect() is not None, reason=str(cpu.defect()))
-fast_rows = ["auto", "cpu"] if cpu.defect() is None else ["auto"]  # of products
+needs_vnni = pytest.mark.skipif(onednn.defect() is not None, reason=str(onednn.defect()))
+fast_rows = ["auto", "cpu"] if onednn.defect() is None else ["auto"]  # of products
 
 
 def _weight(shape, bits, seed=0):
@@ -44,29 +44,29 @@ def _conv(bits, groups=1, bias=True, samples=1):
 def _all_calls():
     calls = [
         (
-            dispatch.quantize_static,
+            ops.quantize_static,
             (torch.randn(2, 3, 4, 5), torch.tensor([0.1]), torch.tensor([9], dtype=torch.uint8)),
         ),
-        (dispatch.quantize_token, (torch.randn(4, 5),)),
-        (dispatch.quantize_sample, (torch.randn(2, 3, 4, 5),)),
-        (dispatch.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
-        (dispatch.quantize_group, (torch.randn(2, 3, 21), 8)),
-        (dispatch.conv2d_a8, _conv(8, samples=2)),
-        (dispatch.layer_norm_quantize, (torch.randn(2, 3, 8), *torch.randn(2, 8), *torch.randn(2, 2, 8), 1e-5)),
-        (dispatch.layer_norm_quantize, (torch.randn(2, 3, 8), None, None, None, None, 1e-5)),
+        (ops.quantize_token, (torch.randn(4, 5),)),
+        (ops.quantize_sample, (torch.randn(2, 3, 4, 5),)),
+        (ops.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
+        (ops.quantize_group, (torch.randn(2, 3, 21), 8)),
+        (ops.conv2d_a8, _conv(8, samples=2)),
+        (ops.layer_norm_quantize, (torch.randn(2, 3, 8), *torch.randn(2, 8), *torch.randn(2, 2, 8), 1e-5)),
+        (ops.layer_norm_quantize, (torch.randn(2, 3, 8), None, None, None, None, 1e-5)),
     ]
     for memory_format in (torch.contiguous_format, torch.channels_last):
         x, static = torch.randn(2, 6, 4, 5).contiguous(memory_format=memory_format), _conv(8)[1:3]
         norm = (x, 2, *torch.randn(2, 6), 1e-5, True)
-        calls += [(dispatch.group_norm_quantize, (*norm, *ranges)) for ranges in (static, (None, None))]
+        calls += [(ops.group_norm_quantize, (*norm, *ranges)) for ranges in (static, (None, None))]
     for bits in (8, 4):
         _, _, *weight = _linear(bits)
-        calls += [(dispatch.linear_a8, _linear(bits)), (dispatch.linear_a16, (torch.randn(2, 5, 21), *weight))]
+        calls += [(ops.linear_a8, _linear(bits)), (ops.linear_a16, (torch.randn(2, 5, 21), *weight))]
         _, _, _, *weight = _conv(bits)
-        calls += [(dispatch.conv2d_a8, _conv(bits)), (dispatch.conv2d_a16, (torch.randn(2, 12, 7, 6), *weight))]
+        calls += [(ops.conv2d_a8, _conv(bits)), (ops.conv2d_a16, (torch.randn(2, 12, 7, 6), *weight))]
     _, _, _, *weight = _conv(8, groups=2, bias=False)
-    calls += [(dispatch.conv2d_a8, _conv(8, groups=2, bias=False)), (dispatch.linear_a8, _linear(8, bias=False))]
-    calls.append((dispatch.attention, (*torch.randn(3, 2, 4, 20, 8), 0.3)))
+    calls += [(ops.conv2d_a8, _conv(8, groups=2, bias=False)), (ops.linear_a8, _linear(8, bias=False))]
+    calls.append((ops.attention, (*torch.randn(3, 2, 4, 20, 8), 0.3)))
     return calls
 
 
@@ -79,7 +79,7 @@ def test_operations_are_registered_as_torch_demands(call):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("operation", "make"),
-    [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv), (dispatch.conv2d_a8, partial(_conv, samples=2))],
+    [(ops.linear_a8, _linear), (ops.conv2d_a8, _conv), (ops.conv2d_a8, partial(_conv, samples=2))],
 )
 def test_all_rows_give_the_same_result(bits, operation, make):
     arguments = make(bits)
@@ -95,9 +95,9 @@ def test_all_rows_give_the_same_result(bits, operation, make):
 @pytest.mark.parametrize(
     ("operation", "arguments"),
     [
-        (dispatch.quantize_sample, (torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),)),
-        (dispatch.quantize_token, (torch.randn(3, 40),)),
-        (dispatch.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8)),
+        (ops.quantize_sample, (torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),)),
+        (ops.quantize_token, (torch.randn(3, 40),)),
+        (ops.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8)),
     ],
 )
 def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
@@ -111,7 +111,7 @@ def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
             assert found.stride() == plain.stride()
 
 
-@pytest.mark.parametrize(("operation", "make"), [(dispatch.linear_a8, _linear), (dispatch.conv2d_a8, _conv)])
+@pytest.mark.parametrize(("operation", "make"), [(ops.linear_a8, _linear), (ops.conv2d_a8, _conv)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_products_are_rounded_once_to_the_dtype_that_is_asked_for(operation, make, dtype):
     arguments = make(8)
@@ -124,7 +124,7 @@ def test_packed_operations_are_the_definition_on_the_int8_image(bits):
     q, x_scale, qweight, scale, multiplier, bias, in_features = _linear(bits)
     codes = _weight((11, 21), bits).codes()
     with dispatch.use_backend("emulated"):
-        found = dispatch.linear_a8(q, x_scale, qweight, scale, multiplier, bias, in_features)
+        found = ops.linear_a8(q, x_scale, qweight, scale, multiplier, bias, in_features)
     assert torch.equal(found, reference.linear_a8(q, x_scale, codes, scale, bias))
 
 
@@ -134,30 +134,30 @@ def test_grouped_convolutions_are_emulated_and_say_so():
     assert "grouped" in choice.reason
     q, x_scale, x_zero, qweight, scale, _, bias, *shape = _conv(8, groups=3)
     expected = reference.conv2d_a8(q, x_scale, x_zero, qweight, scale, bias, *shape)
-    assert torch.equal(dispatch.conv2d_a8(q, x_scale, x_zero, qweight, scale, None, bias, *shape), expected)
+    assert torch.equal(ops.conv2d_a8(q, x_scale, x_zero, qweight, scale, None, bias, *shape), expected)
 
 
 def test_sums_that_could_overflow_are_emulated_and_exact():
-    inner = cpu.MAX_REDUCTION + 1
+    inner = onednn.MAX_REDUCTION + 1
     choice = dispatch.choose("linear_a8", reduction=inner)
     assert choice.row == "emulated"
     assert "overflow" in choice.reason
     inner = 140_000  # 127 * 127 * 140,000 is above 2^31
     q, packed = torch.full((1, inner), 127, dtype=torch.int8), pack_weight(torch.full((2, inner), 127), torch.ones(2))
-    y = dispatch.linear_a8(q, torch.ones(1), packed.qweight, packed.scale, None, None, inner)
+    y = ops.linear_a8(q, torch.ones(1), packed.qweight, packed.scale, None, None, inner)
     assert y.tolist() == [[torch.tensor(127.0 * 127 * inner).item()] * 2]
 
 
 def test_the_largest_allowed_sum_does_not_overflow():
-    q = torch.full((1, cpu.MAX_REDUCTION, 1, 1), 255, dtype=torch.uint8)
-    packed = pack_weight(torch.full((2, 1, 1, cpu.MAX_REDUCTION), 127), torch.ones(2))
-    assert dispatch.choose("conv2d_a8", reduction=cpu.MAX_REDUCTION).row != "emulated"
+    q = torch.full((1, onednn.MAX_REDUCTION, 1, 1), 255, dtype=torch.uint8)
+    packed = pack_weight(torch.full((2, 1, 1, onednn.MAX_REDUCTION), 127), torch.ones(2))
+    assert dispatch.choose("conv2d_a8", reduction=onednn.MAX_REDUCTION).row != "emulated"
     shape = ([1, 1], [0, 0], [1, 1], 1)
     static = (torch.ones(1), torch.zeros(1, dtype=torch.uint8))
     for row in fast_rows:
         with dispatch.use_backend(row):
-            y = dispatch.conv2d_a8(q, *static, packed.qweight, packed.scale, None, None, *shape)
-        assert y.flatten().tolist() == [torch.tensor(255.0 * 127 * cpu.MAX_REDUCTION).item()] * 2
+            y = ops.conv2d_a8(q, *static, packed.qweight, packed.scale, None, None, *shape)
+        assert y.flatten().tolist() == [torch.tensor(255.0 * 127 * onednn.MAX_REDUCTION).item()] * 2
 
 
 def test_demanding_a_row_that_cannot_run_is_an_error():
@@ -202,7 +202,7 @@ def test_every_operation_and_format_is_explained_for_every_device():
 
 def test_backward_through_an_operation_is_refused():
     _, _, *weight = _linear(8)
-    y = dispatch.linear_a16(torch.randn(2, 21, requires_grad=True), *weight)
+    y = ops.linear_a16(torch.randn(2, 21, requires_grad=True), *weight)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         y.sum().backward()
 
@@ -210,8 +210,8 @@ def test_backward_through_an_operation_is_refused():
 def test_importing_probes_nothing():
     code = (
         "import torch; torch._int_mm = None\n"
-        "from dcomp.kernels import cpu, dispatch\n"
-        "print(cpu.defect.cache_info().currsize, dispatch._choose.cache_info().currsize)"
+        "from dcomp.kernels import dispatch, onednn\n"
+        "print(onednn.defect.cache_info().currsize, dispatch._choose.cache_info().currsize)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0"]

@@ -15,9 +15,9 @@ needs_compiler = pytest.mark.skipif(rows.defect() is not None, reason=f"{rows.de
 
 # What a process finds that starts with some environment, as `row reason`.
 FOUND = (
-    "import torch; from dcomp.kernels import dispatch, qparams;"
+    "import torch; from dcomp.kernels import dispatch, ops, qparams;"
     "x = torch.randn(3, 20); choice = dispatch.choose('quantize_token');"
-    "assert all(map(torch.equal, dispatch.quantize_token(x), qparams.quantize_token(x)));"
+    "assert all(map(torch.equal, ops.quantize_token(x), qparams.quantize_token(x)));"
     "print(choice.row, choice.reason)"
 )
 

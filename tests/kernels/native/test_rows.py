@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dcomp.kernels import cpu, dispatch, packing, qparams, reference
+from dcomp.kernels import dispatch, onednn, packing, qparams, reference
 from dcomp.kernels.native import rows
 
 needs_library = pytest.mark.skipif(rows.defect() is not None, reason=f"{rows.defect()}")
@@ -492,5 +492,5 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_layers_run_on_them() -> None:
     assert dispatch.choose("quantize_token").row == "native"
     # Without vectors, plain C++ would multiply; only unpacking and rescaling around another product are worth it.
-    plain = rows.instruction_set() == "generic" and cpu.defect() is not None
+    plain = rows.instruction_set() == "generic" and onednn.defect() is not None
     assert dispatch.choose("linear_a8", bits=4).row == ("emulated" if plain else "native")

@@ -9,9 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dcomp.kernels import cpu, qparams, reference
+from dcomp.kernels import onednn, reference
 
-needs_vnni = pytest.mark.skipif(cpu.defect() is not None, reason=str(cpu.defect()))
+needs_vnni = pytest.mark.skipif(onednn.defect() is not None, reason=str(onednn.defect()))
 EXTREMES = st.sampled_from(["random", "lowest", "highest", "mixed"])
 
 
@@ -37,7 +37,7 @@ def _assert_close(found, expected, terms):
 def test_linear_sums_are_exact_for_ragged_shapes_and_extremes(rows, inner, out, seed, kind_q, kind_w):
     q, codes = _draw((rows, inner), -128, 127, seed, kind_q), _draw((out, inner), -128, 127, seed + 1, kind_w)
     ones = (torch.ones(rows), torch.ones(out))
-    found = cpu.linear_a8(q, ones[0], codes, ones[1], None)
+    found = onednn.linear_a8(q, ones[0], codes, ones[1], None)
     assert torch.equal(found, reference.linear_a8(q, ones[0], codes, ones[1], None))
 
 
@@ -56,15 +56,15 @@ def test_scaled_linear_outputs_agree_to_a_few_ulp(rows, inner, out, with_bias, s
     x_scale, scale, bias = torch.rand(rows) + 0.01, torch.rand(out) + 0.01, torch.randn(out) if with_bias else None
     expected = reference.linear_a8(q, x_scale, codes, scale, bias)
     terms = reference.linear_a8(q, x_scale, codes, scale, None).abs() + (bias.abs() if with_bias else 0)
-    _assert_close(cpu.linear_a8(q, x_scale, codes, scale, bias), expected, terms)
+    _assert_close(onednn.linear_a8(q, x_scale, codes, scale, bias), expected, terms)
 
 
 @needs_vnni
 def test_a_result_that_spans_many_blocks_equals_its_parts():
     q, codes = _draw((1000, 40), -127, 127, 0), _draw((2100, 40), -127, 127, 1)
     x_scale, scale, bias = torch.rand(1000), torch.rand(2100), torch.randn(2100)
-    whole = cpu.linear_a8(q, x_scale, codes, scale, bias)
-    assert torch.equal(whole[777:778], cpu.linear_a8(q[777:778], x_scale[777:778], codes, scale, bias))
+    whole = onednn.linear_a8(q, x_scale, codes, scale, bias)
+    assert torch.equal(whole[777:778], onednn.linear_a8(q[777:778], x_scale[777:778], codes, scale, bias))
 
 
 SHAPES = {
@@ -83,7 +83,7 @@ SHAPES = {
 
 
 @needs_vnni
-@pytest.mark.parametrize("convolve", [cpu.conv2d_prepacked, cpu.conv2d_patches])
+@pytest.mark.parametrize("convolve", [onednn.conv2d_prepacked, onednn.conv2d_patches])
 @settings(max_examples=200)
 @given(**SHAPES)
 def test_convolution_sums_are_exact_and_padding_is_the_real_zero(
@@ -105,13 +105,13 @@ def test_convolution_sums_are_exact_and_padding_is_the_real_zero(
 def test_one_column_of_several_rows_is_exact_with_a_horizontal_stride(kernel, stride):
     q, codes = _draw((2, 16, 6, 3), 0, 255, 0), _draw((16, *kernel, 16), -127, 127, 1)
     arguments = (torch.ones(1), torch.tensor([7], dtype=torch.uint8), codes, torch.ones(16), None, stride, [0, 0])
-    y = cpu.conv2d_prepacked(q, *arguments, [1, 1])
+    y = onednn.conv2d_prepacked(q, *arguments, [1, 1])
     assert y.shape[3] == 1 < y.shape[2]
     assert torch.equal(y, reference.conv2d_a8(q, *arguments, [1, 1], 1))
 
 
 @needs_vnni
-@pytest.mark.parametrize("convolve", [cpu.conv2d_prepacked, cpu.conv2d_patches])
+@pytest.mark.parametrize("convolve", [onednn.conv2d_prepacked, onednn.conv2d_patches])
 @pytest.mark.parametrize("zero", range(0, 256, 5))
 def test_an_image_of_real_zeros_gives_zeros_up_to_its_edge(convolve, zero):
     q, codes = torch.full((1, 5, 4, 4), zero, dtype=torch.uint8), _draw((8, 3, 3, 5), -127, 127, zero)
@@ -121,7 +121,7 @@ def test_an_image_of_real_zeros_gives_zeros_up_to_its_edge(convolve, zero):
 
 
 @needs_vnni
-@pytest.mark.parametrize("convolve", [cpu.conv2d_prepacked, cpu.conv2d_patches])
+@pytest.mark.parametrize("convolve", [onednn.conv2d_prepacked, onednn.conv2d_patches])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_scaled_convolutions_agree_to_a_few_ulp(convolve, layout):
     torch.manual_seed(0)
@@ -136,11 +136,11 @@ def test_scaled_convolutions_agree_to_a_few_ulp(convolve, layout):
 
 def _loop_over_samples(*arguments):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_SMALL_SAMPLE", 0)
-        return cpu.conv2d_prepacked(*arguments)
+        patch.setattr(onednn, "_SMALL_SAMPLE", 0)
+        return onednn.conv2d_prepacked(*arguments)
 
 
-BY_SAMPLE = pytest.mark.parametrize("convolve", [_loop_over_samples, cpu.conv2d_prepacked, cpu.conv2d_patches])
+BY_SAMPLE = pytest.mark.parametrize("convolve", [_loop_over_samples, onednn.conv2d_prepacked, onednn.conv2d_patches])
 
 
 @needs_vnni
@@ -163,7 +163,7 @@ def test_convolution_sums_are_exact_with_a_zero_for_each_sample(
 @BY_SAMPLE
 @pytest.mark.parametrize("block_bytes", [1, 40_000, 1 << 21])
 def test_convolutions_scaled_by_sample_agree_to_a_few_ulp(monkeypatch, convolve, block_bytes):
-    monkeypatch.setattr(cpu, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(onednn, "_BLOCK_BYTES", block_bytes)
     torch.manual_seed(0)
     q = _draw((5, 24, 10, 9), 0, 255, 0).contiguous(memory_format=torch.channels_last)
     codes, scale, bias = _draw((17, 3, 3, 24), -127, 127, 1), torch.rand(17) + 0.01, torch.randn(17)
@@ -200,7 +200,7 @@ def test_equal_ranges_of_all_samples_give_the_sums_of_one_range(convolve):
 def test_blocks_of_patches_cover_every_row_once_and_in_order(budget):
     patches = torch.arange(5 * 8 * 9 * 2 * 3 * 4).view(5, 8, 9, 2, 3, 4)
     covered = 0
-    for start, stop, block in cpu._blocks(patches, budget):
+    for start, stop, block in onednn._blocks(patches, budget):
         assert start == covered
         assert torch.equal(block.reshape(-1), patches.reshape(5 * 8, -1)[start:stop].reshape(-1))
         assert stop - start == 1 or block.numel() <= budget
@@ -213,9 +213,9 @@ def _stale_guard(change):
     q = _draw((1, 16, 6, 6), 0, 255, 1)
     shape = ([1, 1], [1, 1], [1, 1])
     fixed = (torch.ones(1), torch.tensor([128], dtype=torch.uint8))
-    cpu.conv2d_prepacked(q, *fixed, codes, torch.ones(16), None, *shape)
+    onednn.conv2d_prepacked(q, *fixed, codes, torch.ones(16), None, *shape)
     codes = change(codes)
-    found = cpu.conv2d_prepacked(q, *fixed, codes, torch.ones(16), None, *shape)
+    found = onednn.conv2d_prepacked(q, *fixed, codes, torch.ones(16), None, *shape)
     assert torch.equal(found, reference.conv2d_a8(q, *fixed, codes, torch.ones(16), None, *shape, 1))
 
 
@@ -249,7 +249,7 @@ def test_a_pack_is_never_served_after_its_weight_changed(change):
 @needs_vnni
 def test_a_pack_is_made_once_and_dies_with_its_weight():
     gc.collect()
-    before = len(cpu._packs)
+    before = len(onednn._packs)
     codes = _draw((4, 3, 3, 4), -127, 127, 0)
     arguments = (
         torch.ones(1),
@@ -261,14 +261,14 @@ def test_a_pack_is_made_once_and_dies_with_its_weight():
         [1, 1],
         [1, 1],
     )
-    cpu.conv2d_prepacked(_draw((1, 4, 5, 5), 0, 255, 1), *arguments)
-    packs = cpu._packs.of(codes)
+    onednn.conv2d_prepacked(_draw((1, 4, 5, 5), 0, 255, 1), *arguments)
+    packs = onednn._packs.of(codes)
     assert len(packs) == 1
-    cpu.conv2d_prepacked(_draw((2, 4, 7, 3), 0, 255, 1), *arguments)
-    assert cpu._packs.of(codes) == packs
+    onednn.conv2d_prepacked(_draw((2, 4, 7, 3), 0, 255, 1), *arguments)
+    assert onednn._packs.of(codes) == packs
     del codes, arguments
     gc.collect()
-    assert len(cpu._packs) == before
+    assert len(onednn._packs) == before
 
 
 @needs_vnni
@@ -286,161 +286,22 @@ def test_a_weight_without_a_version_is_never_cached():
         [1, 1],
     )
     q = _draw((1, 4, 5, 5), 0, 255, 1)
-    assert torch.equal(cpu.conv2d_prepacked(q, *arguments), reference.conv2d_a8(q, *arguments, 1))
-    assert cpu._packs.of(codes) == {}
-
-
-@settings(max_examples=60)
-@given(
-    st.integers(0, 3),
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.sampled_from(["nchw", "nhwc", "sliced", "flat"]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.integers(0, 255),
-    st.integers(0, 99),
-)
-def test_static_codes_are_those_of_the_definition(batch, channels, side, layout, dtype, zero, seed):
-    x = (torch.randn(batch, channels, side, side + 1, generator=torch.Generator().manual_seed(seed)) * 40).to(dtype)
-    x = {
-        "nchw": x,
-        "nhwc": x.contiguous(memory_format=torch.channels_last),
-        "sliced": x[..., ::2],
-        "flat": x.flatten(),
-    }[layout]
-    static = (torch.tensor([0.11 + seed]), torch.tensor([zero], dtype=torch.uint8))
-    codes = cpu.quantize_static(x, *static)
-    assert torch.equal(codes, qparams.quantize_static(x, *static))
-    assert layout != "nhwc" or codes.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_static_codes_of_many_blocks_and_of_extremes_are_those_of_the_definition():
-    x = torch.randn(700_001) * 100
-    x[:8] = torch.tensor([0.0, -0.0, 1e38, -1e38, float("inf"), -float("inf"), 0.5, 2.5])
-    for zero in (0, 128, 255):
-        static = (torch.tensor([1.0]), torch.tensor([zero], dtype=torch.uint8))
-        assert torch.equal(cpu.quantize_static(x, *static), qparams.quantize_static(x, *static))
-
-
-@settings(max_examples=60)
-@given(
-    st.integers(0, 20),
-    st.integers(1, 300),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    st.integers(-40, 15),
-    st.integers(0, 99),
-)
-def test_token_codes_are_those_of_the_definition(rows, columns, dtype, exponent, seed):
-    x = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent).to(dtype)
-    x[::3] = 0
-    for found, expected in zip(cpu.quantize_token(x), qparams.quantize_token(x), strict=True):
-        assert torch.equal(found, expected)
-
-
-def test_token_codes_of_many_blocks_and_strided_rows_are_those_of_the_definition():
-    x = torch.randn(3000, 700)[:, 50:650]
-    for found, expected in zip(cpu.quantize_token(x), qparams.quantize_token(x), strict=True):
-        assert torch.equal(found, expected)
-
-
-LAYOUTS = st.sampled_from(["nchw", "nhwc", "sliced", "flat"])
-DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-BLOCK_SIZES = st.sampled_from([1, 37, 300, 1 << 18])  # of many blocks in a sample, and many samples in a block
-
-
-def _assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-
-
-@settings(max_examples=80)
-@given(st.integers(0, 3), st.integers(1, 9), st.integers(1, 9), LAYOUTS, DTYPES, BLOCK_SIZES, st.integers(0, 99))
-def test_codes_of_samples_are_those_of_the_definition(batch, channels, side, layout, dtype, block, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, channels, side, side + 1, generator=generator) + torch.randn(1, generator=generator)
-    x = (x * 40 * torch.rand(batch, 1, 1, 1, generator=generator)).to(dtype)
-    x[::3] *= seed % 2
-    x = {
-        "nchw": x,
-        "nhwc": x.contiguous(memory_format=torch.channels_last),
-        "sliced": x[..., ::2],
-        "flat": x.flatten(1),
-    }[layout]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_BLOCK_ELEMENTS", block)
-        found = cpu.quantize_sample(x)
-    _assert_same(found, qparams.quantize_sample(x))
-    assert layout != "nhwc" or found[0].is_contiguous(memory_format=torch.channels_last)
-
-
-@settings(max_examples=80)
-@given(
-    st.integers(0, 3), st.integers(0, 9), st.integers(1, 40), st.integers(1, 48), DTYPES, BLOCK_SIZES,
-    st.integers(-40, 15), st.integers(0, 99),
-)  # fmt: skip
-def test_images_of_groups_are_those_of_the_definition(batch, rows, channels, group, dtype, block, exponent, seed):
-    x = torch.randn(batch, rows, channels, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
-    x[1::3] = 0
-    x = x.to(dtype) if seed % 2 else x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_BLOCK_ELEMENTS", block)
-        found = cpu.quantize_group(x, group)
-    _assert_same(found, qparams.quantize_group(x, group))
-
-
-@pytest.mark.parametrize("shape", [(2, 40, 90, 88), (600, 8, 9, 9)])
-def test_samples_and_groups_of_many_blocks_and_of_extremes_are_those_of_the_definition(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
-    x[0, 0, 0, :6] = torch.tensor([0.0, -0.0, 1e38, -1e38, 0.5, 2.5])
-    _assert_same(cpu.quantize_sample(x), qparams.quantize_sample(x))
-    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
-    _assert_same(cpu.quantize_group(pixels, 16), qparams.quantize_group(pixels, 16))
-    rows = pixels.flatten(0, 1).unsqueeze(1)
-    _assert_same(cpu.quantize_group(rows, 16), qparams.quantize_group(rows, 16))
-
-
-def test_nan_and_infinity_give_the_scale_of_the_definition_and_stay_in_their_sample():
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    x[1, 0, 0, 0], x[2, 1, 2, 3] = float("nan"), -float("inf")
-    for found, expected in (
-        (cpu.quantize_sample(x), qparams.quantize_sample(x)),
-        (cpu.quantize_group(x.flatten(1, 2), 4), qparams.quantize_group(x.flatten(1, 2), 4)),
-    ):
-        assert [str(float(value)) for value in found[1][1:3]] == ["nan", "inf"]
-        assert torch.equal(found[1][::3], expected[1][::3])
-        assert torch.equal(found[0][::3], expected[0][::3])
-        assert all(torch.equal(one, other) for one, other in zip(found[2:], expected[2:], strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_dequantized_in_blocks_gives_the_result_of_the_whole(monkeypatch, dtype):
-    codes, scale, bias = _draw((70, 3, 3, 16), -127, 127, 0), torch.rand(70), torch.randn(70)
-    x, rows = torch.randn(2, 16, 6, 7).to(dtype), torch.randn(3, 5, 16).to(dtype)
-    shape = ([1, 1], [1, 1], [1, 1], 1)
-    monkeypatch.setattr(cpu, "_FLOAT_WEIGHT_ELEMENTS", 20 * codes[0].numel())
-    assert len(cpu._output_blocks(codes)) == 5
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # a sum of 144 terms in another order
-    for b in (bias, None):
-        whole = reference.conv2d_a16(x, codes, scale, b, *shape)
-        assert (cpu.conv2d_a16(x, codes, scale, b, *shape) - whole).abs().max() <= tolerance * whole.abs().max()
-        monkeypatch.setattr(cpu, "_FLOAT_WEIGHT_ELEMENTS", 16 * 16)
-        whole = reference.linear_a16(rows, codes[:, 0, 0], scale, b)
-        assert (cpu.linear_a16(rows, codes[:, 0, 0], scale, b) - whole).abs().max() <= tolerance * whole.abs().max()
+    assert torch.equal(onednn.conv2d_prepacked(q, *arguments), reference.conv2d_a8(q, *arguments, 1))
+    assert onednn._packs.of(codes) == {}
 
 
 PROBE = """
 import torch
-from dcomp.kernels import cpu, dispatch
+from dcomp.kernels import dispatch, onednn, ops
 codes = torch.full((8, 3, 3, 16), 127, dtype=torch.int8)
 q = torch.full((1, 16, 5, 5), 255, dtype=torch.uint8)
 one, zero = torch.ones(1), torch.tensor([0], dtype=torch.uint8)
-y = dispatch.conv2d_a8(q, one, zero, codes, torch.ones(8), None, None, [1, 1], [0, 0], [1, 1], 1)
+y = ops.conv2d_a8(q, one, zero, codes, torch.ones(8), None, None, [1, 1], [0, 0], [1, 1], 1)
 p = torch.full((4, 144), -127, dtype=torch.int8)
-rows = dispatch.linear_a8(p, torch.ones(4), codes.view(8, -1), torch.ones(8), None, None, 144)
+rows = ops.linear_a8(p, torch.ones(4), codes.view(8, -1), torch.ones(8), None, None, 144)
 print(y.unique().tolist() == [255.0 * 127 * 144] and rows.unique().tolist() == [-127.0 * 127 * 144])
 print({c["row"] for c in dispatch.explain(["cpu"]) if c["operation"] in ("linear_a8", "conv2d_a8")})
-print(cpu.defect())
+print(onednn.defect())
 """
 
 
