@@ -1,11 +1,11 @@
 """Speed of one denoiser call at Stable Diffusion 1.5's shape: integers against fp32, interleaved, as ratios.
 
-    python benchmarks/speed.py [--preset w8a8 --preset w4a8] [--batch 2] [--repeats 7]
+    python benchmarks/speed.py [--preset w8a8 --preset w4a8] [--peer "OpenVINO int8"] [--batch 2] [--repeats 7]
 
 Weights are random: speed does not depend on them. Each round times the fp32 call and every quantized call once, in
 turn, so that a drift of the machine's speed hits all of them; the ratio of a round is what counts, its median is what
-is quoted. One more call of each is profiled, and its time split by kinds of operations. Prints tables and writes
-`benchmarks/results/speed-<instruction set>.json`.
+is quoted. Peers of `denoiser_peers.py` are timed in the same rounds. One more call of each of ours is profiled, and its
+time split by kinds of operations. Prints tables and writes `benchmarks/results/speed-<instruction set>.json`.
 """
 
 import copy
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from denoiser_peers import PEERS
 
 UNET_SD15 = {
     "sample_size": 64,
@@ -87,6 +91,7 @@ def instruction_set() -> str:
 
 def main(
     preset: Annotated[list[str] | None, typer.Option(help="Presets to time.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Of denoiser_peers.py; default: those that are there.")] = None,
     batch: int = 2,
     latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
     repeats: int = 7,
@@ -102,20 +107,24 @@ def main(
     args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
     small = (args[0][:, :, :16, :16], args[1], args[2])
     models = {"fp32": reference}
+    calls: dict[str, Any] = {"fp32": lambda: reference(*args).sample}
     for name in preset or ["w8a8", "w4a8"]:
         started = time.perf_counter()
         model = copy.deepcopy(reference)
         quantized(model, name, small, {}, StepBins((500.0,), (0,), ()))
         models[name] = model
+        calls[name] = lambda model=model: model(*args).sample
         print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
+    calls |= peers(reference, args, peer)
 
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_number in range(repeats + 1):
-        for name, model in models.items():
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    predictions = {name: torch.as_tensor(call()) for name, call in calls.items()}  # packs weights and fills caches
+    expected = predictions["fp32"]
+    for _ in range(repeats):
+        for name, call in calls.items():
             started = time.perf_counter()
-            model(*args)
-            if round_number:  # the first round packs weights and fills caches
-                seconds[name].append(time.perf_counter() - started)
+            call()
+            seconds[name].append(time.perf_counter() - started)
     rows = []
     for name, times in seconds.items():
         ratios = [fp32 / own for fp32, own in zip(seconds["fp32"], times, strict=True)]
@@ -125,7 +134,8 @@ def main(
                 "speedup": round(statistics.median(ratios), 2),
                 "speedup_min": round(min(ratios), 2),
                 "speedup_max": round(max(ratios), 2),
-                "bytes": sum(t.nbytes for t in (*models[name].parameters(), *models[name].buffers())),
+                "error": round(((predictions[name] - expected).norm() / expected.norm()).item(), 4),
+                "bytes": size(models[name]) if name in models else None,
             }
         )
     report = {
@@ -141,6 +151,26 @@ def main(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"speed-{instruction_set()}.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{table(report)}\n\n{split_table(report)}")
+
+
+def peers(denoiser: Any, args: tuple[Any, ...], wanted: list[str] | None) -> dict[str, Any]:
+    """Return calls of the denoiser in other runtimes, of all that can be imported if none is named."""
+    calls = {}
+    for name in PEERS if wanted is None else wanted:
+        started = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                calls[name] = PEERS[name](denoiser, args, Path(folder))
+        except ImportError as error:
+            print(f"{name}: left out, {error}", flush=True)
+        else:
+            print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
+    return calls
+
+
+def size(model: Any) -> int:
+    """Return the bytes of a model's tensors."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def split(model: Any, args: tuple[Any, ...]) -> dict[str, float]:
@@ -166,12 +196,15 @@ def split_table(report: dict[str, Any]) -> str:
 def table(report: dict[str, Any]) -> str:
     """Return the rows as Markdown."""
     fp32 = report["rows"][0]["bytes"]
-    lines = ["| | speed / fp32 (range over rounds) | bytes in memory / fp32 |", "|---|---:|---:|"]
-    lines += [
-        f"| {row['model']} | {row['speedup']:.2f} ({row['speedup_min']:.2f} to {row['speedup_max']:.2f}) "
-        f"| {row['bytes'] / fp32:.3f} |"
-        for row in report["rows"]
+    with_error = all("error" in row for row in report["rows"])
+    lines = [
+        "| | speed / fp32 (range over rounds) | bytes in memory / fp32 |" + " error of the prediction |" * with_error,
+        "|---|---:|---:|" + "---:|" * with_error,
     ]
+    for row in report["rows"]:
+        speed = f"{row['speedup']:.2f} ({row['speedup_min']:.2f} to {row['speedup_max']:.2f})"
+        part = "" if row["bytes"] is None else f"{row['bytes'] / fp32:.3f}"
+        lines.append(f"| {row['model']} | {speed} | {part} |" + (f" {row['error']:.4f} |" if with_error else ""))
     return "\n".join(lines)
 
 
