@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 _BLOCK_ELEMENTS = 1 << 18  # of a float32 temporary: 1 MiB
 _FLOAT_WEIGHT_ELEMENTS = 1 << 20  # of a dequantized weight: 4 MiB, far below what is given back to the system
@@ -77,32 +78,23 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_quantize(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    scale: Tensor | None,
-    zero: Tensor | None,
+    x: Tensor, norm: GroupNorm, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `reference.group_norm_quantize`."""
-    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
-    y = functional.group_norm(x, groups, weight, bias, eps)
-    y = functional.silu(y, inplace=True) if silu else y
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (norm.weight, norm.bias))
+    y = functional.group_norm(x, norm.groups, weight, bias, norm.eps)
+    y = functional.silu(y, inplace=True) if norm.silu else y
     if scale is None or zero is None:
         return quantize_sample(y)
     return quantize_static(y, scale, zero), scale.clone(), zero.clone()
 
 
-def layer_norm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize`."""
-    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
-    y = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    y = y if gain is None else y * (1 + gain.unsqueeze(1))
-    y = y if shift is None else y + shift.unsqueeze(1)
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (norm.weight, norm.bias))
+    y = functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+    y = y if norm.gain is None else y * (1 + norm.gain.unsqueeze(1))
+    y = y if norm.shift is None else y + norm.shift.unsqueeze(1)
     codes, scales = quantize_token(y.flatten(0, 1))
     return codes.view(x.shape), scales.view(x.shape[:-1])
 

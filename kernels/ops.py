@@ -13,6 +13,7 @@ from torch import Tensor
 from dcomp.kernels import dispatch, qparams, reference
 from dcomp.kernels.cuda import rows as cuda
 from dcomp.kernels.dispatch import Choice
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 
 def _quantizer(operation: str, x: Tensor) -> Choice:
@@ -84,7 +85,7 @@ def group_norm_quantize(
     Scale fp32 and zero uint8 are `[1]` of a static range, or None for that of each sample, `[N]`.
     """
     choice = _quantizer("group_norm_quantize", x)
-    codes, found, center = choice.run(x, groups, weight, bias, eps, silu, scale, zero)
+    codes, found, center = choice.run(x, GroupNorm(groups, weight, bias, eps, silu), scale, zero)
     return codes.contiguous(memory_format=qparams.memory_format(x)), found, center
 
 
@@ -109,7 +110,7 @@ def layer_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return int8 codes of the layer norm of `x` `[N, L, C]`, times `1 + gain`, plus `shift` `[N, C]`, and scales."""
-    codes, scale = _quantizer("layer_norm_quantize", x).run(x, weight, bias, gain, shift, eps)
+    codes, scale = _quantizer("layer_norm_quantize", x).run(x, LayerNorm(weight, bias, gain, shift, eps))
     return codes.contiguous(), scale
 
 

@@ -6,7 +6,7 @@ does not depend on an order and equals int64 arithmetic. Runs on every device. W
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,55 +97,64 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (scores.softmax(-1) @ v.double()).to(q.dtype)
 
 
-def group_norm_quantize(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    scale: Tensor | None,
-    zero: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return uint8 codes of the group norm of `x` `[N, C, H, W]`, through SiLU if asked for, their scale and zero.
+class GroupNorm(NamedTuple):
+    """A group norm before codes.
 
-    Args:
-        x: any float dtype; codes have its memory format.
+    Attributes:
         groups: of channels.
-        weight: `[C]`.
-        bias: `[C]`.
+        weight: `[C]`, or None for 1.
+        bias: `[C]`, or None for 0.
         eps: is added to the variance.
         silu: whether SiLU follows the norm.
+    """
+
+    groups: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    silu: bool
+
+
+class LayerNorm(NamedTuple):
+    """A layer norm before codes, with what adaptive norms make of it (Peebles & Xie 2023, DiT).
+
+    Attributes:
+        weight: `[C]`, or None for 1.
+        bias: `[C]`, or None for 0.
+        gain: `[N, C]`; the norm is multiplied by `1 + gain`. None for 0.
+        shift: `[N, C]`, added after that; None for 0.
+        eps: is added to the variance.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    eps: float
+
+
+def group_norm_quantize(
+    x: Tensor, norm: GroupNorm, scale: Tensor | None, zero: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uint8 codes of the group norm of `x` `[N, C, H, W]`, in its memory format, their scale and zero.
+
+    Args:
+        x: any float dtype.
+        norm: which.
         scale: fp32 `[1]` of a static range, or None for the range of each sample.
         zero: uint8 `[1]`, likewise.
     """
-    weight, bias = (None if part is None else part.double() for part in (weight, bias))
-    y = functional.group_norm(x.double(), groups, weight, bias, eps)
-    y = (functional.silu(y) if silu else y).float().contiguous(memory_format=qparams.memory_format(x))
+    weight, bias = (None if part is None else part.double() for part in (norm.weight, norm.bias))
+    y = functional.group_norm(x.double(), norm.groups, weight, bias, norm.eps)
+    y = (functional.silu(y) if norm.silu else y).float().contiguous(memory_format=qparams.memory_format(x))
     if scale is None or zero is None:
         return qparams.quantize_sample(y)
     return qparams.quantize_static(y, scale, zero), scale.clone(), zero.clone()
 
 
-def layer_norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of the layer norm of `x` `[N, L, C]` and their scales fp32 `[N, L]`.
-
-    Args:
-        x: any float dtype.
-        weight: `[C]`.
-        bias: `[C]`.
-        gain: `[N, C]`; the norm is multiplied by `1 + gain`, as adaptive layer norms do (Peebles & Xie 2023, DiT).
-        shift: `[N, C]`, added after that.
-        eps: is added to the variance.
-    """
-    weight, bias = (None if part is None else part.double() for part in (weight, bias))
-    y = functional.layer_norm(x.double(), x.shape[-1:], weight, bias, eps)
-    y = y if gain is None else y * (1 + gain.double().unsqueeze(1))
-    return qparams.quantize_token((y if shift is None else y + shift.double().unsqueeze(1)).float())
+def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of the layer norm of `x` `[N, L, C]`, any float dtype, and their scales fp32 `[N, L]`."""
+    weight, bias = (None if part is None else part.double() for part in (norm.weight, norm.bias))
+    y = functional.layer_norm(x.double(), x.shape[-1:], weight, bias, norm.eps)
+    y = y if norm.gain is None else y * (1 + norm.gain.double().unsqueeze(1))
+    return qparams.quantize_token((y if norm.shift is None else y + norm.shift.double().unsqueeze(1)).float())

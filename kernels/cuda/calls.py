@@ -18,6 +18,7 @@ from dcomp.kernels.cuda.arguments import FLOAT_TYPE
 from dcomp.kernels.cuda.driver import Kernel
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.packing import Stored, int8_image, unpack_int4
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
@@ -238,11 +239,7 @@ def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Ten
 def group_norm_quantize(
     passes: Sequence[Kernel],
     x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
+    norm: GroupNorm,
     scale: Tensor | None,
     zero: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,12 +253,12 @@ def group_norm_quantize(
     else:
         scale, zero = scale.clone(), zero.clone()
     parts = min(height * width, -(-_blocks(passes[-1], x.numel()) // samples))
-    factors = _both(weight, bias, (channels,), 1.0, x.device)
+    factors = _both(norm.weight, norm.bias, (channels,), 1.0, x.device)
     tensors = {
         "x": pixels,
         "weight": factors[0],
         "bias": factors[1],
-        "moments": torch.empty(samples, parts, groups, 2, device=x.device),
+        "moments": torch.empty(samples, parts, norm.groups, 2, device=x.device),
         "ranges": torch.empty(samples, parts, 2, device=x.device),
         "codes": codes,
         "scale": scale,
@@ -270,31 +267,23 @@ def group_norm_quantize(
     sizes = {
         "pixels": height * width,
         "channels": channels,
-        "groups": groups,
-        "silu": int(silu),
+        "groups": norm.groups,
+        "silu": int(norm.silu),
         "parts": parts,
         "x_type": FLOAT_TYPE[x.dtype],
     }
     for kernel in passes:
-        _launch(kernel, (parts, samples), arguments.GroupNormArguments, tensors, **sizes, epsilon=eps)
+        _launch(kernel, (parts, samples), arguments.GroupNormArguments, tensors, **sizes, epsilon=norm.eps)
     return codes.permute(0, 3, 1, 2), scale, zero
 
 
-def layer_norm_quantize(
-    kernel: Kernel,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def layer_norm_quantize(kernel: Kernel, x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize` of tensors with elements."""
     samples, length, channels = x.shape
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(samples, length, device=x.device)
-    factors = _both(weight, bias, (channels,), 1.0, x.device)
-    modulation = _both(gain, shift, (samples, channels), 0.0, x.device)
+    factors = _both(norm.weight, norm.bias, (channels,), 1.0, x.device)
+    modulation = _both(norm.gain, norm.shift, (samples, channels), 0.0, x.device)
     tensors = {
         "x": x.contiguous(),
         "weight": factors[0],
@@ -307,7 +296,7 @@ def layer_norm_quantize(
     rows = samples * length
     sizes = {"rows": rows, "channels": channels, "depth": channels, "gain_rows": length, "x_type": FLOAT_TYPE[x.dtype]}
     warps = kernel.threads // 32
-    _launch(kernel, (-(-rows // warps),), arguments.LayerNormArguments, tensors, **sizes, epsilon=eps)
+    _launch(kernel, (-(-rows // warps),), arguments.LayerNormArguments, tensors, **sizes, epsilon=norm.eps)
     return codes, scale
 
 

@@ -22,6 +22,7 @@ from dcomp.kernels.cuda.self_test import UnusableError
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.packing import Stored, int8_image
 from dcomp.kernels.packs import Packs
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 # |uint8| * |int8| summed this often stays within int32; int4 codes are multiplied as 16 times what they are, at most
 # 128 too.
@@ -191,31 +192,21 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_quantize(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    scale: Tensor | None,
-    zero: Tensor | None,
+    x: Tensor, norm: GroupNorm, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `reference.group_norm_quantize`; images that are not channels-last become it first."""
-    norm = (groups, weight, bias, eps, silu, scale, zero)
-    is_taken = x.dtype in FLOAT_TYPE and x.numel() > 0 and groups <= _MOST_GROUPS and len(x) <= _MOST_SAMPLES
+    is_taken = x.dtype in FLOAT_TYPE and x.numel() > 0 and norm.groups <= _MOST_GROUPS and len(x) <= _MOST_SAMPLES
     if not is_taken:
-        return reference.group_norm_quantize(x, *norm)
+        return reference.group_norm_quantize(x, norm, scale, zero)
     name = "group_norm_sample" if scale is None or zero is None else "group_norm_static"
-    return calls.group_norm_quantize(self_test.kernels(name, index_of(x.device)), x, *norm)
+    return calls.group_norm_quantize(self_test.kernels(name, index_of(x.device)), x, norm, scale, zero)
 
 
-def layer_norm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return reference.layer_norm_quantize(x, weight, bias, gain, shift, eps)
-    return calls.layer_norm_quantize(_kernel("layer_norm_token", x.device), x, weight, bias, gain, shift, eps)
+        return reference.layer_norm_quantize(x, norm)
+    return calls.layer_norm_quantize(_kernel("layer_norm_token", x.device), x, norm)
 
 
 def linear_a8(

@@ -23,6 +23,7 @@ from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.packing import Stored, int8_image
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 _BEGUN, _PASSED = b"begun", b"passed"
 _BEFORE = {
@@ -280,9 +281,11 @@ def _test_group_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pair
     weight, bias = (None, None) if case == 0 else (draw.powers(x.shape[1]), draw.powers(x.shape[1]))
     is_static = found[-1].name == "group_norm_static"
     scale, zero = (draw.powers(1), draw.integers((1,), 0, 255, torch.uint8)) if is_static else (None, None)
-    expected, *_ = reference.group_norm_quantize(x, groups, weight, bias, 1e-5, case > 0, scale, zero)
+    norm = GroupNorm(groups, weight, bias, 1e-5, case > 0)
+    expected, *_ = reference.group_norm_quantize(x, norm, scale, zero)
     x, weight, bias, scale, zero = draw.here(x, weight, bias, scale, zero)
-    codes, *_ = calls.group_norm_quantize(found, x, groups, weight, bias, 1e-5, case > 0, scale, zero)
+    norm = norm._replace(weight=weight, bias=bias)
+    codes, *_ = calls.group_norm_quantize(found, x, norm, scale, zero)
     yield _near(codes, expected), torch.tensor(True)
 
 
@@ -291,9 +294,9 @@ def _test_layer_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pair
     samples, _, channels = x.shape
     weight, bias = (None, None) if case == 0 else (draw.powers(channels), draw.powers(channels))
     gain, shift = (None, None) if case == 1 else (draw.powers(samples, channels), draw.powers(samples, channels))
-    expected, _ = reference.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
+    expected, _ = reference.layer_norm_quantize(x, LayerNorm(weight, bias, gain, shift, 1e-5))
     x, weight, bias, gain, shift = draw.here(x, weight, bias, gain, shift)
-    codes, _ = calls.layer_norm_quantize(found[-1], x, weight, bias, gain, shift, 1e-5)
+    codes, _ = calls.layer_norm_quantize(found[-1], x, LayerNorm(weight, bias, gain, shift, 1e-5))
     yield _near(codes, expected), torch.tensor(True)
 
 

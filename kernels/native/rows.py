@@ -15,6 +15,7 @@ from dcomp.kernels import blocked, onednn, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.native.build import library_file
 from dcomp.kernels.packing import Stored
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST_HEAD = 256
@@ -115,44 +116,37 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_norm_quantize(
-    x: Tensor,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    silu: bool,
-    scale: Tensor | None,
-    zero: Tensor | None,
+    x: Tensor, norm: GroupNorm, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `reference.group_norm_quantize` of channels-last images; others take the row of torch."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     if not last or x.dtype not in _DTYPES or x.numel() == 0:
-        return blocked.group_norm_quantize(x, groups, weight, bias, eps, silu, scale, zero)
+        return blocked.group_norm_quantize(x, norm, scale, zero)
     factor, added = torch.empty(2, *x.shape[:2])
     pixels, codes = x.permute(0, 2, 3, 1).flatten(1, 2), torch.empty_like(x, dtype=torch.uint8)
-    torch.ops.dcomp_native.group_norm_factors(pixels, groups, _vector(weight), _vector(bias), eps, factor, added)
+    weight, bias = _vector(norm.weight), _vector(norm.bias)
+    torch.ops.dcomp_native.group_norm_factors(pixels, norm.groups, weight, bias, norm.eps, factor, added)
     if scale is None or zero is None:
         found = torch.empty(2, len(x))
-        torch.ops.dcomp_native.normal_range(pixels, factor, added, silu, found)
+        torch.ops.dcomp_native.normal_range(pixels, factor, added, norm.silu, found)
         scale, zero = qparams.sample_range(found[0], found[1])
     else:
         scale, zero = scale.clone(), zero.clone()
     ranges = (scale.expand(len(x)).contiguous(), zero.expand(len(x)).contiguous())
     out = codes.permute(0, 2, 3, 1).flatten(1, 2)
-    torch.ops.dcomp_native.normal_codes(pixels, factor, added, silu, *ranges, out)
+    torch.ops.dcomp_native.normal_codes(pixels, factor, added, norm.silu, *ranges, out)
     return codes, scale, zero
 
 
-def layer_norm_quantize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize`."""
     if x.dtype not in _DTYPES or x.numel() == 0:
-        return blocked.layer_norm_quantize(x, weight, bias, gain, shift, eps)
+        return blocked.layer_norm_quantize(x, norm)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1])
-    of_samples = [None if part is None else part.float().expand(len(x), -1).contiguous() for part in (gain, shift)]
-    vectors = (_vector(weight), _vector(bias), *of_samples)
-    torch.ops.dcomp_native.layer_norm_quantize(x.contiguous(), *vectors, eps, codes, scale)
+    modulation = (norm.gain, norm.shift)
+    of_samples = [None if part is None else part.float().expand(len(x), -1).contiguous() for part in modulation]
+    vectors = (_vector(norm.weight), _vector(norm.bias), *of_samples)
+    torch.ops.dcomp_native.layer_norm_quantize(x.contiguous(), *vectors, norm.eps, codes, scale)
     return codes, scale
 
 

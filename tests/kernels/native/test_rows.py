@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dcomp.kernels import dispatch, onednn, packing, qparams, reference
 from dcomp.kernels.native import rows
+from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 needs_library = pytest.mark.skipif(rows.defect() is not None, reason=f"{rows.defect()}")
 pytestmark = needs_library
@@ -121,8 +122,8 @@ def test_group_norm_and_activation_before_codes(
     x = spread_values(seed, samples, channels, *size, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(2, channels, generator=torch.Generator().manual_seed(seed)) if affine else (None, None)
     ranges = (torch.tensor([0.03]), torch.tensor([seed % 256], dtype=torch.uint8)) if static else (None, None)
-    found = rows.group_norm_quantize(x, groups, weight, bias, 1e-5, silu, *ranges)
-    expected = reference.group_norm_quantize(x, groups, weight, bias, 1e-5, silu, *ranges)
+    norm = GroupNorm(groups, weight, bias, 1e-5, silu)
+    found, expected = (each.group_norm_quantize(x, norm, *ranges) for each in (rows, reference))
     assert same_but_for_ties(found[0], expected[0])
     assert found[0].stride() == x.stride()
     torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=0)
@@ -132,18 +133,18 @@ def test_group_norm_and_activation_before_codes(
 def test_codes_after_norms_differ_from_the_definition_where_there_are_ties_alone() -> None:
     x = torch.randn(2, 64, 40, 33, generator=torch.Generator().manual_seed(5)) * 10 + 1
     x = x.contiguous(memory_format=torch.channels_last)
-    found, expected = (
-        each.group_norm_quantize(x, 8, None, None, 1e-5, True, None, None)[0] for each in (rows, reference)
-    )
+    norm = GroupNorm(8, None, None, 1e-5, silu=True)
+    found, expected = (each.group_norm_quantize(x, norm, None, None)[0] for each in (rows, reference))
     assert int((found != expected).sum()) < found.numel() / 1000
     tokens = x.flatten(2)
-    found, expected = (each.layer_norm_quantize(tokens, None, None, None, None, 1e-5)[0] for each in (rows, reference))
+    plain = LayerNorm(None, None, None, None, 1e-5)
+    found, expected = (each.layer_norm_quantize(tokens, plain)[0] for each in (rows, reference))
     assert int((found != expected).sum()) < found.numel() / 1000
 
 
 def test_a_group_far_from_zero_keeps_its_variance() -> None:
     x = (torch.randn(1, 8, 40, 40) + 3000).contiguous(memory_format=torch.channels_last)
-    found = rows.group_norm_quantize(x, 2, None, None, 1e-5, False, None, None)
+    found = rows.group_norm_quantize(x, GroupNorm(2, None, None, 1e-5, silu=False), None, None)
     exact = torch.nn.functional.group_norm(x.double(), 2, None, None, 1e-5)
     values = (found[0].double() - found[2]) * found[1]
     assert (values - exact).abs().max() < found[1] * 0.55
@@ -165,8 +166,8 @@ def test_layer_norm_before_codes(
     generator = torch.Generator().manual_seed(seed)
     weight, bias = torch.randn(2, channels, generator=generator) if affine else (None, None)
     gain, shift = torch.randn(2, samples, channels, generator=generator) if modulated else (None, None)
-    found, scale = rows.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
-    expected, expected_scale = reference.layer_norm_quantize(x, weight, bias, gain, shift, 1e-5)
+    norm = LayerNorm(weight, bias, gain, shift, 1e-5)
+    (found, scale), (expected, expected_scale) = (each.layer_norm_quantize(x, norm) for each in (rows, reference))
     assert same_but_for_ties(found, expected)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-3, atol=0)
 
