@@ -74,6 +74,8 @@ struct Attention {
     }
     const float* const scale = a.v_scale + static_cast<int64>(blockIdx.y) * kWidth;
 #pragma unroll
+    for (Rows& some : rows) invert(some);  // all lanes exchange before some of them have nothing to store
+#pragma unroll
     for (int i = 0; i < kRowTiles; ++i) write(a, tokens, first + i * 16 + lane / 4, lane, sums[i], rows[i], scale);
   }
 
@@ -190,14 +192,20 @@ struct Attention {
     }
   }
 
+  // The inverse of a row's total over all lanes takes its place.
+  static DCOMP_DEVICE void invert(Rows& rows) {
+#pragma unroll
+    for (float& total : rows.total) {
+      total = add(shuffle_xor(total, 1), total);
+      total = add(shuffle_xor(total, 2), total);
+      total = divide(1.0f, total);
+    }
+  }
+
   static DCOMP_DEVICE void write(const Arguments& a, int64 tokens, int query, int lane,
                                  const float (&sums)[kChannelTiles][4], const Rows& rows, const float* scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = rows.total[half];
-      total = add(shuffle_xor(total, 1), total);
-      total = add(shuffle_xor(total, 2), total);
-      const float inverse = divide(1.0f, total);
       const int there = query + half * 8;
       if (there >= a.queries) continue;
       const int64 row = (tokens + there) * a.heads + blockIdx.y % a.heads;
@@ -206,8 +214,8 @@ struct Attention {
         const int channel = c * 8 + lane % 4 * 2;
         if (channel >= a.channels) continue;
         const Words<2> scales = load_global(reinterpret_cast<const Words<2>*>(scale + channel));
-        const float first = multiply(multiply(sums[c][half * 2], inverse), from_bits(scales.word[0]));
-        const float second = multiply(multiply(sums[c][half * 2 + 1], inverse), from_bits(scales.word[1]));
+        const float first = multiply(multiply(sums[c][half * 2], rows.total[half]), from_bits(scales.word[0]));
+        const float second = multiply(multiply(sums[c][half * 2 + 1], rows.total[half]), from_bits(scales.word[1]));
         store_floats(a.out, a.out_type, row * a.channels + channel, first, second, channel + 1 < a.channels,
                      a.channels % 2 == 0);
       }

@@ -182,6 +182,14 @@ def test_a_large_range_of_probabilities_loses_nothing() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_scores_of_2_to_the_25_leave_one_key() -> None:
+    k = torch.eye(40).expand(1, 1, -1, -1) * 2.0**10
+    v, order = drawn(1, 1, 40, 40), torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    y = rows.attention(k[:, :, order], k, v, 2.0**5)
+    torch.testing.assert_close(y, v[:, :, order], rtol=2**-10, atol=2**-12)
+
+
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_no_number_spoils_what_it_meets(bad: float) -> None:
     q, k, v = inputs(40, 70, 40)
