@@ -292,7 +292,6 @@ MUTATIONS = [
     Mutation(
         "a maximum of half of the lanes", "attention", ATTENTION, "maximum(shuffle_xor(highest, 2), highest)", "highest"
     ),
-    Mutation("a sum of half of the lanes", "attention", ATTENTION, "add(shuffle_xor(total, 2), total)", "total"),
     Mutation(
         "no running maximum",
         "attention",
@@ -302,9 +301,6 @@ MUTATIONS = [
     ),
     Mutation(
         "scales of the keys before", "attention", ATTENTION, "((j + t) * 8 + lane % 4 * 2)", "((j + t) * 8 + lane % 4)"
-    ),
-    Mutation(
-        "scales of the tile before", "attention", ATTENTION, "((j + t) * 8 + lane % 4 * 2)", "(j * 8 + lane % 4 * 2)"
     ),
     Mutation("sums that begin at another bias", "attention", TILES, "kSumBits = 0x4B400000;", "kSumBits = 0x4B000000;"),
     Mutation(
@@ -324,13 +320,6 @@ MUTATIONS = [
     Mutation(
         "rows beyond the last one stored", "attention", ATTENTION, "      if (there >= a.queries) continue;\n", ""
     ),
-    Mutation(
-        "channels beyond the last one stored",
-        "attention",
-        ATTENTION,
-        "        if (channel >= a.channels) continue;\n",
-        "",
-    ),
     Mutation("halves of a query's depth swapped", "attention", ATTENTION, "q[step][half + 2] =", "q[step][half] ="),
     Mutation(
         "probabilities transposed",
@@ -338,13 +327,6 @@ MUTATIONS = [
         ATTENTION,
         "p[i][j * 2 + r / 2] + r % 2 * 2",
         "p[i][j * 2 + r % 2] + r / 2 * 2",
-    ),
-    Mutation(
-        "values of another head",
-        "attention",
-        ATTENTION,
-        "blockIdx.y) * a.tile_count",
-        "blockIdx.y / 2 * 2) * a.tile_count",
     ),
     Mutation("the other stage", "attention", ATTENTION, "shared + step % kStages * kTileBytes;\n", "shared;\n"),
     Mutation("copies beyond the tile", "attention", ATTENTION, "|| chunk < kCopies;", "|| true;"),
@@ -354,9 +336,6 @@ MUTATIONS = [
         TILES,
         "live ? multiply(-kSumBias, scale) : from_bits(0xFF800000u)",
         "multiply(-kSumBias, scale)",
-    ),
-    Mutation(
-        "keys beyond the last one", "tiles", TILES, "const bool live = token < a.keys;", "const bool live = true;"
     ),
     Mutation("values beyond the last one", "tiles", TILES, "token < a.keys && c < a.channels;", "c < a.channels;"),
     Mutation(
@@ -385,7 +364,6 @@ MUTATIONS = [
         "    combine(a, means, inverses);\n",
     ),
     Mutation("moments of some threads alone", "tiles", TILES, "other < groups; ++other", "other + 1 < groups; ++other"),
-    Mutation("moments of one part", "tiles", TILES, "part < a.parts; ++part", "part < 1; ++part"),
     Mutation(
         "a scale of values that is no power of two", "tiles", TILES, "from_bits(to_bits(peak) & 0x7F800000u)", "peak"
     ),
