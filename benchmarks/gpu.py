@@ -50,6 +50,9 @@ LINEAR = (
 # (input channels, output channels, height and width), 3 x 3 taps
 CONV = ((320, 320, 64), (960, 320, 64), (640, 640, 32), (1280, 1280, 16), (1280, 1280, 8))
 
+# (heads, queries, keys, channels of a head)
+ATTENTION = ((8, 4096, 4096, 40), (8, 4096, 77, 40), (24, 4096, 4096, 128))
+
 Work = Callable[[], Any]
 
 
@@ -168,6 +171,22 @@ def conv_works(shape: tuple[int, int, int], batch: int, device: torch.device) ->
     return works
 
 
+def attention_works(shape: tuple[int, int, int, int], batch: int, device: torch.device) -> dict[str, Work]:
+    """Return what is to be compared of an attention: torch's own in bfloat16, and ours."""
+    heads, queries, keys, channels = shape
+    projected = (
+        torch.randn(batch, n, heads, channels, device=device, dtype=torch.bfloat16) for n in (queries, keys, keys)
+    )
+    q, k, v = (x.transpose(1, 2) for x in projected)
+
+    def ours() -> Tensor:
+        with dispatch.use_backend("cuda" if device.type == "cuda" else "auto"):
+            y: Tensor = ops.attention(q, k, v, channels**-0.5)
+        return y
+
+    return {"bf16": lambda: functional.scaled_dot_product_attention(q, k, v), "int8 scores, all": ours}
+
+
 def denoisers(batch: int, latent: int, device: torch.device) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
     """Return denoisers in bfloat16 and in integers, the inputs of a call, and how far integers are from definitions."""
     from diffusers import UNet2DConditionModel
@@ -224,7 +243,7 @@ def missing() -> list[str]:
     problem = loaded.defect(0)
     if problem is not None:
         return [f"kernels: {problem}"]
-    names = ((operation, bits) for operation in dispatch.OPERATIONS[:-1] for bits in (8, 4))
+    names = ((operation, bits) for operation in dispatch.OPERATIONS for bits in (8, 4))
     problems = {rows.defect(operation, bits, 0) for operation, bits in names}
     return sorted(f"kernels: {problem}" for problem in problems if problem is not None)
 
@@ -282,7 +301,12 @@ def main(
         for shape in CONV
     }
     print("\n" + table("convolution 3 x 3", conv), flush=True)
-    report |= {"linear": linear, "convolution": conv}
+    attention = {
+        "{0} heads of {3}, {1} x {2}".format(*shape): ratios(attention_works(shape, batch, device), alone, repeats)
+        for shape in ATTENTION
+    }
+    print("\n" + table("attention, queries x keys", attention), flush=True)
+    report |= {"linear": linear, "convolution": conv, "attention": attention}
     if not operations:
         models, inputs, facts = denoisers(batch, latent, device)
         calls = denoiser_ratios(models, inputs, device, repeats, compiled)

@@ -34,6 +34,7 @@ BEGIN, END = "<!-- static bars: begin -->", "<!-- static bars: end -->"
 _SOURCES = ROOT / "kernels" / "cuda"
 _OPTIONS = ("-std=c++17", "-fmad=false", "-cubin")
 _TOOLS = ("cuobjdump", "nvdisasm")
+_PRODUCTS = ("IMMA", "HMMA")  # of integers, of float16
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _facts(architecture: int, name: str, usage: str, instructions: list[tuple[in
         stack=int(used["STACK"]),
         spills=sum(operation in ("STL", "LDL") for operation in operations),
         blocks=_blocks(ARCHITECTURES[architecture], registers, name),
-        products=loop.count("IMMA"),
+        products=sum(operation in _PRODUCTS for operation in loop),
         instructions=len(loop),
         copies=loop.count("LDGSTS"),
         opcodes=frozenset(_opcode(text) for _, text in instructions),
@@ -179,7 +180,7 @@ def _hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch and int(branch[1], 16) < address:
             loop = [other for at, other in instructions if int(branch[1], 16) <= at <= address]
-            if any(_operation(other) == "IMMA" for other in loop):
+            if any(_operation(other) in _PRODUCTS for other in loop):
                 loops.append(loop)
     return min(loops, key=len, default=[])
 
@@ -222,10 +223,17 @@ def traffic(name: str) -> Traffic:
     """Count what a product moves, four steps deep."""
     import torch
 
+    from tests.support.attention import attend
     from tests.support.emulated import emulator
     from tests.support.products import Int4Weight, conv, linear
 
     entry, generator = ENTRIES[name], torch.Generator().manual_seed(0)
+    if name.startswith("attention"):
+        width = int(name.split("_")[1])
+        q, k = (torch.zeros(1, 1, tokens, width, dtype=torch.int8) for tokens in (entry.rows, 256))
+        emulator().counts()
+        attend(emulator(), q, torch.ones(1, 1, entry.rows), k, torch.ones(1, 1, 256), k.float(), width=width)
+        return _moved(emulator().counts())
     group = None if "channel" in name else 64 if "w4" in name else 0
     shape = (entry.columns, 256) if name.startswith("linear") else (entry.columns, 1, 1, 256)
     if group == 0:
@@ -242,7 +250,10 @@ def traffic(name: str) -> Traffic:
         q = torch.zeros(1, entry.rows // 8, 8, 256, dtype=torch.uint8)
         zero, sums = torch.zeros(1, dtype=torch.uint8), image.flatten(1).sum(1, dtype=torch.int32)
         conv(emulator(), name, q, zero, weight, sums, (1, 1), (torch.ones(1), ones))
-    counts = emulator().counts()
+    return _moved(emulator().counts())
+
+
+def _moved(counts: dict[str, int]) -> Traffic:
     return Traffic(
         wavefronts=counts["wavefronts"] / counts["products"],
         conflicts=counts["wavefronts"] - counts["ideal_wavefronts"],

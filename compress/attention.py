@@ -2,9 +2,9 @@
 
 What comes out of 8-bit products, and what goes into them, has about two digits; bfloat16 keeps two and a half, integers
 of 12 bits more. So nothing is chosen or stored: a module that projects its queries in integers (found by its parts)
-attends by `torch.ops.dcomp.attention`. Its processor stays what it is: torch's function is replaced while the module
-runs. With a mask, with gradients, while `torch.compile` traces, or when something stands in for the queries' layer, it
-is torch's.
+attends by `torch.ops.dcomp.attention`; on a GPU, where that multiplies in int8, only if `dispatch.use_backend("cuda")`
+demands it. Its processor stays what it is: torch's function is replaced while the module runs. With a mask, with
+gradients, while `torch.compile` traces, or when something stands in for the queries' layer, it is torch's.
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from dcomp.compress.pruning.units import projects_heads
 from dcomp.compress.quantized import Quantized
 from dcomp.kernels import dispatch, ops
+from dcomp.kernels.cuda import rows as cuda
 
 _LEAST_SCORES = 256  # of a head; fewer are too little work to be worth a detour
 
@@ -49,11 +50,19 @@ class _ByKernels:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, its attention by `torch.ops.dcomp.attention` where that is better."""
         forward: Callable[..., Any] = super().forward  # type: ignore[misc]
-        traced = torch.compiler.is_compiling()
-        if traced or not _is_integer(self.to_q) or dispatch.choose("attention").row != "native":
+        if torch.compiler.is_compiling() or not _is_integer(self.to_q) or not _has_kernel(_device(self.to_q)):
             return forward(*args, **kwargs)
         with _Detour():
             return forward(*args, **kwargs)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next(layer.buffers()).device
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether a kernel of ours attends on a device: where it is known to gain, or demanded."""
+    return dispatch.choose("attention", device=device).row in ("native", "cuda")
 
 
 @functools.cache
@@ -87,9 +96,12 @@ def _scaled(
     """Return what torch's function of these arguments does, or None if the kernel cannot take them."""
     if attn_mask is not None or dropout_p or is_causal or enable_gqa:
         return None
-    if query.device.type != "cpu" or query.ndim != 4 or query.shape[-2] * key.shape[-2] < _LEAST_SCORES:
+    if query.ndim != 4 or query.shape[-2] * key.shape[-2] < _LEAST_SCORES:
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return None
-    out: Tensor = ops.attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda and cuda.attention_excess(query, key, value, scale) is not None:
+        return None
+    out: Tensor = ops.attention(query, key, value, scale)
     return out

@@ -272,7 +272,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
     The heads of a token lie together in memory.
     """
-    y: Tensor = dispatch.choose("attention", device=q.device).run(q, k, v, scale)
+    excess = cuda.attention_excess(q, k, v, scale) if q.is_cuda else None
+    y: Tensor = dispatch.choose("attention", device=q.device, excess=excess).run(q, k, v, scale)
     return y.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -138,4 +138,31 @@ struct LayerNormArguments {
   int x_type;
 };
 
+// key_value_moments; grid (parts, B * H). Then key_value_tiles; grid (ceil(M / 64), B * H). B samples, H heads of C
+// channels, M tokens
+struct KeyValueArguments {
+  const void* k;   // [B, M, H, C]
+  const void* v;   // [B, M, H, C]
+  float* moments;  // [B * H, parts, 2, C], scratch: shares of the mean of keys, and the largest magnitude of values
+  uint8* tiles;    // [B * H, ceil(M / 64), bytes of a tile], see packing.py
+  float* v_scale;  // [B * H, width], written
+  int keys, heads, channels;
+  int width;       // C padded to that of an attention kernel
+  int parts;
+  int x_type;      // of both
+};
+
+// attention_*; grid (ceil(N / queries of a block), B * H). N queries, C channels of a head
+struct AttentionArguments {
+  const int8* q;         // [B, N, H, K], K is the kernel's width padded to 32
+  const float* q_scale;  // [B, N, H]
+  const uint8* tiles;    // as key_value_tiles wrote them for the kernel's width
+  const float* v_scale;  // likewise
+  void* out;             // [B, N, H, C]
+  int queries, heads, channels;
+  int tile_count;        // of a head
+  int out_type;
+  float scale;           // of scores, times log2(e)
+};
+
 }  // namespace dcomp

@@ -84,3 +84,17 @@ class LayerNormArguments(ctypes.Structure):
         *_fields(pointers="x weight bias gain shift codes scale", ints="rows channels depth gain_rows"),
         *_fields(floats="epsilon", ints="x_type"),
     ]
+
+
+class KeyValueArguments(ctypes.Structure):
+    """Of key_value_*."""
+
+    _fields_ = _fields(pointers="k v moments tiles v_scale", ints="keys heads channels width parts x_type")
+
+
+class AttentionArguments(ctypes.Structure):
+    """Of attention_*."""
+
+    _fields_ = _fields(
+        pointers="q q_scale tiles v_scale out", ints="queries heads channels tile_count out_type", floats="scale"
+    )

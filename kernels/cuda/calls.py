@@ -3,6 +3,7 @@
 Tensors are on the kernel's device. Nothing is waited for, and all memory is torch's.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
+_MOST_PARTS_OF_KEYS = 16  # each block reads what all of them found
 _ELEMENTS = 16  # that a thread of a quantizer has at least, if there are so many
 
 
@@ -200,13 +202,13 @@ def quantize_sample(passes: Sequence[Kernel], x: Tensor) -> tuple[Tensor, Tensor
     return codes, scale, zero
 
 
-def quantize_token(kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `qparams.quantize_token` of `[M, C]` with elements."""
+def quantize_token(kernel: Kernel, x: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return `qparams.quantize_token` of `[M, C]` with elements; codes are padded with 0 to `depth` channels."""
     rows, channels = x.shape
-    codes = torch.empty(rows, channels, dtype=torch.int8, device=x.device)
+    codes = torch.empty(rows, depth or channels, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, device=x.device)
     tensors = {"x": x.contiguous(), "codes": codes, "scale": scale}
-    sizes = {"rows": rows, "channels": channels, "depth": channels, "x_type": FLOAT_TYPE[x.dtype]}
+    sizes = {"rows": rows, "channels": channels, "depth": codes.shape[1], "x_type": FLOAT_TYPE[x.dtype]}
     warps = kernel.threads // 32
     _launch(kernel, (-(-rows // warps),), arguments.QuantizeTokenArguments, tensors, **sizes)
     return codes, scale
@@ -298,6 +300,59 @@ def layer_norm_quantize(kernel: Kernel, x: Tensor, norm: LayerNorm) -> tuple[Ten
     warps = kernel.threads // 32
     _launch(kernel, (-(-rows // warps),), arguments.LayerNormArguments, tensors, **sizes, epsilon=norm.eps)
     return codes, scale
+
+
+def key_value_tiles(passes: Sequence[Kernel], k: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return `packing.pack_tiles` of keys less their mean and of values, `[B, H, M, C]` with elements."""
+    samples, heads, keys, channels = k.shape
+    rows, count = samples * heads, -(-keys // packing.TILE_KEYS)
+    tiles = torch.empty(rows, count, packing.tile_bytes(width), dtype=torch.uint8, device=k.device)
+    v_scale = torch.empty(rows, width, device=k.device)
+    parts = min(count, _MOST_PARTS_OF_KEYS)
+    tensors = {
+        "k": k.transpose(1, 2).contiguous(),
+        "v": v.transpose(1, 2).contiguous(),
+        "moments": torch.empty(rows, parts, 2, channels, device=k.device),
+        "tiles": tiles,
+        "v_scale": v_scale,
+    }
+    sizes = {"keys": keys, "heads": heads, "channels": channels, "width": width, "parts": parts}
+    for kernel, blocks in zip(passes, (parts, count), strict=True):
+        grid = (blocks, rows)
+        _launch(kernel, grid, arguments.KeyValueArguments, tensors, **sizes, x_type=FLOAT_TYPE[k.dtype])
+    return tiles, v_scale
+
+
+def attention(
+    kernel: Kernel,
+    q: Tensor,
+    q_scale: Tensor,
+    tiles: Tensor,
+    v_scale: Tensor,
+    channels: int,
+    scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return attention `[B, H, N, C]` in some float dtype, heads of a token together.
+
+    Args:
+        kernel: for the width of `v_scale`.
+        q: int8 codes `[B, N, H, packing.head_depth(width)]` with elements.
+        q_scale: fp32 `[B, N, H]`.
+        tiles: as `packing.pack_tiles` returns them with `v_scale`.
+        v_scale: likewise.
+        channels: C.
+        scale: of scores.
+        dtype: of the result.
+    """
+    samples, queries, heads, _ = q.shape
+    out = torch.empty(samples, queries, heads, channels, dtype=dtype, device=q.device)
+    tensors = {"q": q, "q_scale": q_scale, "tiles": tiles, "v_scale": v_scale, "out": out}
+    sizes = {"queries": queries, "heads": heads, "channels": channels, "tile_count": tiles.shape[1]}
+    grid = (-(-queries // ENTRIES[kernel.name].rows), samples * heads)
+    type_and_scale = {"out_type": FLOAT_TYPE[dtype], "scale": scale * math.log2(math.e)}
+    _launch(kernel, grid, arguments.AttentionArguments, tensors, **sizes, **type_and_scale)
+    return out.transpose(1, 2)
 
 
 def _both(

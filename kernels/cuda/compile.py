@@ -72,7 +72,7 @@ def part_of(kernel: str) -> tuple[str, ...]:
 
 
 def _is_product(kernel: str) -> bool:
-    return kernel.startswith(("linear", "conv"))
+    return kernel.startswith(("linear", "conv", "attention"))
 
 
 def image(target: Target, part: tuple[str, ...]) -> Image:

@@ -1,4 +1,5 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
+#include "attention.cuh"
 #include "norm_quantize.cuh"
 #include "products.cuh"
 #include "quantize.cuh"
@@ -37,6 +38,13 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)     \
   ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)     \
   ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<3>>)         \
+  ENTRY(attention_48, Attention<48, 2, 4, 2>)                           \
+  ENTRY(attention_64, Attention<64, 2, 4, 2>)                           \
+  ENTRY(attention_80, Attention<80, 1, 8, 1>)                           \
+  ENTRY(attention_128, Attention<128, 1, 8, 1>)                         \
+  ENTRY(attention_160, Attention<160, 1, 8, 1>)                         \
+  ENTRY(key_value_moments, KeyValueMoments)                             \
+  ENTRY(key_value_tiles, KeyValueTiles)                                 \
   ENTRY(quantize_static, QuantizeStatic)                                \
   ENTRY(sample_range, SampleRange)                                      \
   ENTRY(quantize_sample, QuantizeSample)                                \

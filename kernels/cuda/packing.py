@@ -1,18 +1,22 @@
-"""int4 weights in the order in which lanes of a warp hold them: what `Int4Weight` of `products.cuh` reads.
+"""Operands of products in the order in which lanes of a warp hold them: int4 weights, keys and values of attention.
 
-16 output channels x 64 k lie together: 512 bytes of codes, 16 for each lane, and with groups 64 bytes of multipliers.
-k runs over taps and channels of a tap. Letters are those of `kernels/packing.py`; K is the number of k.
+Of weights, which `Int4Weight` of `products.cuh` reads, 16 output channels x 64 k lie together: 512 bytes of codes, 16
+for each lane, and with groups 64 bytes of multipliers. k runs over taps and channels of a tap. Letters are those of
+`kernels/packing.py`; K is the number of k. Of keys and values, which `attention.cuh` reads, 64 tokens lie together.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dcomp.kernels import qparams
 from dcomp.kernels.packing import unpack_int4
 
 COLUMNS, STEP = 16, 64  # that lie together
 HALF = 32  # of k: one product of a tensor core, which has one multiplier
 CODE_BYTES, MULTIPLIER_BYTES = 512, 64
+TILE_KEYS = 64
+SUM_BIAS = 1.5 * 2**23  # sums of products of keys begin here, as bits: so they are floats
 
 
 def padded_channels(in_channels: int, *, grouped: bool) -> int:
@@ -75,3 +79,67 @@ def _multipliers(pairs: Tensor) -> Tensor:
     pairs = functional.pad(pairs, (0, 0, 0, -pairs.shape[1] % 2, 0, -len(pairs) % COLUMNS))
     tiles = pairs.view(len(pairs) // COLUMNS, 2, 8, pairs.shape[1] // 2, 2, 2)
     return tiles.permute(0, 3, 2, 1, 4, 5).reshape(len(tiles), -1, MULTIPLIER_BYTES)
+
+
+def tile_bytes(width: int) -> int:
+    """Return the bytes of 64 keys and values of heads of `width` channels, a multiple of 16."""
+    return TILE_KEYS * (head_depth(width) + 8 + 2 * width)
+
+
+def head_depth(width: int) -> int:
+    """Return the codes of a query and of a key in heads of `width` channels."""
+    return -(-width // HALF) * HALF
+
+
+def quantize_keys(k: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of keys `[..., M, C]` less their mean `[..., 1, C]`, and the scales fp32 `[..., M]`.
+
+    A scale is that of `qparams.token_scale` without its last two bits, so that `SUM_BIAS * scale` is exact.
+    """
+    centred = k.float() - mean
+    scale = (qparams.token_scale(centred).view(torch.int32) & -4).view(torch.float32)
+    limit = qparams.TOKEN_LIMIT
+    codes = (centred * (1 / scale).unsqueeze(-1)).round().clamp(-limit, limit).nan_to_num(0.0)
+    return codes.to(torch.int8), scale
+
+
+def value_scale(v: Tensor) -> Tensor:
+    """Return the fp32 scale `[..., C]` of values `[..., M, C]`: the power of two at or below the largest magnitude."""
+    peak = torch.maximum(v.float().amax(-2), -v.float().amin(-2))
+    scale = (peak.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return scale.masked_fill(scale == 0, 1.0)
+
+
+def pack_tiles(codes: Tensor, k_scale: Tensor, v: Tensor, v_scale: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return keys and values of heads in tiles of 64 tokens, and the scales of values, padded.
+
+    In a tile come codes of keys, then pairs of fp32 for each key, then float16 values over their scale. Both operands
+    are 16 bytes for each lane: of 16 keys (tiles t of 8) x 32 channels, byte i of lane l's word (t, half h), at
+    `16 l + 8 t + 4 h + i`, is channel `16 h + l % 4 * 4 + i` of key `8 t + l / 4`; of 16 keys x 16 channels (t),
+    float16 i of word (t, h) is key `8 h + l % 4 * 2 + i` of channel `8 t + l / 4`. A pair is the scale s and
+    -1.5 * 2^23 s; of a key that is not there, 0 and -infinity.
+
+    Args:
+        codes: int8 `[B, H, M, C]`, of keys.
+        k_scale: fp32 `[B, H, M]`.
+        v: any float dtype `[B, H, M, C]`.
+        v_scale: fp32 `[B, H, C]`.
+        width: C, padded to a multiple of 16.
+
+    Returns:
+        uint8 `[B * H, M / 64, tile_bytes(width)]`, the quotient rounded up, and fp32 `[B * H, width]`.
+    """
+    (*_, keys, channels), heads = codes.shape, len(codes) * codes.shape[1]
+    tokens, depth = -keys % TILE_KEYS, head_depth(width)
+    pairs = torch.stack([k_scale, -SUM_BIAS * k_scale], -1).flatten(0, 1)
+    missing = torch.tensor([0.0, -torch.inf], device=pairs.device).expand(heads, tokens, 2)
+    pairs = torch.cat([pairs, missing], 1).view(heads, -1, 2 * TILE_KEYS).view(torch.uint8)
+    codes = functional.pad(codes, (0, depth - channels, 0, tokens)).view(heads, -1, 4, 2, 8, depth // 32, 2, 4, 4)
+    # head, tile, 16 keys, t, g, 32 channels, h, l, i  ->  head, tile, 16 keys, 32 channels, lane (g, l), t, h, i
+    codes = codes.permute(0, 1, 2, 5, 4, 7, 3, 6, 8).reshape(heads, pairs.shape[1], -1)
+    values = (v.float() * (1 / v_scale).unsqueeze(-2)).half()
+    values = functional.pad(values, (0, width - channels, 0, tokens)).view(heads, -1, 4, 2, 4, 2, width // 16, 2, 8)
+    # head, tile, 16 keys, h, l, i, 16 channels, t, g  ->  head, tile, 16 keys, 16 channels, lane (g, l), t, h, i
+    values = values.permute(0, 1, 2, 6, 8, 4, 7, 3, 5).reshape(heads, pairs.shape[1], -1)
+    tiles = torch.cat([codes.view(torch.uint8), pairs, values.view(torch.uint8)], -1)
+    return tiles, functional.pad(v_scale, (0, width - channels), value=1.0).view(heads, width)

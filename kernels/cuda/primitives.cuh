@@ -73,6 +73,15 @@ DCOMP_DEVICE void multiply_add_u8(int (&sums)[4], const uint32 (&a)[4], const ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// sums += a (16x16, float16) * b (16x8, float16)
+DCOMP_DEVICE void multiply_add_f16(float (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // The value of the lane whose number differs by the bits of `mask`.
 DCOMP_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
@@ -120,6 +129,19 @@ DCOMP_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DCOMP_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 DCOMP_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 DCOMP_DEVICE float to_float(int value) { return __int2float_rn(value); }
+
+// a * b + c, rounded once
+DCOMP_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// The larger one; NaN only if both are.
+DCOMP_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+
+// 2^a to 2 ulp; 0 below 2^-126.
+DCOMP_DEVICE float power_of_two(float a) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(a));
+  return value;
+}
 
 DCOMP_DEVICE float exponential(float a) { return expf(a); }
 DCOMP_DEVICE float round_to_even(float a) { return rintf(a); }

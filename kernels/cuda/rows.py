@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
-from dcomp.kernels.cuda import calls, driver, loaded, self_test
+from dcomp.kernels.cuda import calls, driver, loaded, packing, self_test
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE as FLOAT_TYPE
 from dcomp.kernels.cuda.calls import MOST_ROWS_OF_BLOCKS, ProductWeight
 from dcomp.kernels.cuda.driver import Kernel
@@ -40,6 +40,7 @@ _NORMS = {
     "layer_norm_quantize": ("layer_norm_token",),
 }
 _MOST_GROUPS = 256  # of a group norm
+_HEADS = (48, 64, 80, 128, 160)  # channels of a head that attention has kernels for; others are padded
 _MOST_SAMPLES = MOST_ROWS_OF_BLOCKS
 
 _weights: Packs[ProductWeight] = Packs()
@@ -54,6 +55,8 @@ def small_kernels(operation: str, bits: int) -> tuple[str, ...]:
         return (f"unpack_int{bits}",)
     if operation in _NORMS:
         return _NORMS[operation]
+    if operation == "attention":
+        return "quantize_token", "key_value_tiles", f"attention_{_HEADS[-1]}"
     return (operation,) if operation in ENTRIES else ()
 
 
@@ -100,6 +103,20 @@ def excess(elements: int, rows: int = 0, taps: Sequence[int] = (1, 1), dilation:
     if height * width * width > _MOST_TAPS or max(dilation[0] * height, dilation[1] * width) > _MOST_REACH:
         return f"a kernel of {height} x {width} taps is too large"
     return None
+
+
+def attention_excess(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """Say what of queries, keys and values `[B, H, N or M, C]` attention does not take, or None."""
+    samples, heads, keys, channels = k.shape
+    if any(x.dtype not in FLOAT_TYPE for x in (q, k, v)):
+        return "there are kernels for float32, bfloat16 and float16"
+    if not scale > 0 or keys == 0 or channels == 0:
+        return "there are kernels for positive scales and for keys with elements"
+    if channels > _HEADS[-1] or v.shape != k.shape or q.shape != (samples, heads, q.shape[2], channels):
+        return f"there are kernels for queries, keys and values of up to {_HEADS[-1]} channels, as many in each"
+    if samples * heads > MOST_ROWS_OF_BLOCKS:
+        return f"{samples * heads} heads are too many"
+    return excess(max(q.numel(), k.numel()))
 
 
 def _kernel(name: str, device: torch.device) -> Kernel:
@@ -269,3 +286,32 @@ def conv2d_a16(
     values = _float_weight(weight, weight_scale, channels, x.dtype).permute(0, 3, 1, 2)
     y = reference.float_conv2d(x, values, None if bias is None else bias.to(x.dtype), *shape)
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `reference.attention` of what `attention_excess` allows: scores of int8 codes, values in float16.
+
+    What is no number spoils what it meets: a query its row, a key its head, a value its channel of its head.
+    """
+    samples, heads, queries, channels = q.shape
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    kernel = _attention_kernel(channels, q.device)
+    width = int(kernel.name.split("_")[1])
+    rows = q.transpose(1, 2).reshape(-1, channels)
+    codes, q_scale = calls.quantize_token(_kernel("quantize_token", q.device), rows, packing.head_depth(width))
+    codes, q_scale = codes.view(samples, queries, heads, -1), q_scale.view(samples, queries, heads)
+    passes = self_test.kernels("key_value_tiles", index_of(q.device))
+    tiles, v_scale = calls.key_value_tiles(passes, k, v.to(k.dtype), width)
+    return calls.attention(kernel, codes, q_scale, tiles, v_scale, channels, scale, q.dtype)
+
+
+def _attention_kernel(channels: int, device: torch.device) -> Kernel:
+    """Return the narrowest kernel for heads of some channels; the widest takes them all."""
+    for width in _HEADS[:-1]:
+        if channels <= width:
+            try:
+                return _kernel(f"attention_{width}", device)
+            except UnusableError:
+                continue
+    return _kernel(f"attention_{_HEADS[-1]}", device)

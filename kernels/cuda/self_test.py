@@ -7,6 +7,7 @@ tested again with the same code, driver and device.
 """
 
 import hashlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dcomp.kernels import build_cache, qparams, reference
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, loaded
+from dcomp.kernels.cuda import calls, driver, loaded, packing
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
 from dcomp.kernels.cuda.tiles import ENTRIES
@@ -29,6 +31,7 @@ _BEGUN, _PASSED = b"begun", b"passed"
 _BEFORE = {
     "quantize_sample": ("sample_range",),
     "quantize_group": ("group_peak",),
+    "key_value_tiles": ("key_value_moments",),
     "group_norm_static": ("group_norm_moments",),
     "group_norm_sample": ("group_norm_moments", "group_norm_range"),
 }
@@ -300,6 +303,33 @@ def _test_layer_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pair
     yield _near(codes, expected), torch.tensor(True)
 
 
+def _test_tiles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    shape, width = (((1, 2, 64, 40), 48), ((2, 3, 256, 72), 80), ((1, 1, 128, 160), 160))[case]
+    # Means of so many integers are exact.
+    k, v = (draw.integers(shape, -99, 99, _DTYPES[case]) for _ in range(2))
+    codes, scale = packing.quantize_keys(k, k.float().mean(2, keepdim=True))
+    expected = packing.pack_tiles(codes, scale, v, packing.value_scale(v), width)
+    k, v = draw.here(k, v)
+    yield from zip(calls.key_value_tiles(found, k, v, width), expected, strict=True)
+
+
+def _test_attention(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    """One key of each query takes all: a score that is larger by one makes it 2^64 times as probable."""
+    scale = 64 * math.log(2)
+    width, rows = int(found[-1].name.split("_")[1]), ENTRIES[found[-1].name].rows
+    samples, heads, queries, keys = ((1, 1, 5, 70), (2, 3, rows + 21, 150), (1, 2, rows, 64))[case]
+    channels = width - (8, 5, 0)[case]
+    q = draw.integers((samples, queries, heads, channels), -127, 127, torch.int8)
+    codes = draw.integers((samples, heads, keys, channels), -127, 127, torch.int8)
+    ones, v = torch.ones(samples, heads, keys), draw.integers((samples, heads, keys, channels), -99, 99, torch.float32)
+    expected = reference.attention(q.transpose(1, 2).double(), codes, v.double(), scale).to(_DTYPES[case])
+    tiles, v_scale = packing.pack_tiles(codes, ones, v, packing.value_scale(v), width)
+    q = functional.pad(q, (0, packing.head_depth(width) - channels))
+    q, ones, tiles, v_scale = draw.here(q, torch.ones(samples, queries, heads), tiles, v_scale)
+    made = calls.attention(found[-1], q, ones, tiles, v_scale, channels, scale, _DTYPES[case])
+    yield made.float().round(), expected.float()  # a device's powers of two need not be exact
+
+
 def _near(codes: Tensor, expected: Tensor) -> Tensor:
     """Whether codes are right but for a few, of values at ties, that are off by one."""
     off = (codes.cpu().int() - expected.int()).abs()
@@ -315,5 +345,7 @@ _TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
     "quantize_group": _test_group,
     "group_norm": _test_group_norm,
     "layer_norm": _test_layer_norm,
+    "key_value": _test_tiles,
+    "attention": _test_attention,
     "unpack": _test_unpack,
 }

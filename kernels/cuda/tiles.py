@@ -14,7 +14,8 @@ class Entry:
     Attributes:
         threads: of a block.
         shared_memory: bytes of a block.
-        rows, columns: of the output, that a block makes; 0 where blocks share work otherwise (see `arguments.h`).
+        rows, columns: of the output, that a block makes; 0 where blocks share work otherwise (see `arguments.h`), and
+            columns where it makes all of them.
     """
 
     name: str
@@ -31,11 +32,25 @@ def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
     return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)
 
 
+def _attention(width: int, rows: int, threads: int) -> Entry:
+    tile = 64 * (-(-width // 32) * 32 + 8 + 2 * width)  # of keys, as in key_value_tiles.cuh
+    return Entry(f"attention_{width}", threads, 2 * tile, rows)
+
+
 TILES = ((256, 128), (128, 128), (64, 64))
 _PRODUCTS = [
     _product(operation, weight, *tile) for operation in ("linear", "conv") for weight in _WEIGHT_BYTES for tile in TILES
 ]
+_ATTENTION = [
+    _attention(48, 128, 128),
+    _attention(64, 128, 128),
+    _attention(80, 128, 256),
+    _attention(128, 128, 256),
+    _attention(160, 128, 256),
+]
 _OTHERS = [
+    Entry("key_value_moments", 256, 2048),
+    Entry("key_value_tiles", 256, 2048),
     Entry("quantize_static", 256),
     Entry("sample_range", 256, 64),
     Entry("quantize_sample", 256),
@@ -50,4 +65,4 @@ _OTHERS = [
     Entry("group_norm_sample", 256, 2112),
     Entry("layer_norm_token", 256),
 ]
-ENTRIES = {entry.name: entry for entry in (*_PRODUCTS, *_OTHERS)}
+ENTRIES = {entry.name: entry for entry in (*_PRODUCTS, *_ATTENTION, *_OTHERS)}

@@ -38,6 +38,9 @@ inline const std::map<std::string, std::string> layouts{
                  epsilon, silu, parts, x_type),
     DCOMP_LAYOUT(LayerNormArguments, x, weight, bias, gain, shift, codes, scale, rows, channels, depth, gain_rows,
                  epsilon, x_type),
+    DCOMP_LAYOUT(KeyValueArguments, k, v, moments, tiles, v_scale, keys, heads, channels, width, parts, x_type),
+    DCOMP_LAYOUT(AttentionArguments, q, q_scale, tiles, v_scale, out, queries, heads, channels, tile_count, out_type,
+                 scale),
 };
 
 }  // namespace dcomp::emulator

@@ -37,6 +37,7 @@ enum class Operation {
   kNone,
   kMultiplyAddS8,
   kMultiplyAddU8,
+  kMultiplyAddF16,
   kLoadMatrices,
   kLoadShared,
   kStoreShared,

@@ -40,13 +40,14 @@ inline void load_matrices(uint32 (&r)[4], const uint8* row) {
   for (int i = 0; i < 4; ++i) r[i] = o.out[i];
 }
 
-inline void multiply_add(Operation operation, int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+template <class Sum>
+inline void multiply_add(Operation operation, Sum (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
   Operands& o = operands();
   for (int i = 0; i < 4; ++i) o.in[i] = a[i];
   for (int i = 0; i < 2; ++i) o.in[4 + i] = b[i];
-  for (int i = 0; i < 4; ++i) o.in[6 + i] = sums[i];
+  memcpy(o.in + 6, sums, sizeof sums);
   together(operation);
-  for (int i = 0; i < 4; ++i) sums[i] = o.out[i];
+  memcpy(sums, o.out, sizeof sums);
 }
 
 inline void multiply_add_s8(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
@@ -55,6 +56,10 @@ inline void multiply_add_s8(int (&sums)[4], const uint32 (&a)[4], const uint32 (
 
 inline void multiply_add_u8(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
   multiply_add(Operation::kMultiplyAddU8, sums, a, b);
+}
+
+inline void multiply_add_f16(float (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  multiply_add(Operation::kMultiplyAddF16, sums, a, b);
 }
 
 inline float shuffle_xor(float value, int mask) {
@@ -117,6 +122,13 @@ inline float divide(float a, float b) { return a / b; }
 inline float square_root(float a) { return std::sqrt(a); }
 inline float to_float(int value) { return static_cast<float>(value); }
 
+inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float maximum(float a, float b) { return std::fmax(a, b); }
+inline float power_of_two(float a) {
+  const float value = std::exp2(a);
+  return value < 0x1p-126f ? 0.0f : value;
+}
+
 inline float exponential(float a) { return std::exp(a); }
 inline float round_to_even(float a) { return std::nearbyint(a); }
 inline float round_up(float a) { return std::ceil(a); }
@@ -136,13 +148,7 @@ inline uint32 to_bits(float value) {
   return bits;
 }
 
-inline float from_float16(uint16 bits) {
-  const uint32 sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
-  if (exponent == 31) return from_bits(sign | 0x7F800000u | fraction << 13);
-  const float magnitude = exponent ? std::ldexp(1024.0f + fraction, static_cast<int>(exponent) - 25)
-                                   : std::ldexp(static_cast<float>(fraction), -24);
-  return sign ? -magnitude : magnitude;
-}
+inline float from_float16(uint16 bits) { return emulator::half_of(bits); }
 
 inline uint32 to_bfloat16(float value) {
   const uint32 bits = to_bits(value);

@@ -1,4 +1,4 @@
-// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma.m16n8k32 and ldmatrix.
+// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma and ldmatrix.
 #pragma once
 #include "memory.h"
 
@@ -8,6 +8,15 @@ using Lanes = Thread*;  // 32 threads
 
 inline int byte_of(uint32_t word, int i) { return (word >> (8 * i)) & 0xFF; }
 inline int signed_byte_of(uint32_t word, int i) { return static_cast<int8_t>(byte_of(word, i)); }
+
+inline float half_of(uint32_t word) {
+  const uint32_t sign = (word & 0x8000u) << 16, exponent = word >> 10 & 31, fraction = word & 0x3FF;
+  const uint32_t bits = sign | (exponent + (exponent == 31 ? 224 : 112)) << 23 | fraction << 13;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  if (exponent == 0) value = (sign ? -1.0f : 1.0f) * fraction * 0x1p-24f;
+  return value;
+}
 
 // in: four registers of a, two of b, four sums.
 inline void multiply_add(Lanes lanes, bool is_signed) {
@@ -29,6 +38,32 @@ inline void multiply_add(Lanes lanes, bool is_signed) {
       uint32_t sum = operands.in[6 + i];
       for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(row[k] * column[k]);
       operands.out[i] = sum;
+    }
+  }
+  machine.counts.products += 1;
+}
+
+// Of float16, summed in float64 and rounded once; in: four registers of a, two of b, four sums.
+inline void multiply_add_f16(Lanes lanes) {
+  float a[16][16], b[8][16];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t* in = lanes[lane].operands.in;
+    const int group = lane / 4, k = lane % 4 * 2;
+    for (int i = 0; i < 2; ++i) {
+      for (int r = 0; r < 4; ++r) a[group + r % 2 * 8][r / 2 * 8 + k + i] = half_of(in[r] >> (16 * i));
+      for (int r = 0; r < 2; ++r) b[group][r * 8 + k + i] = half_of(in[4 + r] >> (16 * i));
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    Operands& operands = lanes[lane].operands;
+    for (int i = 0; i < 4; ++i) {
+      const float *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
+      float before;
+      memcpy(&before, &operands.in[6 + i], sizeof before);
+      double sum = before;
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(row[k]) * column[k];
+      const float after = static_cast<float>(sum);
+      memcpy(&operands.out[i], &after, sizeof after);
     }
   }
   machine.counts.products += 1;
@@ -105,6 +140,7 @@ inline void run_operation(int warp) {
   switch (operation) {
     case Operation::kMultiplyAddS8: return multiply_add(lanes, true);
     case Operation::kMultiplyAddU8: return multiply_add(lanes, false);
+    case Operation::kMultiplyAddF16: return multiply_add_f16(lanes);
     case Operation::kLoadMatrices: return load_matrices(lanes, first_thread);
     case Operation::kLoadShared: return access_shared(lanes, first_thread, false);
     case Operation::kStoreShared: return access_shared(lanes, first_thread, true);

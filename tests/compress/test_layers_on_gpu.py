@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.scheme import QScheme
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
@@ -85,3 +87,37 @@ def test_kernels_that_reach_too_far_fall_back() -> None:
     scheme = QScheme(8, input_bits=8, input_granularity="sample")
     chosen, _ = run(nn.Conv2d(1, 1, (1, 300)), scheme, torch.randn(1, 1, 1, 310))
     assert chosen == [("quantize_sample", "cuda"), ("conv2d_a8", "emulated")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("demanded", [True, False])
+@pytest.mark.parametrize(("tokens", "context"), [(20, None), (70, 77)])
+def test_attention_between_integer_projections_is_ours_where_it_is_demanded(
+    demanded: bool, tokens: int, context: int | None
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": Attention(query_dim=80, heads=2, dim_head=40)}).eval()
+    for name in ("to_q", "to_k", "to_v"):
+        scheme = QScheme(weight_bits=8, input_bits=8, input_granularity="token")
+        model.attn.set_submodule(name, quantized_form(model.attn.get_submodule(name), scheme))
+    attend_by_kernels(model)
+    x, other = torch.randn(2, tokens, 80), None if context is None else torch.randn(2, context, 80)
+    with dispatch.use_backend("emulated"):
+        expected = model.attn(x, other)
+    with layers_on_the_emulated_gpu() as chosen, dispatch.use_backend("cuda" if demanded else "auto"):
+        found = model.attn(x, other)
+    rows_of_attention = [row for operation, row in chosen if operation == "attention"]
+    assert rows_of_attention == (["cuda", "cuda"] if demanded else ["torch"])  # asked for, and run
+    distance = float((found - expected).norm() / expected.norm())
+    assert distance < (0.01 if demanded else bound(torch.float32))
+    assert (distance > 1e-5) is demanded
+
+
+@torch.no_grad()
+def test_attention_that_no_kernel_takes_is_torchs() -> None:
+    model = nn.ModuleDict({"attn": Attention(query_dim=32, heads=1, dim_head=200)}).eval()
+    model.attn.to_q = quantized_form(model.attn.to_q, QScheme(8, input_bits=8, input_granularity="token"))
+    attend_by_kernels(model)
+    with layers_on_the_emulated_gpu() as chosen, dispatch.use_backend("cuda"):
+        model.attn(torch.randn(1, 20, 32))
+    assert [row for operation, row in chosen if operation == "attention"] == ["cuda"]  # asked for alone

@@ -16,6 +16,7 @@ class Mutation:
 
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
 UNPACK, NORM = "unpack.cuh", "norm_quantize.cuh"
+ATTENTION, TILES = "attention.cuh", "key_value_tiles.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -274,4 +275,96 @@ MUTATIONS = [
     Mutation("gain without 1", "layer norm", NORM, "add(1.0f, other[i])", "other[i]"),
     Mutation("no epsilon", "layer norm", NORM, "add(variance, epsilon)", "variance"),
     Mutation("gain of the first sample", "layer norm", NORM, "static_cast<int64>(row / a.gain_rows) * channels", "0"),
+    Mutation(
+        "no barrier between tiles", "attention", ATTENTION, "      barrier();  // all copies", "      // all copies"
+    ),
+    Mutation("a tile that is not waited for", "attention", ATTENTION, "copy_async_wait<0>", "copy_async_wait<1>"),
+    Mutation(
+        "the running sum not rescaled", "attention", ATTENTION, "multiply(rows.total[half], less)", "rows.total[half]"
+    ),
+    Mutation(
+        "the running values not rescaled",
+        "attention",
+        ATTENTION,
+        "tile[half * 2] = multiply(tile[half * 2], less);",
+        "",
+    ),
+    Mutation(
+        "a maximum of half of the lanes", "attention", ATTENTION, "maximum(shuffle_xor(highest, 2), highest)", "highest"
+    ),
+    Mutation(
+        "no running maximum",
+        "attention",
+        ATTENTION,
+        "float highest = rows.highest[half];",
+        "float highest = Rows::kLowest();",
+    ),
+    Mutation(
+        "scales of the keys before", "attention", ATTENTION, "((j + t) * 8 + lane % 4 * 2)", "((j + t) * 8 + lane % 4)"
+    ),
+    Mutation("sums that begin at another bias", "attention", TILES, "kSumBits = 0x4B400000;", "kSumBits = 0x4B000000;"),
+    Mutation(
+        "a scale of another query",
+        "attention",
+        ATTENTION,
+        "load_global(a.q_scale + row)",
+        "load_global(a.q_scale + row - row % 2)",
+    ),
+    Mutation(
+        "queries beyond the last one",
+        "attention",
+        ATTENTION,
+        "query + half * 8 < a.queries ? query + half * 8 : a.queries - 1",
+        "query + half * 8",
+    ),
+    Mutation(
+        "rows beyond the last one stored", "attention", ATTENTION, "      if (there >= a.queries) continue;\n", ""
+    ),
+    Mutation("halves of a query's depth swapped", "attention", ATTENTION, "q[step][half + 2] =", "q[step][half] ="),
+    Mutation(
+        "probabilities transposed",
+        "attention",
+        ATTENTION,
+        "p[i][j * 2 + r / 2] + r % 2 * 2",
+        "p[i][j * 2 + r % 2] + r / 2 * 2",
+    ),
+    Mutation("the other stage", "attention", ATTENTION, "shared + step % kStages * kTileBytes;\n", "shared;\n"),
+    Mutation("copies beyond the tile", "attention", ATTENTION, "|| chunk < kCopies;", "|| true;"),
+    Mutation(
+        "no mask of keys",
+        "tiles",
+        TILES,
+        "live ? multiply(-kSumBias, scale) : from_bits(0xFF800000u)",
+        "multiply(-kSumBias, scale)",
+    ),
+    Mutation("values beyond the last one", "tiles", TILES, "token < a.keys && c < a.channels;", "c < a.channels;"),
+    Mutation(
+        "the mean not taken off", "tiles", TILES, "add(v[piece][i], -from_bits(mean[piece].word[i]))", "v[piece][i]"
+    ),
+    Mutation("scales with all digits", "tiles", TILES, "& ~3u);", "& ~0u);"),
+    Mutation(
+        "keys in another order",
+        "tiles",
+        TILES,
+        "(key % 16 / 8 * 2 + channel % 32 / 16) * 4",
+        "(key % 16 / 8 + channel % 32 / 16 * 2) * 4",
+    ),
+    Mutation(
+        "values not transposed",
+        "tiles",
+        TILES,
+        "first + i % 2 * 8 + j, c = channel + i / 2 * 8;",
+        "first + i / 2 * 8 + j, c = channel + i % 2 * 8;",
+    ),
+    Mutation(
+        "moments read too early",
+        "tiles",
+        TILES,
+        "    combine(a, means, inverses);\n    barrier();\n",
+        "    combine(a, means, inverses);\n",
+    ),
+    Mutation("moments of some threads alone", "tiles", TILES, "other < groups; ++other", "other + 1 < groups; ++other"),
+    Mutation(
+        "a scale of values that is no power of two", "tiles", TILES, "from_bits(to_bits(peak) & 0x7F800000u)", "peak"
+    ),
 ]

@@ -44,6 +44,14 @@ def test_all_that_is_compared_runs_and_gives_one_shape(gpu: dict[str, Any], work
     assert len(whole) >= 5
 
 
+def test_attentions_that_are_compared_run_and_give_one_shape(gpu: dict[str, Any]) -> None:
+    works = gpu["attention_works"]((2, 20, 30, 40), 2, CPU)
+    theirs, ours = (work() for work in works.values())
+    assert next(iter(works)) == "bf16"
+    assert theirs.dtype == ours.dtype == torch.bfloat16
+    torch.testing.assert_close(theirs, ours, rtol=0.02, atol=0.02)
+
+
 def test_the_ratio_of_a_round_counts(gpu: dict[str, Any]) -> None:
     times = iter([4.0, 1.0, 2.0, 2.0, 9.0, 3.0])
 

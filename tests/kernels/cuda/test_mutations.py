@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
+from dcomp.kernels.cuda import packing
 from dcomp.kernels.emulator.build import FOLDERS, KERNELS, library_file
 from dcomp.kernels.packing import int8_image, pack_int4
 from tests.support import quantizers
+from tests.support.attention import attend, key_value_tiles
 from tests.support.emulated import SEEDS, Emulator, EmulatorError, emulator
 from tests.support.mutations import MUTATIONS, Mutation
 from tests.support.norms import group_norm, layer_norm
@@ -187,6 +189,33 @@ def check_layer_norm(emulator: Emulator) -> bool:
     return near(codes[:, :45], steps) and not codes[:, 45:].any() and not plain[:, 45:].any()
 
 
+def check_attention(emulator: Emulator) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (integers(generator, -99, 99, 1, 2, tokens, 38) for tokens in (133, 150))
+    v = floats(*k.shape)
+    q_scale, k_scale = (1 + torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % 4 for x in (q, k))
+    k_scale[..., 3] = 200  # far above, or below, all that come after it
+    asked, keyed = q.double() * q_scale.unsqueeze(-1), k.double() * k_scale.unsqueeze(-1)
+    y = attend(emulator, q, q_scale.float(), k, k_scale.float(), v, 2e-5)
+    expected = reference.attention(asked, keyed, v.double(), 2e-5)
+    bound = v.double().abs().amax(-2, keepdim=True) * 2.0**-9
+    return bool(((y - expected).abs() <= bound).all()) and without_conflicts(emulator)
+
+
+def check_tiles(emulator: Emulator) -> bool:
+    good = True
+    for dtype, shape, width, parts in (
+        (torch.float32, (1, 2, 77, 40), 48, 3),
+        (torch.bfloat16, (2, 1, 9, 160), 160, 1),
+    ):
+        k, v = floats(*shape, dtype=dtype) + 2, floats(*shape, dtype=dtype)
+        tiles, v_scale, mean = key_value_tiles(emulator, k, v, width, parts)
+        near = torch.isclose(mean, k.float().mean(2, keepdim=True), rtol=1e-4, atol=1e-4)
+        expected = packing.pack_tiles(*packing.quantize_keys(k, mean), v, packing.value_scale(v), width)
+        good &= bool(near.all()) and torch.equal(tiles, expected[0]) and torch.equal(v_scale, expected[1])
+    return good
+
+
 CHECKS: dict[str, tuple[Check, str]] = {
     "linear w8": (check_linear(0), "linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>"),
     "linear group": (check_linear(32), "linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>"),
@@ -204,6 +233,8 @@ CHECKS: dict[str, tuple[Check, str]] = {
         "group_norm_sample, GroupNormSample",
     ),
     "layer norm": (check_layer_norm, "layer_norm_token, LayerNormToken"),
+    "attention": (check_attention, "attention_48, Attention<48, 2, 4, 2>"),
+    "tiles": (check_tiles, "key_value_moments, KeyValueMoments; key_value_tiles, KeyValueTiles"),
 }
 
 

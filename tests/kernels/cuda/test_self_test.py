@@ -21,7 +21,7 @@ from dcomp.kernels.cuda.tiles import ENTRIES
 from tests.support.emulated import emulator
 
 NORMS = ("group_norm", "layer_norm")
-FIRST_PASSES = ("sample_range", "group_peak")
+FIRST_PASSES = ("sample_range", "group_peak", "key_value_moments")
 
 
 class Driver:
@@ -81,7 +81,7 @@ def test_right_kernels_pass_and_are_not_tested_again(name: str, kept: Path) -> N
     with driver.use(first):
         assert self_test.defect(name, 0) is None
         assert self_test.is_known(name, 0)
-    passes = 2 if name in ("quantize_sample", "quantize_group") else 1
+    passes = 2 if name in ("quantize_sample", "quantize_group", "key_value_tiles") else 1
     assert first.launches == 3 * passes
     assert results(kept) == [b"passed"]
     again = Driver()  # as another process

@@ -9,7 +9,8 @@ import pytest
 from dcomp.kernels.cuda.tiles import ENTRIES
 
 static_bars = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "static_bars.py")))
-PRODUCTS = [name for name, entry in ENTRIES.items() if entry.rows]
+PRODUCTS = [name for name, entry in ENTRIES.items() if entry.columns]
+ATTENTION = [name for name in ENTRIES if name.startswith("attention")]
 LARGE = "_128x128"
 # Instructions for each product of a tensor core, in tiles of 128x128; larger tiles need fewer.
 BARS = {
@@ -20,6 +21,8 @@ BARS = {
     "conv_w4a8_channel": 6.5,
     "conv_w4a8": 11.5,
 }
+# The same of attention, softmax among them, which is less for each product the wider a head is.
+OF_HEADS = {48: 8.5, 64: 7.75, 80: 7.25, 128: 6.0, 160: 5.5}
 ON_SM_90 = {"linear_w8a8": 6.0, "linear_w4a8_channel": 6.0}
 
 
@@ -34,7 +37,14 @@ def assert_bars(architecture, found):
     for name, of_kernel in found.items():
         assert of_kernel.stack == 0, name
         assert of_kernel.spills == 0, name
-        if not ENTRIES[name].rows:
+        if name in ATTENTION:
+            width, rows = int(name.split("_")[1]), ENTRIES[name].rows
+            products = 64 * -(-width // 32) * 32 // (8 * 32) + 64 * width // (8 * 16)
+            assert of_kernel.products == products * rows // 16 // (ENTRIES[name].threads // 32), "one tile of keys"
+            assert of_kernel.instructions_per_product <= OF_HEADS[width], (name, architecture)
+            assert of_kernel.blocks * ENTRIES[name].threads >= 256
+            continue
+        if name not in PRODUCTS:
             assert of_kernel.products == 0
             continue
         stem, size = name.rsplit("_", 1)
@@ -56,11 +66,13 @@ OPCODES = {
     "linear_w4a8": {"IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "LDS.128", "LDS.64"},
     "conv_w8a8": {"IMMA.16832.U8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"},
 }
+OF_ATTENTION = {"IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LDS.128", "MUFU.EX2", "FFMA"}
 
 
 def test_one_architecture_keeps_the_bars():
-    found = facts(86, [f"{stem}{LARGE}" for stem in OPCODES])
+    found = facts(86, [*(f"{stem}{LARGE}" for stem in OPCODES), "attention_64"])
     assert_bars(86, found)
+    assert found["attention_64"].opcodes >= OF_ATTENTION
     for stem, opcodes in OPCODES.items():
         assert opcodes <= found[f"{stem}{LARGE}"].opcodes
         products = {opcode for opcode in found[f"{stem}{LARGE}"].opcodes if opcode.startswith("IMMA")}
@@ -74,11 +86,14 @@ def test_all_architectures_keep_the_bars(architecture):
     assert_bars(architecture, facts(architecture, [name for name in ENTRIES if name not in PRODUCTS or LARGE in name]))
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", [*PRODUCTS, *ATTENTION])
 def test_no_product_wastes_memory_cycles(name):
     moved = static_bars.traffic(name)
     assert moved.conflicts == 0
     assert moved.sectors == 1
+    if name in ATTENTION:
+        assert moved.wavefronts <= (3 if ENTRIES[name].rows == 16 * ENTRIES[name].threads // 32 else 1.75)
+        return
     assert moved.wavefronts <= (1.5 if name.endswith("256x128") else 2 if name.endswith(LARGE) else 3)
 
 

@@ -38,6 +38,24 @@ struct Products : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sign
     for (int i = 0; i < 4; ++i) store_global(a.out + lane * 8 + 4 + i, static_cast<uint32>(of_unsigned[i]));
   }
 };
+struct Halves : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sums, [32][4]
+  static void run(const Arguments& a) {
+    uint32 x[4], w[2];
+    for (int i = 0; i < 4; ++i) x[i] = load_global(a.in + threadIdx.x * 6 + i);
+    for (int i = 0; i < 2; ++i) w[i] = load_global(a.in + threadIdx.x * 6 + 4 + i);
+    float sums[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+    multiply_add_f16(sums, x, w);
+    for (int i = 0; i < 4; ++i) store_global(a.out + threadIdx.x * 4 + i, to_bits(sums[i]));
+  }
+};
+struct Powers : Probe<32, 0> {  // out: power of two, product and sum rounded once, larger one
+  static void run(const Arguments& a) {
+    const float value = from_bits(load_global(a.in + threadIdx.x));
+    store_global(a.out + threadIdx.x * 3, to_bits(power_of_two(value)));
+    store_global(a.out + threadIdx.x * 3 + 1, to_bits(fused_multiply_add(value, value, -1.0f)));
+    store_global(a.out + threadIdx.x * 3 + 2, to_bits(maximum(value, 1.0f)));
+  }
+};
 struct Matrices : Probe<32, 512> {  // in: 512 bytes; out: [32][4]
   static void run(const Arguments& a) {
     uint8* const at = shared_memory() + threadIdx.x * 16;
@@ -137,6 +155,8 @@ struct Large : Probe<32, 64 << 10> {
 """
 SHAPES = {  # threads, bytes of shared memory
     "Products": (32, 0),
+    "Halves": (32, 0),
+    "Powers": (32, 0),
     "Matrices": (32, 512),
     "Floats16": (32, 0),
     "Race": (64, 256),
@@ -199,6 +219,39 @@ def test_products_have_the_fragments_of_the_ptx_isa(probes):
             expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
             start = torch.tensor([1, 2, 3, 4]) * (1 - which)
             assert torch.equal(out[lane, which].long(), expected + start)
+
+
+def test_products_of_float16_have_the_fragments_of_the_ptx_isa(probes):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-2048, 2049, (rows, 16), generator=generator) for rows in (16, 8))
+    a[3] *= 0
+    registers = torch.zeros(32, 6, 2, dtype=torch.float16)
+    for lane in range(32):
+        row, k = lane // 4, lane % 4 * 2
+        # a0: (row, k), a1: (row + 8, k), a2: (row, k + 8), a3: (row + 8, k + 8); b0: (k, row), b1: (k + 8, row)
+        for i, (down, right) in enumerate([(0, 0), (8, 0), (0, 8), (8, 8)]):
+            registers[lane, i] = a[row + down, k + right : k + right + 2].half() * 2.0**-24  # subnormal, most of them
+        for i, right in enumerate([0, 8]):
+            registers[lane, 4 + i] = b[row, k + right : k + right + 2].half()
+    registers[20, 3, 1] = torch.nan  # row 13 alone
+    out = run(probes, "Halves", registers, words=128).view(torch.float32).view(32, 4)
+    sums = (a @ b.t()).double() * 2.0**-24
+    sums[13] = torch.nan
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]] + torch.arange(1, 5)
+        torch.testing.assert_close(out[lane], expected.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_powers_of_two_and_what_is_rounded_once(probes):
+    values = torch.tensor([0.0, 8.0, -3.0, 0.5, -126.0, -127.0, 127.5, 200.0, -torch.inf, torch.nan, 1 + 2.0**-12])
+    values = torch.nn.functional.pad(values, (0, 32 - len(values)))
+    powers, fused, larger = run(probes, "Powers", values, words=96).view(torch.float32).view(32, 3).unbind(1)
+    expected = values.double().exp2().float()
+    expected = torch.where(expected < torch.finfo().tiny, 0.0, expected)
+    torch.testing.assert_close(powers, expected, rtol=2.0**-22, atol=0, equal_nan=True)
+    torch.testing.assert_close(fused, (values.double() ** 2 - 1).float(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(larger, values.nan_to_num(1.0, neginf=-9.0).clamp(min=1.0))
 
 
 def test_matrices_are_spread_as_in_the_ptx_isa(probes):
