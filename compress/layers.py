@@ -30,7 +30,8 @@ from dcomp.compress.quantized import WeightForm
 from dcomp.compress.scheme import QScheme, SchemeError
 from dcomp.compress.step_tables import SteppedLayer, form_of
 from dcomp.kernels import ops, packing, qparams, reference
-from dcomp.kernels.packing import PackedWeight
+from dcomp.kernels.cuda import nibbles
+from dcomp.kernels.packing import PackedWeight, Stored
 
 if TYPE_CHECKING:
     from dcomp.calibrate.clock import StepClock
@@ -225,6 +226,9 @@ class QuantLayer(SteppedLayer):
         reduction = self._in_channels * math.prod(self.qweight.shape[1:-1])
         quantizers = {"tensor": "quantize_static", "sample": "quantize_sample", "token": "quantize_token"}
         assert scheme.input_granularity is not None
+        if scheme.input_bits == 4 and product == "linear":
+            block = nibbles.block_of(self._input_group, Stored(*self._rows_of_weight()), self._in_channels)
+            return {"linear_a4": {**weight, "reduction": reduction, "block": block}}
         quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
         return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
 
@@ -302,15 +306,16 @@ class QuantLayer(SteppedLayer):
 
     def _int_rows(self, rows: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
         """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
-        if self.scheme.input_bits == 8:
-            codes, x_scale = ops.quantize_token(rows)
-        else:
-            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group)
-            codes = image.squeeze(1)
-        multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
+        qweight, multiplier = self._rows_of_weight()
         scale, bias = self._scale_and_bias(step_bin)
-        weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
-        return cast(Tensor, ops.linear_a8(codes, x_scale, *weight, dtype))
+        weight = (qweight, scale, multiplier, bias, self._in_channels)
+        if self.scheme.input_bits == 4:
+            return cast(Tensor, ops.linear_a4(rows, self._input_group, *weight, dtype))
+        return cast(Tensor, ops.linear_a8(*ops.quantize_token(rows), *weight, dtype))
+
+    def _rows_of_weight(self) -> tuple[Tensor, Tensor | None]:
+        """View codes and multipliers of a layer without taps as rows."""
+        return self.qweight.flatten(1), None if self.multiplier is None else self.multiplier.flatten(1)
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which an integer product is wanted: that of inputs, unless floats are added to it."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dcomp.kernels import dispatch, qparams, reference
+from dcomp.kernels.cuda import nibbles
 from dcomp.kernels.cuda import rows as cuda
 from dcomp.kernels.dispatch import Choice
+from dcomp.kernels.packing import Stored
 
 
 def _quantizer(operation: str, x: Tensor) -> Choice:
@@ -118,6 +120,40 @@ def _(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::linear_a4", mutates_args=())
+def linear_a4(
+    x: Tensor,
+    group: int,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `[M, O]` of floats `[M, I]`, rounded as by `quantize_group` of each row, and a packed weight."""
+    excess = cuda.excess(max(x.numel(), len(x) * len(scale)), len(x)) if x.is_cuda else None
+    is_taken = x.dtype in cuda.FLOAT_TYPE and x.numel() > 0
+    block = nibbles.block_of(group, Stored(qweight, multiplier), in_features) if is_taken else 0
+    bits = _bits(qweight)
+    choice = dispatch.choose("linear_a4", device=x.device, bits=bits, reduction=in_features, excess=excess, block=block)
+    return _rounded(choice, dtype, x, group, choice.image(qweight, multiplier, in_features), scale, bias)
+
+
+@linear_a4.register_fake
+def _(
+    x: Tensor,
+    group: int,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("dcomp::linear_a8", mutates_args=())

@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from dcomp.kernels import reference
 from dcomp.kernels.blocked import in_memory_order
-from dcomp.kernels.cuda import arguments, driver, packing
+from dcomp.kernels.cuda import arguments, driver, nibbles, packing
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE
 from dcomp.kernels.cuda.driver import Kernel
+from dcomp.kernels.cuda.nibbles import NibbleRows
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.packing import Stored, int8_image, unpack_int4
 
@@ -34,6 +35,8 @@ class ProductWeight:
         channels: C, of a tap.
         sums: int32 `[O]`, of the integers that are multiplied; None if the zero of inputs is 0.
         factor: fp32 `[O]`, by which the scale of the weight is multiplied; None for 1.
+        multipliers: of "w4a4" kinds, see `nibbles.NibbleRows`.
+        corrections: likewise.
     """
 
     kind: str
@@ -41,6 +44,8 @@ class ProductWeight:
     channels: int
     sums: Tensor | None
     factor: Tensor | None
+    multipliers: Tensor | None = None
+    corrections: int = 0
 
 
 def kinds_of(weight: Stored) -> tuple[str, ...]:
@@ -56,6 +61,9 @@ def kinds_of(weight: Stored) -> tuple[str, ...]:
 
 def product_weight(weight: Stored, in_channels: int, kind: str, *, with_sums: bool) -> ProductWeight:
     """Make of a stored weight what kernels of a kind take; they need `sums` where inputs have a zero."""
+    if kind.startswith("w4a4"):
+        rows, factor = nibbles.weight_rows(weight, in_channels, block_of_kind(kind))
+        return ProductWeight(kind, rows.data, rows.data.shape[1], None, factor, rows.multipliers, rows.corrections)
     if kind == "w8a8":
         image = int8_image(*weight, in_channels)
         assert image.shape[-1] == in_channels
@@ -82,8 +90,9 @@ def linear(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
+    x_multipliers: Tensor | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a8` in some float dtype."""
+    """Return `reference.linear_a8` in some float dtype; of "w4a4" kinds, `q` and `x_multipliers` are `NibbleRows`."""
     rows, outputs = len(q), len(weight_scale)
     out = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     scale = weight_scale if weight.factor is None else weight_scale * weight.factor
@@ -94,8 +103,11 @@ def linear(
         "weight_scale": scale.contiguous(),
         "bias": None if bias is None else bias.float().contiguous(),
         "out": out,
+        "x_multipliers": x_multipliers,
+        "weight_multipliers": weight.multipliers,
     }
     sizes = {"rows": rows, "outputs": outputs, "depth": weight.channels, "out_type": FLOAT_TYPE[dtype]}
+    sizes["corrections"] = weight.corrections
     if out.numel():
         _launch(kernel, _tiles(kernel, rows, outputs), arguments.LinearArguments, tensors, **sizes)
     return out
@@ -233,6 +245,32 @@ def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Ten
         for kernel in passes:
             _launch(kernel, (parts, len(some_x)), arguments.QuantizeGroupArguments, tensors, **sizes)
     return codes, scale
+
+
+def quantize_nibbles(kernel: Kernel, x: Tensor, group: int, block: int) -> tuple[NibbleRows, Tensor]:
+    """Return `nibbles.input_rows` of `qparams.quantize_nibbles` of `[M, C]` with elements, and the scale."""
+    rows, channels = x.shape
+    codes = torch.empty(rows, nibbles.row_bytes(channels, block), dtype=torch.uint8, device=x.device)
+    of_stages = (nibbles.stages(channels), -(-rows // 4) * 4, 4)
+    multipliers = torch.empty(of_stages, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, device=x.device)
+    tensors = {"x": x.contiguous(), "codes": codes, "multipliers": multipliers, "scale": scale}
+    sizes = {
+        "rows": rows,
+        "channels": channels,
+        "depth": codes.shape[1],
+        "group": -(-min(group, channels) // block) * block,
+        "block": block,
+        "x_type": FLOAT_TYPE[x.dtype],
+    }
+    warps = kernel.threads // 32
+    _launch(kernel, (-(-rows // warps),), arguments.QuantizeNibblesArguments, tensors, **sizes)
+    return NibbleRows(codes, multipliers, nibbles.corrections(channels, block)), scale
+
+
+def block_of_kind(kind: str) -> int:
+    """Return the channels of a block of a "w4a4" kind."""
+    return int(kind.removeprefix("w4a4_group"))
 
 
 def group_norm_quantize(

@@ -1,7 +1,9 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
+#include "nibble_products.cuh"
 #include "norm_quantize.cuh"
 #include "products.cuh"
 #include "quantize.cuh"
+#include "quantize_nibbles.cuh"
 #include "unpack.cuh"
 
 namespace dcomp {
@@ -13,6 +15,7 @@ template <int kStages>
 using Tile128x128 = Tile<128, 128, 64, 32, kStages, 2>;
 template <int kStages>
 using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
+using Nibbles128x128 = Tile<128, 128, 64, 32, 3, 1>;  // sums of blocks take registers too
 
 }  // namespace dcomp
 
@@ -28,6 +31,11 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(linear_w4a8_channel_256x128, LinearW4A8Channel<Tile256x128<4>>) \
   ENTRY(linear_w4a8_channel_128x128, LinearW4A8Channel<Tile128x128<4>>) \
   ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>)     \
+  ENTRY(linear_w4a4_group64_256x128, LinearW4A4Group64<Tile256x128<3>>) \
+  ENTRY(linear_w4a4_group64_128x128, LinearW4A4Group64<Nibbles128x128>) \
+  ENTRY(linear_w4a4_group64_64x64, LinearW4A4Group64<Tile64x64<3>>)     \
+  ENTRY(linear_w4a4_group32_128x128, LinearW4A4Group32<Nibbles128x128>) \
+  ENTRY(linear_w4a4_group32_64x64, LinearW4A4Group32<Tile64x64<3>>)     \
   ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                    \
   ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                    \
   ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>)                        \
@@ -43,6 +51,7 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(quantize_token, QuantizeToken)                                  \
   ENTRY(group_peak, GroupPeak)                                          \
   ENTRY(quantize_group, QuantizeGroup)                                  \
+  ENTRY(quantize_nibbles, QuantizeNibbles)                              \
   ENTRY(unpack_int8, UnpackInt8)                                        \
   ENTRY(unpack_int4, UnpackInt4)                                        \
   ENTRY(group_norm_moments, GroupNormMoments)                           \

@@ -152,12 +152,17 @@ struct Int8Weight {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32 r[4];
-      load_matrices(r, stage + swizzled(column + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+      load_half(r, stage, column, half, lane);
       to.tile[half][0][0] = r[0];
       to.tile[half][0][1] = r[1];
       to.tile[half][1][0] = r[2];
       to.tile[half][1][1] = r[3];
     }
+  }
+
+  // Both registers of two tiles.
+  static DCOMP_DEVICE void load_half(uint32 (&r)[4], const uint8* stage, int column, int half, int lane) {
+    load_matrices(r, stage + swizzled(column + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
   }
 };
 
@@ -244,15 +249,7 @@ struct Product {
     };
 
     Sums sums;
-#pragma unroll
-    for (auto& some : sums) {
-#pragma unroll
-      for (auto& tile : some) {
-#pragma unroll
-        for (int& sum : tile) sum = 0;
-      }
-    }
-
+    clear(sums);
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) load_stage(step);
     for (int step = 0; step < steps; ++step) {
@@ -264,14 +261,28 @@ struct Product {
     write(a, sums, first_row + row, first_column + column, lane);
   }
 
+  static DCOMP_DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (auto& some : sums) {
+#pragma unroll
+      for (auto& tile : some) {
+#pragma unroll
+        for (int& sum : tile) sum = 0;
+      }
+    }
+  }
+
+  // Half of a warp's 16 rows.
+  static DCOMP_DEVICE void load_rows(uint32 (&x)[4], const uint8* stage, int row, int half, int lane) {
+    load_matrices(x, stage + swizzled(row + lane % 16, half * 2 + lane / 16));
+  }
+
   static DCOMP_DEVICE void multiply_stage(Sums& sums, const uint8* stage, int row, int column, int lane) {
     uint32 x[2][Tile::kRowTiles][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        load_matrices(x[half][i], stage + swizzled(row + i * 16 + lane % 16, half * 2 + lane / 16));
-      }
+      for (int i = 0; i < Tile::kRowTiles; ++i) load_rows(x[half][i], stage, row + i * 16, half, lane);
     }
 #pragma unroll
     for (int j = 0; j < Tile::kColumnTiles; j += 2) {

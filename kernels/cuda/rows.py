@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
-from dcomp.kernels.cuda import calls, driver, loaded, self_test
+from dcomp.kernels.cuda import calls, driver, loaded, nibbles, self_test
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE as FLOAT_TYPE
 from dcomp.kernels.cuda.calls import MOST_ROWS_OF_BLOCKS, ProductWeight
 from dcomp.kernels.cuda.driver import Kernel
@@ -31,6 +31,8 @@ _MOST_ROWS = MOST_ROWS_OF_BLOCKS * 64
 _MOST_TAPS = 2**16  # taps times the width of the kernel: up to there its inverse in 16 bits divides exactly
 _MOST_REACH = 2**20  # of a kernel with its dilation
 _SMALL = "64x64"
+# Tensor cores with products of nibbles, and the least block that is worth it there: see docs/decisions.md.
+_LEAST_BLOCK = {(8, 0): 64, (8, 6): 32, (8, 9): 32}
 _LARGE = "256x128"  # fewest reads of shared memory, which these devices have least of for their products
 _TAKES_LARGE = ((8, 0), (9, 0))
 
@@ -49,6 +51,8 @@ def small_kernels(operation: str, bits: int) -> tuple[str, ...]:
     if operation in ("linear_a8", "conv2d_a8"):
         product = "linear" if operation == "linear_a8" else "conv"
         return tuple(f"{product}_{kind}_{_SMALL}" for kind in (("w8a8",) if bits == 8 else ("w4a8", "w8a8")))
+    if operation == "linear_a4":
+        return ("quantize_nibbles", *(f"linear_w4a4_group{block}_{_SMALL}" for block in nibbles.BLOCKS))
     if operation in ("linear_a16", "conv2d_a16"):
         return (f"unpack_int{bits}",)
     if operation in _NORMS:
@@ -66,6 +70,25 @@ def defect(operation: str, bits: int, index: int) -> str | None:
         return unfit
     problems = (self_test.defect(name, index) for name in names)
     return next((f"CUDA kernel {name}: {p}" for name, p in zip(names, problems, strict=True) if p is not None), None)
+
+
+def misfit(index: int, bits: int, block: int) -> str | None:
+    """Say why weights of so many bits do not meet 4-bit inputs as such on a device, or None.
+
+    Args:
+        index: of the device.
+        bits: of the weight.
+        block: what `nibbles.block_of` says, or 0.
+    """
+    unfit = loaded.defect(index)
+    if unfit is not None:
+        return unfit
+    least = _LEAST_BLOCK.get(driver.device(index).capability)
+    if least is None:
+        return "its tensor cores have no fast products of 4 bits"
+    if bits != 4:
+        return "the weight has 8 bits"
+    return None if block >= least else f"products of 4 bits pay in groups of multiples of {least} channels alone"
 
 
 def may_try(operation: str, bits: int, index: int) -> bool:
@@ -251,6 +274,22 @@ def conv2d_a8(
     out_height, out_width = reference.output_size(q.shape[2:], taps, *shape)
     kernel, packed = _product("conv", weight, q.shape[1], len(q) * out_height * out_width, q.device)
     return calls.conv2d(kernel, q, x_scale, x_zero, packed, weight_scale, bias, taps, *shape, dtype)
+
+
+def linear_a4(
+    x: Tensor,
+    group: int,
+    weight: Stored,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return `reference.linear_a4` in a float dtype, for inputs of a float dtype and groups without `misfit`."""
+    block = nibbles.block_of(group, weight, x.shape[1])
+    kernel = _product_kernel("linear", f"w4a4_group{block}", len(x), len(weight_scale), x.device)
+    packed = _product_weight(weight, x.shape[1], f"w4a4_group{block}", with_sums=False)
+    inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block)
+    return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers)
 
 
 def linear_a16(x: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

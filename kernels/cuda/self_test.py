@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcomp.kernels import build_cache, qparams, reference
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, loaded
+from dcomp.kernels.cuda import calls, driver, loaded, nibbles
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
 from dcomp.kernels.cuda.tiles import ENTRIES
@@ -265,6 +265,48 @@ def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     yield from zip(calls.quantize_group(found, next(draw.here(x)), 32), qparams.quantize_group(x, 32), strict=True)
 
 
+def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    group, block, shape = ((32, 32, (5, 7)), (128, 64, (37, 2304)), (96, 32, (18, 1283)))[case]
+    x = draw.floats(shape, _DTYPES[case])
+    *integers, expected_scale = qparams.quantize_nibbles(x, group)
+    expected = nibbles.input_rows(*integers, group, block)
+    made, scale = calls.quantize_nibbles(found[-1], next(draw.here(x)), group, block)
+    yield from zip(
+        (made.data, made.multipliers[:, : len(x)], scale),
+        (expected.data, expected.multipliers[:, : len(x)], expected_scale),
+        strict=True,
+    )
+
+
+def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
+    block = calls.block_of_kind(kind)
+    rows, outputs, channels = (
+        (5, 7, 40),
+        (entry.rows + 37, entry.columns + 19, 17 * block + 96),
+        (33, entry.columns, 512),
+    )[case]
+    q, zeros, sizes = (
+        draw.integers((rows, count), low, 15, torch.uint8)
+        for count, low in ((channels, 0), (-(-channels // block), 0), (-(-channels // block), 1))
+    )
+    sizes = torch.minimum(sizes, 127 // torch.maximum(zeros, 15 - zeros))
+    groups = -(-channels // 64)
+    factors = draw.integers((outputs, groups), 1, 15, torch.int8)
+    factors = torch.where(draw.integers((outputs, groups), 0, 1, torch.int8) > 0, factors, -factors)
+    stored = Stored(draw.integers((outputs, 32 * groups), 0, 255, torch.uint8), factors)
+    x_scale, scale = draw.powers(rows), draw.powers(outputs)
+    bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    image = (q.int() - nibbles.by_block(zeros, block, 1, channels)) * nibbles.by_block(sizes, block, 1, channels)
+    codes = int8_image(*stored, channels)
+    expected = reference.linear_a8(image.to(torch.int8), x_scale, codes, scale, bias).to(_DTYPES[case])
+    weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
+    inputs = nibbles.input_rows(*draw.here(q, zeros, sizes), block, block)
+    x_scale, scale, bias = draw.here(x_scale, scale, bias)
+    given = (inputs.data, x_scale, weight, scale, bias, _DTYPES[case], inputs.multipliers)
+    yield calls.linear(found[-1], *given), expected
+
+
 def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     shape = ((9, 20), (67, 3, 3, 64), (33, 2, 1, 83))[case]
     stored = draw.weight("w4a8" if found[-1].name == "unpack_int4" else "w8a8", shape)
@@ -304,12 +346,14 @@ def _near(codes: Tensor, expected: Tensor) -> Tensor:
 
 
 _TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
+    "linear_w4a4": _test_linear_nibbles,
     "linear": _test_linear,
     "conv": _test_conv,
     "quantize_static": _test_static,
     "quantize_sample": _test_sample,
     "quantize_token": _test_token,
     "quantize_group": _test_group,
+    "quantize_nibbles": _test_nibbles,
     "group_norm": _test_group_norm,
     "layer_norm": _test_layer_norm,
     "unpack": _test_unpack,

@@ -37,6 +37,8 @@ enum class Operation {
   kNone,
   kMultiplyAddS8,
   kMultiplyAddU8,
+  kMultiplyU4,
+  kMultiplyU4Half,
   kLoadMatrices,
   kLoadShared,
   kStoreShared,

@@ -1,4 +1,4 @@
-// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma.m16n8k32 and ldmatrix.
+// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma and ldmatrix.
 #pragma once
 #include "memory.h"
 
@@ -29,6 +29,28 @@ inline void multiply_add(Lanes lanes, bool is_signed) {
       uint32_t sum = operands.in[6 + i];
       for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(row[k] * column[k]);
       operands.out[i] = sum;
+    }
+  }
+  machine.counts.products += 1;
+}
+
+// in: a register of a for each 8 rows x 32 k, then one of b for each 32 k; eight nibbles each, the lowest first.
+inline void multiply_nibbles(Lanes lanes, int halves) {
+  int a[16][64] = {}, b[8][64] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t* in = lanes[lane].operands.in;
+    const int group = lane / 4, k = lane % 4 * 8;
+    for (int i = 0; i < 8; ++i) {
+      for (int r = 0; r < 2 * halves; ++r) a[group + r % 2 * 8][r / 2 * 32 + k + i] = in[r] >> (4 * i) & 15;
+      for (int r = 0; r < halves; ++r) b[group][r * 32 + k + i] = ((in[4 + r] >> (4 * i) & 15) ^ 8) - 8;
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
+      int sum = 0;
+      for (int k = 0; k < 64; ++k) sum += row[k] * column[k];
+      lanes[lane].operands.out[i] = sum;
     }
   }
   machine.counts.products += 1;
@@ -105,6 +127,8 @@ inline void run_operation(int warp) {
   switch (operation) {
     case Operation::kMultiplyAddS8: return multiply_add(lanes, true);
     case Operation::kMultiplyAddU8: return multiply_add(lanes, false);
+    case Operation::kMultiplyU4: return multiply_nibbles(lanes, 2);
+    case Operation::kMultiplyU4Half: return multiply_nibbles(lanes, 1);
     case Operation::kLoadMatrices: return load_matrices(lanes, first_thread);
     case Operation::kLoadShared: return access_shared(lanes, first_thread, false);
     case Operation::kStoreShared: return access_shared(lanes, first_thread, true);

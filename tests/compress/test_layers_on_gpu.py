@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from dcomp.compress.scheme import QScheme
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.cuda import driver
 from tests.support.emulated import emulator
 from tests.support.emulated_gpu import layers_on_the_emulated_gpu
 from tests.support.schemes import quantized_form, schemes
 
+FOUR_BITS = {block: ["quantize_nibbles", f"linear_w4a4_group{block}_64x64"] for block in (32, 64)}
+OF_INT8 = ["group_peak", "quantize_group", "linear_w4a8_64x64"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -72,6 +75,22 @@ def test_pixels_of_pointwise_convolutions_are_tokens() -> None:
     chosen, distance = run(nn.Conv2d(64, 24, 1), scheme, torch.randn(2, 64, 7, 6))
     assert distance < bound(torch.float32)
     assert chosen == [("quantize_token", "cuda"), ("linear_a8", "cuda")]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(200, 24), nn.Conv2d(200, 24, 1)])
+@pytest.mark.parametrize(("input_group", "kernels"), [(32, FOUR_BITS[32]), (64, FOUR_BITS[64]), (16, OF_INT8)])
+def test_4_bit_inputs_meet_4_bit_weights_in_groups_that_suit(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, input_group: int, kernels: list[str]
+) -> None:
+    scheme = QScheme(4, 64, input_bits=4, input_granularity="token", input_group=input_group)
+    x = torch.randn(2, 200) if isinstance(layer, nn.Linear) else torch.randn(1, 200, 4, 3)
+    run(layer, scheme, x)  # tests the kernels
+    names, launch = [], driver.launch
+    monkeypatch.setattr(driver, "launch", lambda kernel, *rest: (names.append(kernel.name), launch(kernel, *rest)))
+    chosen, distance = run(layer, scheme, x)
+    assert distance < bound(torch.float32)
+    assert chosen == [("linear_a4", "cuda")]
+    assert names == kernels
 
 
 def test_grouped_convolutions_fall_back_alone() -> None:
