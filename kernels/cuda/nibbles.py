@@ -75,10 +75,10 @@ def stages(in_channels: int) -> int:
 def input_rows(codes: Tensor, zeros: Tensor, multipliers: Tensor, group: int, block: int) -> NibbleRows:
     """Lay out codes uint8 `[M, I]`, zeros and multipliers `[M, G]` of `qparams.quantize_nibbles`."""
     in_channels = codes.shape[1]
-    factors, zeros = (by_block(part.int(), group, block, in_channels) for part in (multipliers, zeros))
+    factors, zeros = (_by_block(part.int(), group, block, in_channels) for part in (multipliers, zeros))
     sums = factors * _block_sums(codes, block)
     upper, lower = ((factors * zeros, part) for part in (sums >> 7, sums & 127))
-    units = by_block(multipliers, group, _UNIT, in_channels)
+    units = _by_block(multipliers, group, _UNIT, in_channels)
     by_stage = functional.pad(units, (0, -units.shape[1] % _UNITS, 0, -len(units) % 4))
     words = by_stage.unflatten(1, (-1, _UNITS)).transpose(0, 1).contiguous()
     return NibbleRows(_rows(codes.view(torch.int8), upper, lower), words, corrections(in_channels, block))
@@ -97,7 +97,7 @@ def weight_rows(weight: Stored, in_channels: int, block: int) -> tuple[NibbleRow
     if multiplier.shape[1] == 1:
         multiplier, factor = torch.ones_like(multiplier), multiplier[:, 0].float()
     group = 2 * weight.qweight.shape[1] // multiplier.shape[1]
-    factors = by_block(multiplier, group, block, in_channels)
+    factors = _by_block(multiplier, group, block, in_channels)
     sums, missing = factors * _block_sums(codes, block), (-factors).clamp(min=0)
     upper, lower = ((-part, missing) for part in (sums >> 7, sums & 127))
     is_negative = (factors < 0).repeat_interleave(block, 1)[:, :in_channels]
@@ -110,14 +110,15 @@ def weight_rows(weight: Stored, in_channels: int, block: int) -> tuple[NibbleRow
     return NibbleRows(data, words.flatten(3), corrections(in_channels, block)), factor
 
 
-def by_block(of_groups: Tensor, group: int, block: int, in_channels: int) -> Tensor:
+def _by_block(of_groups: Tensor, group: int, block: int, in_channels: int) -> Tensor:
     """Return for each block, `[rows, blocks]`, what its group has of `[rows, G]`."""
     starts = torch.arange(0, in_channels, block, device=of_groups.device)
     return of_groups[:, (starts // group).clamp_(max=of_groups.shape[1] - 1)]
 
 
 def _block_sums(codes: Tensor, block: int) -> Tensor:
-    return functional.pad(codes.int(), (0, -codes.shape[1] % block)).unflatten(1, (-1, block)).sum(2, dtype=torch.int32)
+    padded = functional.pad(codes.int(), (0, -codes.shape[1] % block))
+    return padded.view(len(codes), -1, block).sum(2, dtype=torch.int32)
 
 
 def _rows(codes: Tensor, upper: tuple[Tensor, Tensor], lower: tuple[Tensor, Tensor]) -> Tensor:

@@ -188,13 +188,13 @@ class _Draw:
         """Powers of two, which change no digit of a sum; the product of two keeps sums in the range of float16."""
         return 2.0 ** self.integers(shape, -8, -5, torch.float32)
 
-    def weight(self, kind: str, shape: tuple[int, ...]) -> Stored:
-        """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups of 32, or rows."""
+    def weight(self, kind: str, shape: tuple[int, ...], group: int = 32) -> Stored:
+        """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups, or rows."""
         if kind == "w8a8":
             return Stored(self.integers(shape, -127, 127, torch.int8), None)
         *rows, channels = shape
-        groups = -(-channels // 32)
-        packed = (*rows, 16 * groups) if kind == "w4a8" else (*rows, -(-channels // 2))
+        groups = -(-channels // group)
+        packed = (*rows, group // 2 * groups) if kind == "w4a8" else (*rows, -(-channels // 2))
         whole_row = (shape[0], *(1 for _ in rows))
         factors = self.integers((*rows, groups) if kind == "w4a8" else whole_row, 1, 15, torch.int8)
         factors = torch.where(self.integers(tuple(factors.shape), 0, 1, torch.int8) > 0, factors, -factors)
@@ -268,42 +268,29 @@ def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
 def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     group, block, shape = ((32, 32, (5, 7)), (128, 64, (37, 2304)), (96, 32, (18, 1283)))[case]
     x = draw.floats(shape, _DTYPES[case])
-    *integers, expected_scale = qparams.quantize_nibbles(x, group)
-    expected = nibbles.input_rows(*integers, group, block)
+    codes, zeros, multipliers, expected_scale = qparams.quantize_nibbles(x, group)
+    expected = nibbles.input_rows(codes, zeros, multipliers, group, block)
     made, scale = calls.quantize_nibbles(found[-1], next(draw.here(x)), group, block)
-    yield from zip(
-        (made.data, made.multipliers[:, : len(x)], scale),
-        (expected.data, expected.multipliers[:, : len(x)], expected_scale),
-        strict=True,
-    )
+    yield made.data, expected.data
+    yield made.multipliers[:, : len(x)], expected.multipliers[:, : len(x)]
+    yield scale, expected_scale
 
 
 def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
     block = calls.block_of_kind(kind)
-    rows, outputs, channels = (
-        (5, 7, 40),
-        (entry.rows + 37, entry.columns + 19, 17 * block + 96),
-        (33, entry.columns, 512),
-    )[case]
-    q, zeros, sizes = (
-        draw.integers((rows, count), low, 15, torch.uint8)
-        for count, low in ((channels, 0), (-(-channels // block), 0), (-(-channels // block), 1))
-    )
-    sizes = torch.minimum(sizes, 127 // torch.maximum(zeros, 15 - zeros))
-    groups = -(-channels // 64)
-    factors = draw.integers((outputs, groups), 1, 15, torch.int8)
-    factors = torch.where(draw.integers((outputs, groups), 0, 1, torch.int8) > 0, factors, -factors)
-    stored = Stored(draw.integers((outputs, 32 * groups), 0, 255, torch.uint8), factors)
+    rows, outputs = ((5, 7), (entry.rows + 37, entry.columns + 19), (33, entry.columns))[case]
+    channels = (40, 17 * block + 96, 512)[case]
+    x, stored = draw.floats((rows, channels), torch.float32), draw.weight("w4a8", (outputs, channels), group=64)
+    codes, zeros, multipliers, _ = draw.here(*qparams.quantize_nibbles(x, block))
+    image, _ = qparams.quantize_group(x.unsqueeze(1), block)
     x_scale, scale = draw.powers(rows), draw.powers(outputs)
     bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
-    image = (q.int() - nibbles.by_block(zeros, block, 1, channels)) * nibbles.by_block(sizes, block, 1, channels)
-    codes = int8_image(*stored, channels)
-    expected = reference.linear_a8(image.to(torch.int8), x_scale, codes, scale, bias).to(_DTYPES[case])
+    weight_image = int8_image(*stored, channels)
+    expected = reference.linear_a8(image.squeeze(1), x_scale, weight_image, scale, bias).to(_DTYPES[case])
     weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
-    inputs = nibbles.input_rows(*draw.here(q, zeros, sizes), block, block)
-    x_scale, scale, bias = draw.here(x_scale, scale, bias)
-    given = (inputs.data, x_scale, weight, scale, bias, _DTYPES[case], inputs.multipliers)
+    inputs = nibbles.input_rows(codes, zeros, multipliers, block, block)
+    given = (inputs.data, next(draw.here(x_scale)), weight, *draw.here(scale, bias), _DTYPES[case], inputs.multipliers)
     yield calls.linear(found[-1], *given), expected
 
 

@@ -356,13 +356,6 @@ MUTATIONS = [
         "static_cast<int64>(unit / kUnitsOfStage) *",
         "static_cast<int64>(0) *",
     ),
-    Mutation(
-        "codes of lanes beyond their group",
-        "quantize nibbles",
-        QUANTIZE_NIBBLES,
-        "offset < a.group && at < padded",
-        "at < padded",
-    ),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),
     Mutation("scale of a tap", "unpack", UNPACK, "a.scale + row / a.taps", "a.scale + row"),
