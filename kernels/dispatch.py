@@ -143,9 +143,9 @@ def _choose_a4(request: _Request, forced: Backend) -> Choice:
         refusal = f"{found}; "
     quantizer, product = (_choose(replace(request, operation=part), forced) for part in ("quantize_group", "linear_a8"))
 
-    def run(x: Tensor, group: int, weight: Any, scale: Tensor, bias: Tensor | None, **dtype: torch.dtype) -> Tensor:
+    def run(x: Tensor, group: int, weight: Any, scale: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
         image, x_scale = quantizer.run(x.unsqueeze(1), group)
-        y: Tensor = product.run(image.squeeze(1).contiguous(), x_scale, weight, scale, bias, **dtype)
+        y: Tensor = product.run(image.squeeze(1).contiguous(), x_scale, weight, scale, bias, **options)
         return y
 
     reason = f"{refusal}quantize_group by {quantizer.row}, linear_a8 by {product.row}"

@@ -27,9 +27,12 @@ struct LinearArguments {
   void* out;                  // [M, O]
   const uint8* x_multipliers;       // of w4a4, else null; see nibbles.py
   const uint8* weight_multipliers;  // likewise
+  const float* hidden;              // [M, rank] of a low-rank branch, or null
+  const uint16* up;                 // float16 [O, rank], likewise
   int rows, outputs, depth;   // M, O, K
   int out_type;
   int corrections;            // of w4a4: steps before those of codes, else 0
+  int rank;                   // a multiple of 8, 0 without a branch
 };
 
 // conv_w8a8_*, conv_w4a8_*, conv_w4a8_channel_*; grid as of linear layers, where a row is a pixel of the output

@@ -25,8 +25,8 @@ class LinearArguments(ctypes.Structure):
     """Of linear_*."""
 
     _fields_ = _fields(
-        pointers="x weight x_scale weight_scale bias out x_multipliers weight_multipliers",
-        ints="rows outputs depth out_type corrections",
+        pointers="x weight x_scale weight_scale bias out x_multipliers weight_multipliers hidden up",
+        ints="rows outputs depth out_type corrections rank",
     )
 
 

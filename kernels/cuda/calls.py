@@ -22,6 +22,7 @@ from dcomp.kernels.packing import Stored, int8_image, unpack_int4
 
 MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
+_RANKS = 8  # of a branch, that a product of a tensor core has
 _ELEMENTS = 16  # that a thread of a quantizer has at least, if there are so many
 
 
@@ -91,8 +92,12 @@ def linear(
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
     x_multipliers: Tensor | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a8` in some float dtype; of "w4a4" kinds, `q` and `x_multipliers` are `NibbleRows`."""
+    """Return `reference.linear_a8` in some float dtype; of "w4a4" kinds, `q` and `x_multipliers` are `NibbleRows`.
+
+    Kernels with a branch take it as `reference.add_branch_` does, float16 `up`.
+    """
     rows, outputs = len(q), len(weight_scale)
     out = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     scale = weight_scale if weight.factor is None else weight_scale * weight.factor
@@ -106,8 +111,11 @@ def linear(
         "x_multipliers": x_multipliers,
         "weight_multipliers": weight.multipliers,
     }
+    if branch is not None:
+        rank = -(-branch[0].shape[1] // _RANKS) * _RANKS
+        tensors |= {"hidden": _padded(branch[0].float(), rank), "up": _padded(branch[1], rank)}
     sizes = {"rows": rows, "outputs": outputs, "depth": weight.channels, "out_type": FLOAT_TYPE[dtype]}
-    sizes["corrections"] = weight.corrections
+    sizes |= {"corrections": weight.corrections, "rank": 0 if branch is None else rank}
     if out.numel():
         _launch(kernel, _tiles(kernel, rows, outputs), arguments.LinearArguments, tensors, **sizes)
     return out

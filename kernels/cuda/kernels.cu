@@ -21,43 +21,53 @@ using Nibbles128x128 = Tile<128, 128, 64, 32, 3, 1>;  // sums of blocks take reg
 
 // Name and kernel of each entry point. A build may give a shorter list, as tests of a single one do.
 #ifndef DCOMP_ENTRIES
-#define DCOMP_ENTRIES(ENTRY)                                            \
-  ENTRY(linear_w8a8_256x128, LinearW8A8<Tile256x128<3>>)                \
-  ENTRY(linear_w8a8_128x128, LinearW8A8<Tile128x128<3>>)                \
-  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>)                    \
-  ENTRY(linear_w4a8_256x128, LinearW4A8<Tile256x128<4>>)                \
-  ENTRY(linear_w4a8_128x128, LinearW4A8<Tile128x128<3>>)                \
-  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>)                    \
-  ENTRY(linear_w4a8_channel_256x128, LinearW4A8Channel<Tile256x128<4>>) \
-  ENTRY(linear_w4a8_channel_128x128, LinearW4A8Channel<Tile128x128<4>>) \
-  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>)     \
-  ENTRY(linear_w4a4_group64_256x128, LinearW4A4Group64<Tile256x128<3>>) \
-  ENTRY(linear_w4a4_group64_128x128, LinearW4A4Group64<Nibbles128x128>) \
-  ENTRY(linear_w4a4_group64_64x64, LinearW4A4Group64<Tile64x64<3>>)     \
-  ENTRY(linear_w4a4_group32_128x128, LinearW4A4Group32<Nibbles128x128>) \
-  ENTRY(linear_w4a4_group32_64x64, LinearW4A4Group32<Tile64x64<3>>)     \
-  ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                    \
-  ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                    \
-  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>)                        \
-  ENTRY(conv_w4a8_256x128, ConvW4A8<Tile256x128<4>>)                    \
-  ENTRY(conv_w4a8_128x128, ConvW4A8<Tile128x128<3>>)                    \
-  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>)                        \
-  ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)     \
-  ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)     \
-  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<3>>)         \
-  ENTRY(quantize_static, QuantizeStatic)                                \
-  ENTRY(sample_range, SampleRange)                                      \
-  ENTRY(quantize_sample, QuantizeSample)                                \
-  ENTRY(quantize_token, QuantizeToken)                                  \
-  ENTRY(group_peak, GroupPeak)                                          \
-  ENTRY(quantize_group, QuantizeGroup)                                  \
-  ENTRY(quantize_nibbles, QuantizeNibbles)                              \
-  ENTRY(unpack_int8, UnpackInt8)                                        \
-  ENTRY(unpack_int4, UnpackInt4)                                        \
-  ENTRY(group_norm_moments, GroupNormMoments)                           \
-  ENTRY(group_norm_range, GroupNormRange)                               \
-  ENTRY(group_norm_static, GroupNormStatic)                             \
-  ENTRY(group_norm_sample, GroupNormSample)                             \
+#define DCOMP_ENTRIES(ENTRY)                                                            \
+  ENTRY(linear_w8a8_256x128, LinearW8A8<Tile256x128<3>>)                                \
+  ENTRY(linear_w8a8_128x128, LinearW8A8<Tile128x128<3>>)                                \
+  ENTRY(linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>)                                    \
+  ENTRY(linear_w4a8_256x128, LinearW4A8<Tile256x128<4>>)                                \
+  ENTRY(linear_w4a8_128x128, LinearW4A8<Tile128x128<3>>)                                \
+  ENTRY(linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>)                                    \
+  ENTRY(linear_w4a8_channel_256x128, LinearW4A8Channel<Tile256x128<4>>)                 \
+  ENTRY(linear_w4a8_channel_128x128, LinearW4A8Channel<Tile128x128<4>>)                 \
+  ENTRY(linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>)                     \
+  ENTRY(linear_w4a4_group64_256x128, LinearW4A4Group64<Tile256x128<3>>)                 \
+  ENTRY(linear_w4a4_group64_128x128, LinearW4A4Group64<Nibbles128x128>)                 \
+  ENTRY(linear_w4a4_group64_64x64, LinearW4A4Group64<Tile64x64<3>>)                     \
+  ENTRY(linear_w4a4_group32_128x128, LinearW4A4Group32<Nibbles128x128>)                 \
+  ENTRY(linear_w4a4_group32_64x64, LinearW4A4Group32<Tile64x64<3>>)                     \
+  ENTRY(linear_w8a8_low_rank_128x128, LinearW8A8LowRank<Tile128x128<3>>)                \
+  ENTRY(linear_w8a8_low_rank_64x64, LinearW8A8LowRank<Tile64x64<3>>)                    \
+  ENTRY(linear_w4a8_low_rank_128x128, LinearW4A8LowRank<Tile128x128<3>>)                \
+  ENTRY(linear_w4a8_low_rank_64x64, LinearW4A8LowRank<Tile64x64<3>>)                    \
+  ENTRY(linear_w4a8_channel_low_rank_128x128, LinearW4A8ChannelLowRank<Tile128x128<4>>) \
+  ENTRY(linear_w4a8_channel_low_rank_64x64, LinearW4A8ChannelLowRank<Tile64x64<3>>)     \
+  ENTRY(linear_w4a4_group64_low_rank_128x128, LinearW4A4Group64LowRank<Nibbles128x128>) \
+  ENTRY(linear_w4a4_group64_low_rank_64x64, LinearW4A4Group64LowRank<Tile64x64<3>>)     \
+  ENTRY(linear_w4a4_group32_low_rank_128x128, LinearW4A4Group32LowRank<Nibbles128x128>) \
+  ENTRY(linear_w4a4_group32_low_rank_64x64, LinearW4A4Group32LowRank<Tile64x64<3>>)     \
+  ENTRY(conv_w8a8_256x128, ConvW8A8<Tile256x128<3>>)                                    \
+  ENTRY(conv_w8a8_128x128, ConvW8A8<Tile128x128<3>>)                                    \
+  ENTRY(conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>)                                        \
+  ENTRY(conv_w4a8_256x128, ConvW4A8<Tile256x128<4>>)                                    \
+  ENTRY(conv_w4a8_128x128, ConvW4A8<Tile128x128<3>>)                                    \
+  ENTRY(conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>)                                        \
+  ENTRY(conv_w4a8_channel_256x128, ConvW4A8Channel<Tile256x128<4>>)                     \
+  ENTRY(conv_w4a8_channel_128x128, ConvW4A8Channel<Tile128x128<4>>)                     \
+  ENTRY(conv_w4a8_channel_64x64, ConvW4A8Channel<Tile64x64<3>>)                         \
+  ENTRY(quantize_static, QuantizeStatic)                                                \
+  ENTRY(sample_range, SampleRange)                                                      \
+  ENTRY(quantize_sample, QuantizeSample)                                                \
+  ENTRY(quantize_token, QuantizeToken)                                                  \
+  ENTRY(group_peak, GroupPeak)                                                          \
+  ENTRY(quantize_group, QuantizeGroup)                                                  \
+  ENTRY(quantize_nibbles, QuantizeNibbles)                                              \
+  ENTRY(unpack_int8, UnpackInt8)                                                        \
+  ENTRY(unpack_int4, UnpackInt4)                                                        \
+  ENTRY(group_norm_moments, GroupNormMoments)                                           \
+  ENTRY(group_norm_range, GroupNormRange)                                               \
+  ENTRY(group_norm_static, GroupNormStatic)                                             \
+  ENTRY(group_norm_sample, GroupNormSample)                                             \
   ENTRY(layer_norm_token, LayerNormToken)
 #endif
 

@@ -12,12 +12,12 @@
 
 namespace dcomp {
 
-template <class Tile_, int kBlock>
+template <class Tile_, int kBlock, template <class> class Rows_>
 struct NibbleProduct {
   using Tile = Tile_;
-  using Rows = LinearRows<Tile>;
+  using Rows = Rows_<Tile>;
   using Weight = Int8Weight<Tile>;
-  using Int8Product = Product<Tile, LinearRows, Weight>;
+  using Int8Product = Product<Tile, Rows_, Weight>;
   using Arguments = LinearArguments;
   using Sums = typename Int8Product::Sums;
   static constexpr int kThreads = Tile::kThreads, kBlocks = Tile::kBlocks, kStages = Tile::kStages;
@@ -83,7 +83,7 @@ struct NibbleProduct {
     int step = 0;
     for (; step < a.corrections; ++step) correct(sums, next_stage(step), row, column, lane);
     for (; step < steps; ++step) multiply_stage(sums, next_stage(step), row, column, lane);
-    Int8Product::write(a, sums, first_row + row, first_column + column, lane);
+    Int8Product::finish(a, sums, first_row + row, first_column + column, lane);
   }
 
   // A stage of corrections: its first half counts 128 times.
@@ -172,8 +172,12 @@ struct NibbleProduct {
 };
 
 template <class Tile>
-using LinearW4A4Group64 = NibbleProduct<Tile, 64>;
+using LinearW4A4Group64 = NibbleProduct<Tile, 64, LinearRows>;
 template <class Tile>
-using LinearW4A4Group32 = NibbleProduct<Tile, 32>;
+using LinearW4A4Group32 = NibbleProduct<Tile, 32, LinearRows>;
+template <class Tile>
+using LinearW4A4Group64LowRank = NibbleProduct<Tile, 64, LowRankRows>;
+template <class Tile>
+using LinearW4A4Group32LowRank = NibbleProduct<Tile, 32, LowRankRows>;
 
 }  // namespace dcomp

@@ -88,6 +88,15 @@ DCOMP_DEVICE void multiply_u4(int (&sums)[4], const uint32 (&a)[2], uint32 b) {
                : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
 }
 
+// sums += a (16x8, tf32) * b (8x8, tf32); sums are bits of fp32.
+DCOMP_DEVICE void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // The value of the lane whose number differs by the bits of `mask`.
 DCOMP_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 

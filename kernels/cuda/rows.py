@@ -19,7 +19,7 @@ from dcomp.kernels.cuda.calls import MOST_ROWS_OF_BLOCKS, ProductWeight
 from dcomp.kernels.cuda.driver import Kernel
 from dcomp.kernels.cuda.driver import index_of as index_of
 from dcomp.kernels.cuda.self_test import UnusableError
-from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
 from dcomp.kernels.packing import Stored, int8_image
 from dcomp.kernels.packs import Packs
 
@@ -28,6 +28,7 @@ from dcomp.kernels.packs import Packs
 MAX_REDUCTION = (2**31 - 1) // (255 * 128)
 _MOST_ELEMENTS = 2**31 - 1  # of inputs and of outputs
 _MOST_ROWS = MOST_ROWS_OF_BLOCKS * 64
+_MOST_RANK = 1024  # of a branch: with as many rows as there may be, its elements are numbers of 32 bits
 _MOST_TAPS = 2**16  # taps times the width of the kernel: up to there its inverse in 16 bits divides exactly
 _MOST_REACH = 2**20  # of a kernel with its dilation
 _SMALL = "64x64"
@@ -132,6 +133,8 @@ def _product_kernel(operation: str, kind: str, rows: int, outputs: int, device: 
     """Return the kernel of the largest tile with which all of the device has work, or of the small one."""
     index = index_of(device)
     for tile in _large_tiles(rows, outputs, index):
+        if f"{operation}_{kind}_{tile}" not in ENTRIES:
+            continue
         try:
             return self_test.kernels(f"{operation}_{kind}_{tile}", index)[-1]
         except UnusableError:
@@ -148,12 +151,12 @@ def _large_tiles(rows: int, outputs: int, index: int) -> list[str]:
 
 
 def _product(
-    operation: str, weight: Stored, in_channels: int, rows: int, device: torch.device
+    operation: str, weight: Stored, in_channels: int, rows: int, device: torch.device, branch: str = ""
 ) -> tuple[Kernel, ProductWeight]:
     """Return the kernel for a product, and the weight as it takes it."""
     for kind in calls.kinds_of(weight):
         try:
-            kernel = _product_kernel(operation, kind, rows, len(weight.qweight), device)
+            kernel = _product_kernel(operation, kind + branch, rows, len(weight.qweight), device)
         except UnusableError as error:
             problem = error
         else:
@@ -248,10 +251,22 @@ def linear_a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a8` in a float dtype."""
-    kernel, packed = _product("linear", weight, q.shape[1], len(q), q.device)
-    return calls.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype)
+    """Return `reference.linear_a8` in a float dtype, after `reference.add_branch_` of a branch that `can_add`."""
+    try:
+        kernel, packed = _product("linear", weight, q.shape[1], len(q), q.device, LOW_RANK if branch else "")
+    except UnusableError:
+        if branch is None:
+            raise
+        y = linear_a8(q, x_scale, weight, weight_scale, bias)
+        return reference.add_branch_(y, *branch).to(dtype)
+    return calls.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype, branch=branch)
+
+
+def can_add(up: Tensor) -> bool:
+    """Whether kernels of products add a branch with such an `up`."""
+    return up.dtype == torch.float16 and 0 < up.shape[1] <= _MOST_RANK
 
 
 def conv2d_a8(
@@ -283,13 +298,25 @@ def linear_a4(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a4` in a float dtype, for inputs of a float dtype and groups without `misfit`."""
+    """Return `reference.linear_a4` in a float dtype, for inputs of a float dtype and groups without `misfit`.
+
+    A branch is one that `can_add`.
+    """
     block = nibbles.block_of(group, weight, x.shape[1])
-    kernel = _product_kernel("linear", f"w4a4_group{block}", len(x), len(weight_scale), x.device)
-    packed = _product_weight(weight, x.shape[1], f"w4a4_group{block}", with_sums=False)
+    kind = f"w4a4_group{block}"
+    try:
+        name = kind + LOW_RANK if branch else kind
+        kernel = _product_kernel("linear", name, len(x), len(weight_scale), x.device)
+    except UnusableError:
+        if branch is None:
+            raise
+        y = linear_a4(x, group, weight, weight_scale, bias)
+        return reference.add_branch_(y, *branch).to(dtype)
+    packed = _product_weight(weight, x.shape[1], kind, with_sums=False)
     inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block)
-    return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers)
+    return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers, branch)
 
 
 def linear_a16(x: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.cuda import calls, driver, loaded, nibbles
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
-from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
 from dcomp.kernels.packing import Stored, int8_image
 
 _BEGUN, _PASSED = b"begun", b"passed"
@@ -188,6 +188,13 @@ class _Draw:
         """Powers of two, which change no digit of a sum; the product of two keeps sums in the range of float16."""
         return 2.0 ** self.integers(shape, -8, -5, torch.float32)
 
+    def scales(self, rows: int, outputs: int, *, has_bias: bool, uniform: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales of rows and columns, and a bias; with one scale for all, sums and a branch add up exactly."""
+        x_scale, scale = self.powers(rows), self.powers(outputs)
+        if uniform:
+            x_scale, scale = torch.full_like(x_scale, 2.0**-8), torch.full_like(scale, 0.25)
+        return x_scale, scale, self.integers((outputs,), -99, 99, torch.float32) if has_bias else None
+
     def weight(self, kind: str, shape: tuple[int, ...], group: int = 32) -> Stored:
         """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups, or rows."""
         if kind == "w8a8":
@@ -209,13 +216,36 @@ def _test_linear(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
     rows, outputs, channels = ((5, 7, 40), (entry.rows + 37, entry.columns + 19, 208), (33, entry.columns, 512))[case]
     q = draw.integers((rows, channels), -127, 127, torch.int8)
-    x_scale, scale = draw.powers(rows), draw.powers(outputs)
-    bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    branch = _drawn_branch(found[-1], draw, rows, outputs)
+    x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
     stored = draw.weight(kind, (outputs, channels))
-    expected = reference.linear_a8(q, x_scale, int8_image(*stored, channels), scale, bias).to(_DTYPES[case])
+    expected = _expected(q, x_scale, int8_image(*stored, channels), scale, bias, branch).to(_DTYPES[case])
     weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
     q, x_scale, scale, bias = draw.here(q, x_scale, scale, bias)
-    yield calls.linear(found[-1], q, x_scale, weight, scale, bias, _DTYPES[case]), expected
+    given = (q, x_scale, weight, scale, bias, _DTYPES[case])
+    yield calls.linear(found[-1], *given, branch=_here(draw, branch)), expected
+
+
+def _drawn_branch(kernel: Kernel, draw: _Draw, rows: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """Return a branch for a kernel that has one: numbers of 14 bits, half of which a product of tf32 would lose."""
+    if LOW_RANK not in kernel.name:
+        return None
+    hidden = draw.integers((rows, 21), -4999, 4999, torch.float32) * 2.0**-10
+    return hidden, draw.integers((outputs, 21), -7, 7, torch.float16)
+
+
+def _here(draw: _Draw, branch: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    if branch is None:
+        return None
+    hidden, up = draw.here(*branch)
+    return hidden, up
+
+
+def _expected(
+    q: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, branch: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    y = reference.linear_a8(q, x_scale, codes, scale, bias)
+    return y if branch is None else reference.add_branch_(y, *branch)
 
 
 def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -238,8 +268,8 @@ def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
 
 
 def _operation_and_kind(name: str) -> tuple[str, str]:
-    """Take the name of a product's kernel apart."""
-    operation, *kind, _ = name.split("_")
+    """Take the name of a product's kernel apart; a branch is not told."""
+    operation, *kind, _ = name.replace(LOW_RANK, "").split("_")
     return operation, "_".join(kind)
 
 
@@ -284,14 +314,15 @@ def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _
     x, stored = draw.floats((rows, channels), torch.float32), draw.weight("w4a8", (outputs, channels), group=64)
     codes, zeros, multipliers, _ = draw.here(*qparams.quantize_nibbles(x, block))
     image, _ = qparams.quantize_group(x.unsqueeze(1), block)
-    x_scale, scale = draw.powers(rows), draw.powers(outputs)
-    bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    branch = _drawn_branch(found[-1], draw, rows, outputs)
+    x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
     weight_image = int8_image(*stored, channels)
-    expected = reference.linear_a8(image.squeeze(1), x_scale, weight_image, scale, bias).to(_DTYPES[case])
+    expected = _expected(image.squeeze(1), x_scale, weight_image, scale, bias, branch).to(_DTYPES[case])
     weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
     inputs = nibbles.input_rows(codes, zeros, multipliers, block, block)
-    given = (inputs.data, next(draw.here(x_scale)), weight, *draw.here(scale, bias), _DTYPES[case], inputs.multipliers)
-    yield calls.linear(found[-1], *given), expected
+    x_scale, scale, bias = draw.here(x_scale, scale, bias)
+    given = (inputs.data, x_scale, weight, scale, bias, _DTYPES[case], inputs.multipliers)
+    yield calls.linear(found[-1], *given, _here(draw, branch)), expected
 
 
 def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:

@@ -26,22 +26,21 @@ class Entry:
     columns: int = 0
 
 
-def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
+def _product(operation: str, weight: str, rows: int, columns: int, branch: str = "") -> Entry:
     stages = _STAGES.get((weight, rows), 3)
     threads = {256: 256, 128: 256, 64: 128}[rows]
     of_row = _STEP + 4 if weight in _NIBBLES else _STEP
     shared_memory = stages * (rows * of_row + columns * _WEIGHT_BYTES[weight])
-    return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)
+    return Entry(f"{operation}_{weight}{branch}_{rows}x{columns}", threads, shared_memory, rows, columns)
 
 
-_NO_TILE = {"w4a4_group32": (256, 128)}  # devices that take it have blocks of 64 alone, see rows.py
 TILES = ((256, 128), (128, 128), (64, 64))
+LOW_RANK = "_low_rank"  # behind the kind of a product with a branch
+_NO_TILE = {"w4a4_group32": (256, 128)}  # devices that take it have blocks of 64 alone, see rows.py
 _PRODUCTS = [
-    _product(operation, weight, *tile)
-    for operation in ("linear", "conv")
-    for weight in _WEIGHT_BYTES
-    for tile in TILES
-    if weight not in _NIBBLES or (operation == "linear" and tile != _NO_TILE.get(weight))
+    *(_product("linear", weight, *tile) for weight in _WEIGHT_BYTES for tile in TILES if tile != _NO_TILE.get(weight)),
+    *(_product("linear", weight, *tile, LOW_RANK) for weight in _WEIGHT_BYTES for tile in TILES[1:]),
+    *(_product("conv", weight, *tile) for weight in _WEIGHT_BYTES for tile in TILES if weight not in _NIBBLES),
 ]
 _OTHERS = [
     Entry("quantize_static", 256),

@@ -25,8 +25,8 @@ namespace dcomp::emulator {
 
 // Size of a struct, then name and offset of each of its fields.
 inline const std::map<std::string, std::string> layouts{
-    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, x_multipliers, weight_multipliers, rows,
-                 outputs, depth, out_type, corrections),
+    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, x_multipliers, weight_multipliers, hidden,
+                 up, rows, outputs, depth, out_type, corrections, rank),
     DCOMP_LAYOUT(ConvArguments, x, padding, weight, weight_sum, x_scale, x_zero, weight_scale, bias, out, rows, outputs,
                  depth, out_type, height, width, channels, out_pixels, out_width, scale_rows, kernel_width, stride_y,
                  stride_x, padding_y, padding_x, dilation_y, dilation_x, channels_inverse, kernel_width_inverse),

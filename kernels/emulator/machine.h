@@ -39,6 +39,7 @@ enum class Operation {
   kMultiplyAddU8,
   kMultiplyU4,
   kMultiplyU4Half,
+  kMultiplyAddTf32,
   kLoadMatrices,
   kLoadShared,
   kStoreShared,

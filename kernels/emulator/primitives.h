@@ -66,6 +66,10 @@ inline void multiply_u4(int (&sums)[4], const uint32 (&a)[2], uint32 b) {
   multiply_add(Operation::kMultiplyU4Half, sums, rows, columns);
 }
 
+inline void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  multiply_add(Operation::kMultiplyAddTf32, sums, a, b);
+}
+
 inline float shuffle_xor(float value, int mask) {
   Operands& o = operands();
   memcpy(&o.in[0], &value, 4);

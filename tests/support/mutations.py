@@ -16,7 +16,7 @@ class Mutation:
 
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
 UNPACK, NORM = "unpack.cuh", "norm_quantize.cuh"
-NIBBLES, QUANTIZE_NIBBLES = "nibble_products.cuh", "quantize_nibbles.cuh"
+NIBBLES, QUANTIZE_NIBBLES, LOW_RANK = "nibble_products.cuh", "quantize_nibbles.cuh", "low_rank.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -355,6 +355,24 @@ MUTATIONS = [
         QUANTIZE_NIBBLES,
         "static_cast<int64>(unit / kUnitsOfStage) *",
         "static_cast<int64>(0) *",
+    ),
+    Mutation(
+        "half of the digits of a branch",
+        "low rank",
+        LOW_RANK,
+        "          multiply_add_tf32(values[i][j], lower, up[j]);\n",
+        "",
+    ),
+    Mutation("digits that tf32 has not", "low rank", LOW_RANK, "both.word[t] & kOfTf32;", "both.word[t];"),
+    Mutation("every other rank", "low rank", LOW_RANK, "k < a.rank; k += kDepth", "k < a.rank; k += 2 * kDepth"),
+    Mutation("up of other columns", "low rank", LOW_RANK, "column + j * 8 + lane / 4", "column + j * 8 + lane % 8"),
+    Mutation("hidden of rows beyond the last", "low rank", LOW_RANK, "(m < a.rows ? m : 0)", "m"),
+    Mutation("up of columns beyond the last", "low rank", LOW_RANK, "(n < a.outputs ? n : 0)", "n"),
+    Mutation(
+        "halves of rows swapped", "low rank", LOW_RANK, "upper[t * 2 + half] = bits;", "upper[t * 2 + 1 - half] = bits;"
+    ),
+    Mutation(
+        "a branch without what it is added to", "low rank", PRODUCTS, "columns[j][k].scaled(output, pair[k])", "0.0f"
     ),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),

@@ -86,6 +86,20 @@ def check_conv(group: int) -> Check:
     return check
 
 
+def check_low_rank(emulator: Emulator) -> bool:
+    generator, good = torch.Generator().manual_seed(0), True
+    for rows, outputs, rank in ((70, 72, 24), (64, 63, 8)):
+        q, weight = (integers(generator, -127, 127, count, 48) for count in (rows, outputs))
+        hidden = integers(generator, -4999, 4999, rows, rank, dtype=torch.float32) / 1024
+        up = integers(generator, -7, 7, outputs, rank, dtype=torch.float16)
+        scales = torch.full((rows,), 2.0**-8), torch.full((outputs,), 0.25)
+        bias = torch.arange(outputs).float()
+        y = linear(emulator, "linear_w8a8_low_rank_64x64", q, weight, outputs, scales, bias, branch=(hidden, up))
+        expected = reference.linear_a8(q, scales[0], weight, scales[1], bias)
+        good &= right(y, reference.add_branch_(expected, hidden, up))
+    return good
+
+
 def check_nibbles(block: int) -> Check:
     def check(emulator: Emulator) -> bool:
         generator, good = torch.Generator().manual_seed(0), True
@@ -219,6 +233,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "nibbles 64": (check_nibbles(64), "linear_w4a4_group64_64x64, LinearW4A4Group64<Tile64x64<3>>"),
     "nibbles 32": (check_nibbles(32), "linear_w4a4_group32_64x64, LinearW4A4Group32<Tile64x64<3>>"),
     "quantize nibbles": (check_quantize_nibbles, "quantize_nibbles, QuantizeNibbles"),
+    "low rank": (check_low_rank, "linear_w8a8_low_rank_64x64, LinearW8A8LowRank<Tile64x64<3>>"),
     "conv w8": (check_conv(0), "conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>"),
     "conv group": (check_conv(32), "conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>"),
     "static": (check_static, "quantize_static, QuantizeStatic"),

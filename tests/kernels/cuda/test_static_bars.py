@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
 
 static_bars = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "static_bars.py")))
 PRODUCTS = [name for name, entry in ENTRIES.items() if entry.rows]
@@ -39,7 +39,7 @@ def assert_bars(architecture, found):
         if not ENTRIES[name].rows:
             assert of_kernel.products == 0
             continue
-        stem, size = name.rsplit("_", 1)
+        stem, size = name.replace(LOW_RANK, "").rsplit("_", 1)
         rows, columns = (int(side) for side in size.split("x"))
         warps = ENTRIES[name].threads // 32
         steps = 2 if stem == "linear_w4a4_group32" else 1

@@ -52,6 +52,18 @@ struct Nibbles : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sums 
     for (int i = 0; i < 4; ++i) store_global(a.out + lane * 8 + 4 + i, static_cast<uint32>(half[i]));
   }
 };
+struct Tf32 : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sums plus 1, 2, 3, 4, as floats, [32][4]
+  static void run(const Arguments& a) {
+    const int lane = threadIdx.x;
+    uint32 x[4], w[2];
+    for (int i = 0; i < 4; ++i) x[i] = load_global(a.in + lane * 6 + i);
+    for (int i = 0; i < 2; ++i) w[i] = load_global(a.in + lane * 6 + 4 + i);
+    int sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = static_cast<int>(to_bits(i + 1.0f));
+    multiply_add_tf32(sums, x, w);
+    for (int i = 0; i < 4; ++i) store_global(a.out + lane * 4 + i, static_cast<uint32>(sums[i]));
+  }
+};
 struct Dots : Probe<32, 0> {  // in: two words; out: their dot products and lower halves
   static void run(const Arguments& a) {
     const uint32 x = load_global(a.in), y = load_global(a.in + 1);
@@ -161,6 +173,7 @@ struct Large : Probe<32, 64 << 10> {
 SHAPES = {  # threads, bytes of shared memory
     "Products": (32, 0),
     "Nibbles": (32, 0),
+    "Tf32": (32, 0),
     "Dots": (32, 0),
     "Matrices": (32, 512),
     "Floats16": (32, 0),
@@ -246,6 +259,24 @@ def test_products_of_nibbles_have_the_fragments_of_the_ptx_isa(probes):
             row, column = lane // 4, lane % 4 * 2
             expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
             assert torch.equal(out[lane, which].long(), expected)
+
+
+def test_products_of_tf32_have_the_fragments_of_the_ptx_isa(probes):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-512, 512, (count, 8), generator=generator).float() for count in (16, 8))
+    registers = torch.zeros(32, 6)
+    for lane in range(32):
+        row, k = lane // 4, lane % 4
+        # a0: (row, k), a1: (row + 8, k), a2: (row, k + 4), a3: (row + 8, k + 4); b0: (k, row), b1: (k + 4, row)
+        of_a = [a[row, k], a[row + 8, k], a[row, k + 4], a[row + 8, k + 4]]
+        registers[lane] = torch.stack([*of_a, b[row, k], b[row, k + 4]])
+    bits = registers.view(torch.int32) | 0x1FFF  # digits that tf32 has not are not seen
+    out = run(probes, "Tf32", bits, words=128).view(torch.float32).view(32, 4)
+    sums = a @ b.t()
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
+        assert torch.equal(out[lane], expected + torch.tensor([1.0, 2.0, 3.0, 4.0]))
 
 
 def test_signed_halves_meet_unsigned_bytes(probes):
