@@ -366,8 +366,8 @@ MUTATIONS = [
     Mutation("digits that tf32 has not", "low rank", LOW_RANK, "both.word[t] & kOfTf32;", "both.word[t];"),
     Mutation("every other rank", "low rank", LOW_RANK, "k < a.rank; k += kDepth", "k < a.rank; k += 2 * kDepth"),
     Mutation("up of other columns", "low rank", LOW_RANK, "column + j * 8 + lane / 4", "column + j * 8 + lane % 8"),
-    Mutation("hidden of rows beyond the last", "low rank", LOW_RANK, "(m < a.rows ? m : 0)", "m"),
-    Mutation("up of columns beyond the last", "low rank", LOW_RANK, "(n < a.outputs ? n : 0)", "n"),
+    Mutation("hidden of rows beyond the last", "low rank", LOW_RANK, "(m < a.rows ? m : 0)", "(m)"),
+    Mutation("up of columns beyond the last", "low rank", LOW_RANK, "(n < a.outputs ? n : 0)", "(n)"),
     Mutation(
         "halves of rows swapped", "low rank", LOW_RANK, "upper[t * 2 + half] = bits;", "upper[t * 2 + 1 - half] = bits;"
     ),
