@@ -95,6 +95,7 @@ struct NibbleProduct {
 #pragma unroll
       for (int i = 0; i < Tile::kRowTiles; ++i) {
         uint32 x[2][4];
+#pragma unroll
         for (int half = 0; half < 2; ++half) Int8Product::load_rows(x[half], stage, row + i * 16, half, lane);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) {
