@@ -132,6 +132,10 @@ def linear_works(shape: tuple[int, int, int], device: torch.device) -> dict[str,
         y: Tensor = ops.linear_a8(q, x_scale, *stored)
         return y
 
+    def by_int8(packed: PackedWeight, group: int) -> Tensor:
+        image, scale = ops.quantize_group(x.unsqueeze(1), group)
+        return product(packed, image.squeeze(1), scale)
+
     works["quantize_token alone"] = lambda: ops.quantize_token(x)
     for bits in (8, 4):
         packed = weight(bits, (outputs, channels), device)
@@ -139,6 +143,9 @@ def linear_works(shape: tuple[int, int, int], device: torch.device) -> dict[str,
         works[f"W{bits}A8, product"] = lambda packed=packed: product(packed, q, x_scale)
         works[f"W{bits}A8, all"] = lambda packed=packed: product(packed, *ops.quantize_token(x))
         works[f"W{bits}A16"] = lambda stored=stored: ops.linear_a16(x, *stored)
+    for group in (32, 64):
+        works[f"W4A4, groups of {group}"] = lambda group=group: ops.linear_a4(x, group, *stored, torch.bfloat16)
+        works[f"W4A4 by int8, groups of {group}"] = lambda group=group: by_int8(packed, group)
     if device.type == "cuda" and count > 16:
         codes = weight(8, (outputs, channels), device).qweight
         works["int8 product of torch, not scaled"] = lambda: torch._int_mm(q, codes.t())

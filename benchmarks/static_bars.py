@@ -91,6 +91,11 @@ class MissingToolError(Exception):
     """There is no compiler or no disassembler, and which."""
 
 
+def kernels_of(architecture: int) -> list[str]:
+    """Return the kernels that an architecture may run: without tensor cores for nibbles, ptxas makes bytes of them."""
+    return [name for name in ENTRIES if architecture in (80, 86, 89) or not name.startswith("linear_w4a4")]
+
+
 def facts(architecture: int, kernels: Sequence[str]) -> dict[str, Facts]:
     """Return what there is to know of compiled kernels.
 
@@ -174,15 +179,23 @@ def _facts(architecture: int, name: str, usage: str, instructions: list[tuple[in
 
 
 def _hot_loop(instructions: list[tuple[int, str]]) -> list[str]:
-    """Return the shortest stretch that a backward branch repeats and that has products of a tensor core."""
+    """Return the last stretch that a backward branch repeats and that has products of a tensor core.
+
+    One that lies in another is passed twice for each pass of that: the two halves of a stage of nibbles in blocks of
+    32. What comes before it are corrections.
+    """
     loops = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch and int(branch[1], 16) < address:
-            loop = [other for at, other in instructions if int(branch[1], 16) <= at <= address]
-            if any(_operation(other) in _PRODUCTS for other in loop):
+            loop = {at: other for at, other in instructions if int(branch[1], 16) <= at <= address}
+            if any(_operation(other) == "IMMA" for other in loop.values()):
                 loops.append(loop)
-    return min(loops, key=len, default=[])
+    if not loops:
+        return []
+    last = max(loops, key=lambda loop: (min(loop), -len(loop)))
+    around = [loop for loop in loops if loop.keys() > last.keys()]
+    return [*last.values(), *(min(around, key=len).values() if around else ())]
 
 
 def _operation(text: str) -> str:
@@ -220,11 +233,12 @@ class Traffic:
 
 
 def traffic(name: str) -> Traffic:
-    """Count what a product moves, four steps deep."""
+    """Count what a product moves, four steps deep; of nibbles all steps that 1024 channels have."""
     import torch
 
     from tests.support.attention import attend
     from tests.support.emulated import emulator
+    from tests.support.nibbles import Operands
     from tests.support.products import Int4Weight, conv, linear
 
     entry, generator = ENTRIES[name], torch.Generator().manual_seed(0)
@@ -243,7 +257,10 @@ def traffic(name: str) -> Traffic:
         weight, image = made.fragments, made.image
     ones = torch.ones(entry.columns)
     emulator().counts()
-    if name.startswith("linear"):
+    if "w4a4" in name:
+        block = 64 if "group64" in name else 32
+        Operands(generator, (entry.rows, entry.columns, 1024), (block, block), block).run(emulator(), name)
+    elif name.startswith("linear"):
         q = torch.zeros(entry.rows, 256, dtype=torch.int8)
         linear(emulator(), name, q, weight, entry.columns, (torch.ones(entry.rows), ones))
     else:
@@ -265,7 +282,8 @@ def tables(found: dict[int, dict[str, Facts]]) -> str:
     """Return Markdown tables of all kernels on some architectures."""
     names = " / ".join(str(architecture) for architecture in found)
     lines = [
-        f"Registers, resident blocks and instructions are for sm_{names}. Spills and stack are 0 in all of them.",
+        f"Registers, resident blocks and instructions are for sm_{names}, of w4a4 for sm_80 / 86 / 89. Spills and stack"
+        " are 0 in all of them.",
         "",
         "| product | registers | resident blocks | instructions per tensor-core product | wavefronts per product |"
         " bank conflicts | sectors / bytes asked |",
@@ -273,7 +291,7 @@ def tables(found: dict[int, dict[str, Facts]]) -> str:
     ]
     others = ["", "| other kernel | registers |", "| --- | --- |"]
     for name in ENTRIES:
-        of_kernel = [facts[name] for facts in found.values()]
+        of_kernel = [facts[name] for facts in found.values() if name in facts]
         assert not any(facts.spills or facts.stack for facts in of_kernel), name
         registers = " / ".join(str(facts.registers) for facts in of_kernel)
         if not of_kernel[0].products:
@@ -295,7 +313,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/kernels.md")
     write = parser.parse_args().write
     sys.path.append(str(ROOT))  # for tests.support; nothing here would take our folder `kernels` for another package
-    text = tables({architecture: facts(architecture, list(ENTRIES)) for architecture in ARCHITECTURES})
+    text = tables({architecture: facts(architecture, kernels_of(architecture)) for architecture in ARCHITECTURES})
     print(text)
     if write:
         before, rest = DOCUMENT.read_text().split(BEGIN)

@@ -30,7 +30,8 @@ from dcomp.compress.quantized import WeightForm
 from dcomp.compress.scheme import QScheme, SchemeError
 from dcomp.compress.step_tables import SteppedLayer, form_of
 from dcomp.kernels import ops, packing, qparams, reference
-from dcomp.kernels.packing import PackedWeight
+from dcomp.kernels.cuda import nibbles
+from dcomp.kernels.packing import PackedWeight, Stored
 
 if TYPE_CHECKING:
     from dcomp.calibrate.clock import StepClock
@@ -225,6 +226,9 @@ class QuantLayer(SteppedLayer):
         reduction = self._in_channels * math.prod(self.qweight.shape[1:-1])
         quantizers = {"tensor": "quantize_static", "sample": "quantize_sample", "token": "quantize_token"}
         assert scheme.input_granularity is not None
+        if scheme.input_bits == 4 and product == "linear":
+            block = nibbles.block_of(self._input_group, Stored(*self._rows_of_weight()), self._in_channels)
+            return {"linear_a4": {**weight, "reduction": reduction, "block": block}}
         quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
         return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
 
@@ -300,17 +304,33 @@ class QuantLayer(SteppedLayer):
         assert self.direction_scale is not None
         return self.direction_weight.float() * self.direction_scale
 
-    def _int_rows(self, rows: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
-        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
-        if self.scheme.input_bits == 8:
-            codes, x_scale = ops.quantize_token(rows)
-        else:
-            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group)
-            codes = image.squeeze(1)
-        multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
+    def _int_rows(self, rows: Tensor, raw: Tensor, step_bin: int) -> Tensor:
+        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`.
+
+        The branch, which reads the raw rows, is in the result unless directions have to be added as well.
+        """
+        qweight, multiplier = self._rows_of_weight()
         scale, bias = self._scale_and_bias(step_bin)
-        weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
-        return cast(Tensor, ops.linear_a8(codes, x_scale, *weight, dtype))
+        weight: tuple[Any, ...] = (qweight, scale, multiplier, bias, self._in_channels)
+        if self.directions is not None:
+            weight += (torch.float32,)
+        else:
+            weight += (raw.dtype, *self._branch(raw, step_bin))
+        if self.scheme.input_bits == 4:
+            return cast(Tensor, ops.linear_a4(rows, self._input_group, *weight))
+        return cast(Tensor, ops.linear_a8(*ops.quantize_token(rows), *weight))
+
+    def _branch(self, rows: Tensor, step_bin: int) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Return what the branch makes of raw rows, fp32 `[M, r]`, and what meets it, `[O, r]`; nothing without one."""
+        if self.lr_down is None or self.lr_up is None:
+            return ()
+        hidden = functional.linear(rows.float(), self.lr_down.float().flatten(1))
+        # As stored it is float16, which kernels take.
+        return hidden, self.lr_up if self.step_scale is None else self._of_output(self.lr_up.float(), step_bin)
+
+    def _rows_of_weight(self) -> tuple[Tensor, Tensor | None]:
+        """View codes and multipliers of a layer without taps as rows."""
+        return self.qweight.flatten(1), None if self.multiplier is None else self.multiplier.flatten(1)
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which an integer product is wanted: that of inputs, unless floats are added to it."""
@@ -355,8 +375,10 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             scale, bias = self._scale_and_bias(step_bin)
             y = ops.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
-            rows = inputs.reshape(-1, self.in_features)
-            y = self._int_rows(rows, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
+            rows, raw = (part.reshape(-1, self.in_features) for part in (inputs, x))
+            y = self._int_rows(rows, raw, step_bin).view(*x.shape[:-1], self.out_features)
+            if along is None:
+                return y
         return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
@@ -417,8 +439,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             y = ops.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
-            rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin, self._product_dtype(x))
-            y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
+            rows, raw = (part.reshape(-1, self.in_channels) for part in (pixels, x.movedim(1, -1)))
+            y = self._int_rows(rows, raw, step_bin).view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
+            if along is None:
+                return y
         else:
             y = ops.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
         return self._with_floats(y, x, along, step_bin).to(x.dtype)

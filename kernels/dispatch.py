@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,6 +29,7 @@ OPERATIONS = (
     "quantize_group",
     "group_norm_quantize",
     "layer_norm_quantize",
+    "linear_a4",
     "linear_a8",
     "conv2d_a8",
     "linear_a16",
@@ -52,6 +53,7 @@ class _Request:
     reduction: int  # products that are summed into one output
     groups: int
     excess: str | None  # what of the sizes is too much for CUDA kernels
+    block: int = 64  # channels that share multipliers of 4-bit inputs and weights
 
     @property
     def key(self) -> tuple[str, int]:
@@ -84,6 +86,7 @@ def choose(
     reduction: int = 1,
     groups: int = 1,
     excess: str | None = None,
+    block: int = 64,
 ) -> Choice:
     """Return the implementation that an operation uses.
 
@@ -94,6 +97,7 @@ def choose(
         reduction: number of products in a sum.
         groups: of a convolution.
         excess: what `cuda.rows.excess` says of the sizes.
+        block: of 4-bit inputs, what `cuda.nibbles.block_of` says of the groups; 0 for none.
 
     Raises:
         KernelError: `use_backend` demands a row that cannot run this, or kernels of a GPU would have to be tested while
@@ -101,7 +105,7 @@ def choose(
     """
     place = torch.device(device)
     index = cuda.index_of(place) if place.type == "cuda" else 0
-    return _choose(_Request(operation, place.type, index, bits, reduction, groups, excess), _forced.get())
+    return _choose(_Request(operation, place.type, index, bits, reduction, groups, excess, block), _forced.get())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,6 +113,8 @@ def _choose(request: _Request, forced: Backend) -> Choice:
     last, text, run = _LAST_ROW[request.operation]
     if forced == "emulated":
         return Choice(last, f"demanded by use_backend; {text}", run)
+    if request.operation == "linear_a4":
+        return _choose_a4(request, forced)
     refusals = []
     for row, (device, refuse, make) in _FAST_ROWS.items():
         if forced not in ("auto", row) or (forced == "auto" and request.device != device):
@@ -128,6 +134,25 @@ def _choose(request: _Request, forced: Backend) -> Choice:
     return Choice(last, f"{refusal}; {text}", run)
 
 
+def _choose_a4(request: _Request, forced: Backend) -> Choice:
+    """Return the kernel of 4-bit inputs where there is one, else two operations that make an int8 image on the way."""
+    refusal = ""
+    if request.device == "cuda" and forced in ("auto", "cuda"):
+        found = _refuse_cuda(request)
+        if found is None:
+            return _cuda_row(request)
+        refusal = f"{found}; "
+    quantizer, product = (_choose(replace(request, operation=part), forced) for part in ("quantize_group", "linear_a8"))
+
+    def run(x: Tensor, group: int, weight: Any, scale: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
+        image, x_scale = quantizer.run(x.unsqueeze(1), group)
+        y: Tensor = product.run(image.squeeze(1).contiguous(), x_scale, weight, scale, bias, **options)
+        return y
+
+    reason = f"{refusal}quantize_group by {quantizer.row}, linear_a8 by {product.row}"
+    return Choice(product.row, reason, run, product.image)
+
+
 def _cuda_row(request: _Request) -> Choice:
     text, run = _CUDA_ROW[request.operation, 4 if request.bits == 4 and _has_weight(request.operation) else 8]
     remark = cuda.remark(request.operation, request.bits, request.index)
@@ -138,8 +163,12 @@ def _refuse_cuda(request: _Request) -> str | None:
     names = (request.operation, request.bits, request.index)
     if request.groups > 1 and request.operation == "conv2d_a8":
         return "grouped convolutions have no integer kernel"
-    if request.reduction > cuda.MAX_REDUCTION and request.operation.endswith("a8"):
+    if request.reduction > cuda.MAX_REDUCTION and request.operation.endswith(("a4", "a8")):
         return f"a sum of {request.reduction} products could overflow int32"
+    if request.operation == "linear_a4":
+        misfit = cuda.misfit(request.index, request.bits, request.block)
+        if misfit is not None:
+            return misfit
     if not cuda.may_try(*names):
         raise KernelError(
             "A CUDA kernel is to be tested, and a CUDA graph is being recorded",
@@ -233,7 +262,7 @@ def explain(devices: Sequence[str] = ("cpu", "cuda")) -> list[dict[str, str]]:
 
 
 def _has_weight(operation: str) -> bool:
-    return operation.endswith(("a8", "a16"))
+    return operation.endswith(("a4", "a8", "a16"))
 
 
 _UNPACKED = "weight unpacked by one kernel, torch's float operation"
@@ -245,6 +274,7 @@ _CUDA_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", cuda.group_norm_quantize),
     ("layer_norm_quantize", 8): ("a warp for each token", cuda.layer_norm_quantize),
     ("attention", 8): ("scores of int8 codes, values in float16", cuda.attention),
+    ("linear_a4", 4): ("4-bit codes in one pass, their products in tiles", cuda.linear_a4),
     ("linear_a8", 8): ("int8 products in tiles", cuda.linear_a8),
     ("linear_a8", 4): ("int4 made int8 in registers, int8 products in tiles", cuda.linear_a8),
     ("conv2d_a8", 8): ("int8 products in tiles, patches read where they lie", cuda.conv2d_a8),
@@ -310,6 +340,7 @@ _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "quantize_group": ("emulated", "plain torch", qparams.quantize_group),
     "group_norm_quantize": ("emulated", "plain torch", reference.group_norm_quantize),
     "layer_norm_quantize": ("emulated", "plain torch", reference.layer_norm_quantize),
+    "linear_a4": ("emulated", _EXACT, reference.linear_a4),
     "linear_a8": ("emulated", _EXACT, reference.linear_a8),
     "conv2d_a8": ("emulated", _EXACT, reference.conv2d_a8),
     "linear_a16": ("torch", _FLOAT, reference.linear_a16),

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dcomp.kernels import dispatch, qparams, reference
+from dcomp.kernels.cuda import nibbles
 from dcomp.kernels.cuda import rows as cuda
 from dcomp.kernels.dispatch import Choice
+from dcomp.kernels.packing import Stored
 from dcomp.kernels.reference import GroupNorm, LayerNorm
 
 
@@ -121,6 +123,48 @@ def _(
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@torch.library.custom_op("dcomp::linear_a4", mutates_args=())
+def linear_a4(
+    x: Tensor,
+    group: int,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:
+    """Return `[M, O]` of floats `[M, I]`, rounded as by `quantize_group` of each row, and a packed weight.
+
+    A low-rank branch, `hidden` fp32 `[M, r]` and `up` `[O, r]`, is added before the result is rounded to its dtype.
+    """
+    excess = cuda.excess(max(x.numel(), len(x) * len(scale)), len(x)) if x.is_cuda else None
+    is_taken = x.dtype in cuda.FLOAT_TYPE and x.numel() > 0
+    block = nibbles.block_of(group, Stored(qweight, multiplier), in_features) if is_taken else 0
+    bits = _bits(qweight)
+    choice = dispatch.choose("linear_a4", device=x.device, bits=bits, reduction=in_features, excess=excess, block=block)
+    weight = choice.image(qweight, multiplier, in_features)
+    return _with_branch(choice, dtype, hidden, up, x, group, weight, scale, bias)
+
+
+@linear_a4.register_fake
+def _(
+    x: Tensor,
+    group: int,
+    qweight: Tensor,
+    scale: Tensor,
+    multiplier: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]), dtype=dtype)
+
+
 @torch.library.custom_op("dcomp::linear_a8", mutates_args=())
 def linear_a8(
     q: Tensor,
@@ -131,11 +175,17 @@ def linear_a8(
     bias: Tensor | None,
     in_features: int,
     dtype: torch.dtype = torch.float32,
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
-    """Return `[M, O]` of int8 codes `[M, I]` with a scale for each row `[M]` and a packed weight, rounded from fp32."""
+    """Return `[M, O]` of int8 codes `[M, I]` with a scale for each row `[M]` and a packed weight, rounded from fp32.
+
+    A low-rank branch, `hidden` fp32 `[M, r]` and `up` `[O, r]`, is added before that.
+    """
     excess = cuda.excess(max(q.numel(), len(q) * len(scale)), len(q)) if q.is_cuda else None
     choice = dispatch.choose("linear_a8", device=q.device, bits=_bits(qweight), reduction=in_features, excess=excess)
-    return _rounded(choice, dtype, q, x_scale, choice.image(qweight, multiplier, in_features), scale, bias)
+    weight = choice.image(qweight, multiplier, in_features)
+    return _with_branch(choice, dtype, hidden, up, q, x_scale, weight, scale, bias)
 
 
 @linear_a8.register_fake
@@ -148,8 +198,19 @@ def _(
     bias: Tensor | None,
     in_features: int,
     dtype: torch.dtype = torch.float32,
+    hidden: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((q.shape[0], qweight.shape[0]), dtype=dtype)
+
+
+def _with_branch(choice: Choice, dtype: torch.dtype, hidden: Tensor | None, up: Tensor | None, *given: Any) -> Tensor:
+    """Run an integer product of a linear layer, and add a branch to it if there is one."""
+    if hidden is None or up is None:
+        return _rounded(choice, dtype, *given)
+    if choice.row == "cuda" and dtype in cuda.FLOAT_TYPE and cuda.can_add(up):
+        return cast(Tensor, choice.run(*given, dtype=dtype, branch=(hidden, up)))
+    return reference.add_branch_(choice.run(*given), hidden, up).to(dtype)
 
 
 def _rounded(choice: Choice, dtype: torch.dtype, *arguments: Any) -> Tensor:

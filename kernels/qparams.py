@@ -178,6 +178,27 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return group_image(x, group, steps, below, scale).to(torch.int8), scale
 
 
+def quantize_nibbles(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what the image of `quantize_group` of rows with a scale each is made of: `(codes - zero) * multiplier`.
+
+    Args:
+        x: `[M, I]`, any float dtype, with elements.
+        group: channels that share a grid.
+
+    Returns:
+        Codes, 0 to 15, `[M, I]`, zeros and multipliers `[M, G]`, 0 to 15, all uint8, and the scale fp32 `[M]`. A
+        multiplier of 0 is that of a scale that is not finite.
+    """
+    rows = x.unsqueeze(1)
+    image, scale = quantize_group(rows, group)
+    steps, below = group_grids(in_groups(rows, group))
+    multipliers = group_multipliers(steps, below, along_first(scale, 3)).nan_to_num_(nan=0.0)
+    codes = in_groups(image, group) / multipliers.clamp(min=1).unsqueeze(-1) + below.unsqueeze(-1)
+    codes = codes.flatten(-2)[..., : x.shape[-1]]
+    codes, below, multipliers = (part.squeeze(1).to(torch.uint8) for part in (codes, below, multipliers))
+    return codes, below, multipliers, scale
+
+
 def group_image(x: Tensor, group: int, steps: Tensor, below: Tensor, scale: Tensor) -> Tensor:
     """Return the integers of `quantize_group`, fp32 `[N, M, I]`, for grids `[N, M, G]` and an outer scale `[N]`."""
     multipliers = group_multipliers(steps, below, along_first(scale, 3)).unsqueeze(-1)

@@ -22,6 +22,23 @@ def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, b
     return rescale_(sums.float(), x_scale, weight_scale, bias)
 
 
+def add_branch_(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
+    """Add a low-rank branch to outputs fp32 `[M, O]` of a linear layer and return them.
+
+    Args:
+        y: is overwritten.
+        hidden: fp32 `[M, r]`.
+        up: `[O, r]`, any float dtype.
+    """
+    return y.addmm_(hidden, up.float().t())
+
+
+def linear_a4(x: Tensor, group: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `[M, O]` of floats `[M, I]`, rounded to 4 bits in groups of channels, with a scale for each row."""
+    image, x_scale = qparams.quantize_group(x.unsqueeze(1), group)
+    return linear_a8(image.squeeze(1), x_scale, codes, weight_scale, bias)
+
+
 def conv2d_a8(
     q: Tensor,
     x_scale: Tensor,

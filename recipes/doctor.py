@@ -102,10 +102,7 @@ def explain_layers(checkpoint: str | Path, pattern: str, devices: Sequence[str])
         # Parts of a split layer run the same operations, on fewer channels.
         operations = max((part.operations() for part in parts_of(layer)), key=_reduction)
         for device in devices:
-            for operation, weight in operations.items():
-                asked = {
-                    key: weight.get(key, default) for key, default in (("bits", 8), ("reduction", 1), ("groups", 1))
-                }
+            for operation, asked in operations.items():
                 choice = dispatch.choose(operation, device=device, **asked)
                 lines.append(
                     {

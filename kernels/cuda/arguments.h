@@ -17,16 +17,22 @@ using int64 = long long;
 
 enum FloatType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// linear_w8a8_*, linear_w4a8_*, linear_w4a8_channel_*; grid (ceil(O / columns), ceil(M / rows of a tile))
+// linear_*; grid (ceil(O / columns), ceil(M / rows of a tile))
 struct LinearArguments {
-  const int8* x;              // [M, K]
+  const int8* x;              // [M, K]; of w4a4 K is the bytes of a row, see nibbles.py
   const uint8* weight;        // int8 [O, K]; or fragments, see packing.py
   const float* x_scale;       // [M]
   const float* weight_scale;  // [O]; of w4a8_channel: times multiplier / 16
   const float* bias;          // [O], or null
   void* out;                  // [M, O]
+  const uint8* x_multipliers;       // of w4a4, else null; see nibbles.py
+  const uint8* weight_multipliers;  // likewise
+  const float* hidden;              // [M, rank] of a low-rank branch, or null
+  const uint16* up;                 // float16 [O, rank], likewise
   int rows, outputs, depth;   // M, O, K
   int out_type;
+  int corrections;            // of w4a4: steps before those of codes, else 0
+  int rank;                   // a multiple of 8, 0 without a branch
 };
 
 // conv_w8a8_*, conv_w4a8_*, conv_w4a8_channel_*; grid as of linear layers, where a row is a pixel of the output
@@ -91,6 +97,18 @@ struct QuantizeGroupArguments {
   int rows, channels, depth;
   int group;      // channels that share a grid, at most C
   int parts;
+  int x_type;
+};
+
+// quantize_nibbles; grid ceil(M / 8): a warp a row
+struct QuantizeNibblesArguments {
+  const void* x;       // [M, C]
+  uint8* codes;        // [M, K], see nibbles.py
+  uint8* multipliers;  // [C / 128 rounded up, M rounded up to 4, 4]
+  float* scale;        // [M], written
+  int rows, channels, depth;
+  int group;           // channels that share a grid: a multiple of `block`, perhaps more than C
+  int block;           // channels that share a correction: 32 or 64
   int x_type;
 };
 

@@ -24,7 +24,10 @@ def _fields(**names: Any) -> list[tuple[str, Any]]:
 class LinearArguments(ctypes.Structure):
     """Of linear_*."""
 
-    _fields_ = _fields(pointers="x weight x_scale weight_scale bias out", ints="rows outputs depth out_type")
+    _fields_ = _fields(
+        pointers="x weight x_scale weight_scale bias out x_multipliers weight_multipliers hidden up",
+        ints="rows outputs depth out_type corrections rank",
+    )
 
 
 class ConvArguments(ctypes.Structure):
@@ -60,6 +63,12 @@ class QuantizeGroupArguments(ctypes.Structure):
     """Of group_peak and quantize_group."""
 
     _fields_ = _fields(pointers="x codes scale peaks", ints="rows channels depth group parts x_type")
+
+
+class QuantizeNibblesArguments(ctypes.Structure):
+    """Of quantize_nibbles."""
+
+    _fields_ = _fields(pointers="x codes multipliers scale", ints="rows channels depth group block x_type")
 
 
 class UnpackArguments(ctypes.Structure):

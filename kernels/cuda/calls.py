@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from dcomp.kernels import reference
 from dcomp.kernels.blocked import in_memory_order
-from dcomp.kernels.cuda import arguments, driver, packing
+from dcomp.kernels.cuda import arguments, driver, nibbles, packing
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE
 from dcomp.kernels.cuda.driver import Kernel
+from dcomp.kernels.cuda.nibbles import NibbleRows
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.packing import Stored, int8_image, unpack_int4
 from dcomp.kernels.reference import GroupNorm, LayerNorm
@@ -24,6 +25,7 @@ from dcomp.kernels.reference import GroupNorm, LayerNorm
 MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
 _MOST_PARTS_OF_KEYS = 16  # each block reads what all of them found
+_RANKS = 8  # of a branch, that a product of a tensor core has
 _ELEMENTS = 16  # that a thread of a quantizer has at least, if there are so many
 
 
@@ -37,6 +39,8 @@ class ProductWeight:
         channels: C, of a tap.
         sums: int32 `[O]`, of the integers that are multiplied; None if the zero of inputs is 0.
         factor: fp32 `[O]`, by which the scale of the weight is multiplied; None for 1.
+        multipliers: of "w4a4" kinds, see `nibbles.NibbleRows`.
+        corrections: likewise.
     """
 
     kind: str
@@ -44,6 +48,8 @@ class ProductWeight:
     channels: int
     sums: Tensor | None
     factor: Tensor | None
+    multipliers: Tensor | None = None
+    corrections: int = 0
 
 
 def kinds_of(weight: Stored) -> tuple[str, ...]:
@@ -59,6 +65,9 @@ def kinds_of(weight: Stored) -> tuple[str, ...]:
 
 def product_weight(weight: Stored, in_channels: int, kind: str, *, with_sums: bool) -> ProductWeight:
     """Make of a stored weight what kernels of a kind take; they need `sums` where inputs have a zero."""
+    if kind.startswith("w4a4"):
+        rows, factor = nibbles.weight_rows(weight, in_channels, block_of_kind(kind))
+        return ProductWeight(kind, rows.data, rows.data.shape[1], None, factor, rows.multipliers, rows.corrections)
     if kind == "w8a8":
         image = int8_image(*weight, in_channels)
         assert image.shape[-1] == in_channels
@@ -85,8 +94,13 @@ def linear(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
+    x_multipliers: Tensor | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a8` in some float dtype."""
+    """Return `reference.linear_a8` in some float dtype; of "w4a4" kinds, `q` and `x_multipliers` are `NibbleRows`.
+
+    Kernels with a branch take it as `reference.add_branch_` does, float16 `up`.
+    """
     rows, outputs = len(q), len(weight_scale)
     out = torch.empty(rows, outputs, dtype=dtype, device=q.device)
     scale = weight_scale if weight.factor is None else weight_scale * weight.factor
@@ -97,8 +111,14 @@ def linear(
         "weight_scale": scale.contiguous(),
         "bias": None if bias is None else bias.float().contiguous(),
         "out": out,
+        "x_multipliers": x_multipliers,
+        "weight_multipliers": weight.multipliers,
     }
+    if branch is not None:
+        rank = -(-branch[0].shape[1] // _RANKS) * _RANKS
+        tensors |= {"hidden": _padded(branch[0].float(), rank), "up": _padded(branch[1], rank)}
     sizes = {"rows": rows, "outputs": outputs, "depth": weight.channels, "out_type": FLOAT_TYPE[dtype]}
+    sizes |= {"corrections": weight.corrections, "rank": 0 if branch is None else rank}
     if out.numel():
         _launch(kernel, _tiles(kernel, rows, outputs), arguments.LinearArguments, tensors, **sizes)
     return out
@@ -236,6 +256,32 @@ def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Ten
         for kernel in passes:
             _launch(kernel, (parts, len(some_x)), arguments.QuantizeGroupArguments, tensors, **sizes)
     return codes, scale
+
+
+def quantize_nibbles(kernel: Kernel, x: Tensor, group: int, block: int) -> tuple[NibbleRows, Tensor]:
+    """Return `nibbles.input_rows` of `qparams.quantize_nibbles` of `[M, C]` with elements, and the scale."""
+    rows, channels = x.shape
+    codes = torch.empty(rows, nibbles.row_bytes(channels, block), dtype=torch.uint8, device=x.device)
+    of_stages = (nibbles.stages(channels), -(-rows // 4) * 4, 4)
+    multipliers = torch.empty(of_stages, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(rows, device=x.device)
+    tensors = {"x": x.contiguous(), "codes": codes, "multipliers": multipliers, "scale": scale}
+    sizes = {
+        "rows": rows,
+        "channels": channels,
+        "depth": codes.shape[1],
+        "group": -(-min(group, channels) // block) * block,
+        "block": block,
+        "x_type": FLOAT_TYPE[x.dtype],
+    }
+    warps = kernel.threads // 32
+    _launch(kernel, (-(-rows // warps),), arguments.QuantizeNibblesArguments, tensors, **sizes)
+    return NibbleRows(codes, multipliers, nibbles.corrections(channels, block)), scale
+
+
+def block_of_kind(kind: str) -> int:
+    """Return the channels of a block of a "w4a4" kind."""
+    return int(kind.removeprefix("w4a4_group"))
 
 
 def group_norm_quantize(

@@ -82,6 +82,30 @@ DCOMP_DEVICE void multiply_add_f16(float (&sums)[4], const uint32 (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// sums = a (16x64, 0 to 15) * b (64x8, -8 to 7). Only tensor cores of compute capability 8.0 to 8.9 have it.
+DCOMP_DEVICE void multiply_u4(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+               "%10, %10};"
+               : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
+}
+
+// The same of half the depth: a is 16x32, its upper rows in the first register, b is 32x8.
+DCOMP_DEVICE void multiply_u4(int (&sums)[4], const uint32 (&a)[2], uint32 b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+               : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
+}
+
+// sums += a (16x8, tf32) * b (8x8, tf32); sums are bits of fp32.
+DCOMP_DEVICE void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // The value of the lane whose number differs by the bits of `mask`.
 DCOMP_DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
 
@@ -98,6 +122,8 @@ DCOMP_DEVICE Words<2> load_shared8(const uint8* p) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.word[0]), "=r"(v.word[1]) : "r"(shared_address(p)));
   return v;
 }
+
+DCOMP_DEVICE uint32 load_shared4(const uint8* p) { return *reinterpret_cast<const uint32*>(p); }
 
 // All lanes of a warp take part in these two; those that are no `part` store nothing.
 DCOMP_DEVICE float load_shared(const float* p) { return *p; }
@@ -121,6 +147,22 @@ DCOMP_DEVICE uint32 multiply_high(uint32 a, uint32 b) { return __umulhi(a, b); }
 template <int kByte>
 DCOMP_DEVICE uint32 repeat_byte(uint32 word) {
   return __byte_perm(word, 0, kByte * 0x1111);
+}
+
+// The lower halves of two words, the first one low.
+DCOMP_DEVICE uint32 lower_halves(uint32 low, uint32 high) { return __byte_perm(low, high, 0x5410); }
+
+// sum + two signed halves of a word times bytes 0 and 1, or 2 and 3, of another.
+DCOMP_DEVICE int dot_low(uint32 halves, uint32 bytes, int sum) {
+  int result;
+  asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(halves), "r"(bytes), "r"(sum));
+  return result;
+}
+
+DCOMP_DEVICE int dot_high(uint32 halves, uint32 bytes, int sum) {
+  int result;
+  asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(result) : "r"(halves), "r"(bytes), "r"(sum));
+  return result;
 }
 
 // Each rounded by itself, never fused with another operation.

@@ -4,7 +4,7 @@
 // each; asynchronous copies run kStages - 1 stages ahead. Where rows come from (`LinearRows`, `ConvPixels`) and how the
 // weight is stored (`Int8Weight`, `Int4Weight`) is left to the parts that `Product` is made of.
 #pragma once
-#include "float_types.cuh"
+#include "low_rank.cuh"
 
 namespace dcomp {
 
@@ -33,6 +33,7 @@ struct Tile {
 template <class Tile>
 struct LinearRows {
   using Arguments = LinearArguments;
+  static constexpr bool kHasBranch = false;
   const int8* row[Tile::kRowCopies];
   bool live[Tile::kRowCopies];
 
@@ -69,10 +70,18 @@ struct LinearRows {
   static DCOMP_DEVICE int weight_sum(const Arguments&, int) { return 0; }
 };
 
+// The same of a layer with a low-rank branch.
+template <class Tile>
+struct LowRankRows : LinearRows<Tile> {
+  using LinearRows<Tile>::LinearRows;
+  static constexpr bool kHasBranch = true;
+};
+
 // Rows of a convolution as a product: the uint8 pixels under the taps of an output pixel, read where they lie.
 template <class Tile>
 struct ConvPixels {
   using Arguments = ConvArguments;
+  static constexpr bool kHasBranch = false;
   static constexpr int kNowhere = -(1 << 24);  // a coordinate that no tap brings into the image
   int origin[Tile::kRowCopies];                // chunk of the first tap, which may lie outside
   int padding[Tile::kRowCopies];               // chunk of the sample's zeros
@@ -152,12 +161,17 @@ struct Int8Weight {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       uint32 r[4];
-      load_matrices(r, stage + swizzled(column + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
+      load_half(r, stage, column, half, lane);
       to.tile[half][0][0] = r[0];
       to.tile[half][0][1] = r[1];
       to.tile[half][1][0] = r[2];
       to.tile[half][1][1] = r[3];
     }
+  }
+
+  // Both registers of two tiles.
+  static DCOMP_DEVICE void load_half(uint32 (&r)[4], const uint8* stage, int column, int half, int lane) {
+    load_matrices(r, stage + swizzled(column + lane % 8 + lane / 16 * 8, half * 2 + lane / 8 % 2));
   }
 };
 
@@ -244,15 +258,7 @@ struct Product {
     };
 
     Sums sums;
-#pragma unroll
-    for (auto& some : sums) {
-#pragma unroll
-      for (auto& tile : some) {
-#pragma unroll
-        for (int& sum : tile) sum = 0;
-      }
-    }
-
+    clear(sums);
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) load_stage(step);
     for (int step = 0; step < steps; ++step) {
@@ -261,7 +267,31 @@ struct Product {
       load_stage(step + kStages - 1);
       multiply_stage(sums, shared + step % kStages * kStageBytes, row, column, lane);
     }
-    write(a, sums, first_row + row, first_column + column, lane);
+    finish(a, sums, first_row + row, first_column + column, lane);
+  }
+
+  static DCOMP_DEVICE void finish(const Arguments& a, Sums& sums, int row, int column, int lane) {
+    if constexpr (Rows::kHasBranch) {
+      write_with_branch(a, sums, row, column, lane);
+    } else {
+      write(a, sums, row, column, lane);
+    }
+  }
+
+  static DCOMP_DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (auto& some : sums) {
+#pragma unroll
+      for (auto& tile : some) {
+#pragma unroll
+        for (int& sum : tile) sum = 0;
+      }
+    }
+  }
+
+  // Half of a warp's 16 rows.
+  static DCOMP_DEVICE void load_rows(uint32 (&x)[4], const uint8* stage, int row, int half, int lane) {
+    load_matrices(x, stage + swizzled(row + lane % 16, half * 2 + lane / 16));
   }
 
   static DCOMP_DEVICE void multiply_stage(Sums& sums, const uint8* stage, int row, int column, int lane) {
@@ -269,9 +299,7 @@ struct Product {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int i = 0; i < Tile::kRowTiles; ++i) {
-        load_matrices(x[half][i], stage + swizzled(row + i * 16 + lane % 16, half * 2 + lane / 16));
-      }
+      for (int i = 0; i < Tile::kRowTiles; ++i) load_rows(x[half][i], stage, row + i * 16, half, lane);
     }
 #pragma unroll
     for (int j = 0; j < Tile::kColumnTiles; j += 2) {
@@ -330,6 +358,40 @@ struct Product {
     }
   }
 
+  // Sums become values, in the same registers, and the branch is added to these.
+  static DCOMP_DEVICE void write_with_branch(const Arguments& a, Sums& sums, int row, int column, int lane) {
+    Column columns[Tile::kColumnTiles][2];
+#pragma unroll
+    for (int j = 0; j < Tile::kColumnTiles; ++j) {
+      columns[j][0].load(a, column_of(column, j, lane));
+      columns[j][1].load(a, column_of(column, j, lane) + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
+      const int m = row + i * 8 + lane / 4;
+      const typename Rows::Output output(a, m < a.rows ? m : 0);
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnTiles; ++j) {
+        int* const pair = sums[i / 2][j] + i % 2 * 2;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) pair[k] = static_cast<int>(to_bits(columns[j][k].scaled(output, pair[k])));
+      }
+    }
+    LowRankBranch<Tile>::add(a, sums, row, column, lane);
+    const bool aligned = a.outputs % 2 == 0;
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < Tile::kColumnTiles; ++j) {
+        const int m = row + i * 8 + lane / 4, n = column_of(column, j, lane);
+        if (m >= a.rows || n >= a.outputs) continue;
+        const int* const pair = sums[i / 2][j] + i % 2 * 2;
+        store_floats(a.out, a.out_type, static_cast<int64>(m) * a.outputs + n, from_bits(pair[0]), from_bits(pair[1]),
+                     n + 1 < a.outputs, aligned);
+      }
+    }
+  }
+
   static DCOMP_DEVICE int column_of(int column, int tile, int lane) { return column + tile * 8 + lane % 4 * 2; }
 };
 
@@ -339,6 +401,12 @@ template <class Tile>
 using LinearW4A8 = Product<Tile, LinearRows, Int4Weight<Tile, true>>;
 template <class Tile>
 using LinearW4A8Channel = Product<Tile, LinearRows, Int4Weight<Tile, false>>;
+template <class Tile>
+using LinearW8A8LowRank = Product<Tile, LowRankRows, Int8Weight<Tile>>;
+template <class Tile>
+using LinearW4A8LowRank = Product<Tile, LowRankRows, Int4Weight<Tile, true>>;
+template <class Tile>
+using LinearW4A8ChannelLowRank = Product<Tile, LowRankRows, Int4Weight<Tile, false>>;
 template <class Tile>
 using ConvW8A8 = Product<Tile, ConvPixels, Int8Weight<Tile>>;
 template <class Tile>

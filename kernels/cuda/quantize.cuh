@@ -206,7 +206,8 @@ struct GroupRow {
   const Floats<Type> x;
   const int group, channels, width;  // of the group, of the row, lanes that share a group
 
-  DCOMP_DEVICE GroupRow(const QuantizeGroupArguments& a, int64 row)
+  template <class Arguments>
+  DCOMP_DEVICE GroupRow(const Arguments& a, int64 row)
       : x(a.x, row * a.channels, a.channels, a.channels % kFour == 0 ? a.group : 1),
         group(a.group),
         channels(a.channels),

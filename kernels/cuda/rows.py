@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
-from dcomp.kernels.cuda import calls, driver, loaded, packing, self_test
+from dcomp.kernels.cuda import calls, driver, loaded, nibbles, packing, self_test
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE as FLOAT_TYPE
 from dcomp.kernels.cuda.calls import MOST_ROWS_OF_BLOCKS, ProductWeight
 from dcomp.kernels.cuda.driver import Kernel
 from dcomp.kernels.cuda.driver import index_of as index_of
 from dcomp.kernels.cuda.self_test import UnusableError
-from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
 from dcomp.kernels.packing import Stored, int8_image
 from dcomp.kernels.packs import Packs
 from dcomp.kernels.reference import GroupNorm, LayerNorm
@@ -29,9 +29,12 @@ from dcomp.kernels.reference import GroupNorm, LayerNorm
 MAX_REDUCTION = (2**31 - 1) // (255 * 128)
 _MOST_ELEMENTS = 2**31 - 1  # of inputs and of outputs
 _MOST_ROWS = MOST_ROWS_OF_BLOCKS * 64
+_MOST_RANK = 1024  # of a branch: with as many rows as there may be, its elements are numbers of 32 bits
 _MOST_TAPS = 2**16  # taps times the width of the kernel: up to there its inverse in 16 bits divides exactly
 _MOST_REACH = 2**20  # of a kernel with its dilation
 _SMALL = "64x64"
+# Tensor cores with products of nibbles, and the least block that is worth it there: see docs/decisions.md.
+_LEAST_BLOCK = {(8, 0): 64, (8, 6): 32, (8, 9): 32}
 _LARGE = "256x128"  # fewest reads of shared memory, which these devices have least of for their products
 _TAKES_LARGE = ((8, 0), (9, 0))
 
@@ -51,6 +54,8 @@ def small_kernels(operation: str, bits: int) -> tuple[str, ...]:
     if operation in ("linear_a8", "conv2d_a8"):
         product = "linear" if operation == "linear_a8" else "conv"
         return tuple(f"{product}_{kind}_{_SMALL}" for kind in (("w8a8",) if bits == 8 else ("w4a8", "w8a8")))
+    if operation == "linear_a4":
+        return ("quantize_nibbles", *(f"linear_w4a4_group{block}_{_SMALL}" for block in nibbles.BLOCKS))
     if operation in ("linear_a16", "conv2d_a16"):
         return (f"unpack_int{bits}",)
     if operation in _NORMS:
@@ -70,6 +75,25 @@ def defect(operation: str, bits: int, index: int) -> str | None:
         return unfit
     problems = (self_test.defect(name, index) for name in names)
     return next((f"CUDA kernel {name}: {p}" for name, p in zip(names, problems, strict=True) if p is not None), None)
+
+
+def misfit(index: int, bits: int, block: int) -> str | None:
+    """Say why weights of so many bits do not meet 4-bit inputs as such on a device, or None.
+
+    Args:
+        index: of the device.
+        bits: of the weight.
+        block: what `nibbles.block_of` says, or 0.
+    """
+    unfit = loaded.defect(index)
+    if unfit is not None:
+        return unfit
+    least = _LEAST_BLOCK.get(driver.device(index).capability)
+    if least is None:
+        return "its tensor cores have no fast products of 4 bits"
+    if bits != 4:
+        return "the weight has 8 bits"
+    return None if block >= least else f"products of 4 bits pay in groups of multiples of {least} channels alone"
 
 
 def may_try(operation: str, bits: int, index: int) -> bool:
@@ -127,6 +151,8 @@ def _product_kernel(operation: str, kind: str, rows: int, outputs: int, device: 
     """Return the kernel of the largest tile with which all of the device has work, or of the small one."""
     index = index_of(device)
     for tile in _large_tiles(rows, outputs, index):
+        if f"{operation}_{kind}_{tile}" not in ENTRIES:
+            continue
         try:
             return self_test.kernels(f"{operation}_{kind}_{tile}", index)[-1]
         except UnusableError:
@@ -143,12 +169,12 @@ def _large_tiles(rows: int, outputs: int, index: int) -> list[str]:
 
 
 def _product(
-    operation: str, weight: Stored, in_channels: int, rows: int, device: torch.device
+    operation: str, weight: Stored, in_channels: int, rows: int, device: torch.device, branch: str = ""
 ) -> tuple[Kernel, ProductWeight]:
     """Return the kernel for a product, and the weight as it takes it."""
     for kind in calls.kinds_of(weight):
         try:
-            kernel = _product_kernel(operation, kind, rows, len(weight.qweight), device)
+            kernel = _product_kernel(operation, kind + branch, rows, len(weight.qweight), device)
         except UnusableError as error:
             problem = error
         else:
@@ -233,10 +259,22 @@ def linear_a8(
     weight_scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype = torch.float32,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return `reference.linear_a8` in a float dtype."""
-    kernel, packed = _product("linear", weight, q.shape[1], len(q), q.device)
-    return calls.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype)
+    """Return `reference.linear_a8` in a float dtype, after `reference.add_branch_` of a branch that `can_add`."""
+    try:
+        kernel, packed = _product("linear", weight, q.shape[1], len(q), q.device, LOW_RANK if branch else "")
+    except UnusableError:
+        if branch is None:
+            raise
+        y = linear_a8(q, x_scale, weight, weight_scale, bias)
+        return reference.add_branch_(y, *branch).to(dtype)
+    return calls.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype, branch=branch)
+
+
+def can_add(up: Tensor) -> bool:
+    """Whether kernels of products add a branch with such an `up`."""
+    return up.dtype == torch.float16 and 0 < up.shape[1] <= _MOST_RANK
 
 
 def conv2d_a8(
@@ -259,6 +297,34 @@ def conv2d_a8(
     out_height, out_width = reference.output_size(q.shape[2:], taps, *shape)
     kernel, packed = _product("conv", weight, q.shape[1], len(q) * out_height * out_width, q.device)
     return calls.conv2d(kernel, q, x_scale, x_zero, packed, weight_scale, bias, taps, *shape, dtype)
+
+
+def linear_a4(
+    x: Tensor,
+    group: int,
+    weight: Stored,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    branch: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Return `reference.linear_a4` in a float dtype, for inputs of a float dtype and groups without `misfit`.
+
+    A branch is one that `can_add`.
+    """
+    block = nibbles.block_of(group, weight, x.shape[1])
+    kind = f"w4a4_group{block}"
+    try:
+        name = kind + LOW_RANK if branch else kind
+        kernel = _product_kernel("linear", name, len(x), len(weight_scale), x.device)
+    except UnusableError:
+        if branch is None:
+            raise
+        y = linear_a4(x, group, weight, weight_scale, bias)
+        return reference.add_branch_(y, *branch).to(dtype)
+    packed = _product_weight(weight, x.shape[1], kind, with_sums=False)
+    inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block)
+    return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers, branch)
 
 
 def linear_a16(x: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from dcomp.kernels import build_cache, qparams, reference
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, loaded, packing
+from dcomp.kernels.cuda import calls, driver, loaded, nibbles, packing
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
-from dcomp.kernels.cuda.tiles import ENTRIES
+from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
 from dcomp.kernels.packing import Stored, int8_image
 from dcomp.kernels.reference import GroupNorm, LayerNorm
 
@@ -192,13 +192,20 @@ class _Draw:
         """Powers of two, which change no digit of a sum; the product of two keeps sums in the range of float16."""
         return 2.0 ** self.integers(shape, -8, -5, torch.float32)
 
-    def weight(self, kind: str, shape: tuple[int, ...]) -> Stored:
-        """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups of 32, or rows."""
+    def scales(self, rows: int, outputs: int, *, has_bias: bool, uniform: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales of rows and columns, and a bias; with one scale for all, sums and a branch add up exactly."""
+        x_scale, scale = self.powers(rows), self.powers(outputs)
+        if uniform:
+            x_scale, scale = torch.full_like(x_scale, 2.0**-8), torch.full_like(scale, 0.25)
+        return x_scale, scale, self.integers((outputs,), -99, 99, torch.float32) if has_bias else None
+
+    def weight(self, kind: str, shape: tuple[int, ...], group: int = 32) -> Stored:
+        """A weight of some kind of products, `[O, *taps, I]`; int4 ones have groups, or rows."""
         if kind == "w8a8":
             return Stored(self.integers(shape, -127, 127, torch.int8), None)
         *rows, channels = shape
-        groups = -(-channels // 32)
-        packed = (*rows, 16 * groups) if kind == "w4a8" else (*rows, -(-channels // 2))
+        groups = -(-channels // group)
+        packed = (*rows, group // 2 * groups) if kind == "w4a8" else (*rows, -(-channels // 2))
         whole_row = (shape[0], *(1 for _ in rows))
         factors = self.integers((*rows, groups) if kind == "w4a8" else whole_row, 1, 15, torch.int8)
         factors = torch.where(self.integers(tuple(factors.shape), 0, 1, torch.int8) > 0, factors, -factors)
@@ -213,13 +220,36 @@ def _test_linear(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
     rows, outputs, channels = ((5, 7, 40), (entry.rows + 37, entry.columns + 19, 208), (33, entry.columns, 512))[case]
     q = draw.integers((rows, channels), -127, 127, torch.int8)
-    x_scale, scale = draw.powers(rows), draw.powers(outputs)
-    bias = None if case == 0 else draw.integers((outputs,), -99, 99, torch.float32)
+    branch = _drawn_branch(found[-1], draw, rows, outputs)
+    x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
     stored = draw.weight(kind, (outputs, channels))
-    expected = reference.linear_a8(q, x_scale, int8_image(*stored, channels), scale, bias).to(_DTYPES[case])
+    expected = _expected(q, x_scale, int8_image(*stored, channels), scale, bias, branch).to(_DTYPES[case])
     weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
     q, x_scale, scale, bias = draw.here(q, x_scale, scale, bias)
-    yield calls.linear(found[-1], q, x_scale, weight, scale, bias, _DTYPES[case]), expected
+    given = (q, x_scale, weight, scale, bias, _DTYPES[case])
+    yield calls.linear(found[-1], *given, branch=_here(draw, branch)), expected
+
+
+def _drawn_branch(kernel: Kernel, draw: _Draw, rows: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """Return a branch for a kernel that has one: numbers of 14 bits, half of which a product of tf32 would lose."""
+    if LOW_RANK not in kernel.name:
+        return None
+    hidden = draw.integers((rows, 21), -4999, 4999, torch.float32) * 2.0**-10
+    return hidden, draw.integers((outputs, 21), -7, 7, torch.float16)
+
+
+def _here(draw: _Draw, branch: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    if branch is None:
+        return None
+    hidden, up = draw.here(*branch)
+    return hidden, up
+
+
+def _expected(
+    q: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, branch: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    y = reference.linear_a8(q, x_scale, codes, scale, bias)
+    return y if branch is None else reference.add_branch_(y, *branch)
 
 
 def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -242,8 +272,8 @@ def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
 
 
 def _operation_and_kind(name: str) -> tuple[str, str]:
-    """Take the name of a product's kernel apart."""
-    operation, *kind, _ = name.split("_")
+    """Take the name of a product's kernel apart; a branch is not told."""
+    operation, *kind, _ = name.replace(LOW_RANK, "").split("_")
     return operation, "_".join(kind)
 
 
@@ -267,6 +297,36 @@ def _test_token(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
 def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((1, 5, 7), (37, 1, 320), (2, 143, 84))[case], _DTYPES[case])
     yield from zip(calls.quantize_group(found, next(draw.here(x)), 32), qparams.quantize_group(x, 32), strict=True)
+
+
+def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    group, block, shape = ((32, 32, (5, 7)), (128, 64, (37, 2304)), (96, 32, (18, 1283)))[case]
+    x = draw.floats(shape, _DTYPES[case])
+    codes, zeros, multipliers, expected_scale = qparams.quantize_nibbles(x, group)
+    expected = nibbles.input_rows(codes, zeros, multipliers, group, block)
+    made, scale = calls.quantize_nibbles(found[-1], next(draw.here(x)), group, block)
+    yield made.data, expected.data
+    yield made.multipliers[:, : len(x)], expected.multipliers[:, : len(x)]
+    yield scale, expected_scale
+
+
+def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
+    block = calls.block_of_kind(kind)
+    rows, outputs = ((5, 7), (entry.rows + 37, entry.columns + 19), (33, entry.columns))[case]
+    channels = (40, 17 * block + 96, 512)[case]
+    x, stored = draw.floats((rows, channels), torch.float32), draw.weight("w4a8", (outputs, channels), group=64)
+    codes, zeros, multipliers, _ = draw.here(*qparams.quantize_nibbles(x, block))
+    image, _ = qparams.quantize_group(x.unsqueeze(1), block)
+    branch = _drawn_branch(found[-1], draw, rows, outputs)
+    x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
+    weight_image = int8_image(*stored, channels)
+    expected = _expected(image.squeeze(1), x_scale, weight_image, scale, bias, branch).to(_DTYPES[case])
+    weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
+    inputs = nibbles.input_rows(codes, zeros, multipliers, block, block)
+    x_scale, scale, bias = draw.here(x_scale, scale, bias)
+    given = (inputs.data, x_scale, weight, scale, bias, _DTYPES[case], inputs.multipliers)
+    yield calls.linear(found[-1], *given, _here(draw, branch)), expected
 
 
 def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -337,12 +397,14 @@ def _near(codes: Tensor, expected: Tensor) -> Tensor:
 
 
 _TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
+    "linear_w4a4": _test_linear_nibbles,
     "linear": _test_linear,
     "conv": _test_conv,
     "quantize_static": _test_static,
     "quantize_sample": _test_sample,
     "quantize_token": _test_token,
     "quantize_group": _test_group,
+    "quantize_nibbles": _test_nibbles,
     "group_norm": _test_group_norm,
     "layer_norm": _test_layer_norm,
     "key_value": _test_tiles,

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 _STEP = 64  # of K, as in products.cuh
-_WEIGHT_BYTES = {"w8a8": 64, "w4a8": 36, "w4a8_channel": 32}  # of a column in a stage
+# Of a column in a stage, multipliers among them; rows of `_NIBBLES` have some too.
+_WEIGHT_BYTES = {"w8a8": 64, "w4a8": 36, "w4a8_channel": 32, "w4a4_group64": 68, "w4a4_group32": 72}
+_NIBBLES = ("w4a4_group64", "w4a4_group32")
 _STAGES = {("w4a8", 256): 4, ("w4a8_channel", 256): 4, ("w4a8_channel", 128): 4}  # 3 of all others
 
 
@@ -25,11 +27,12 @@ class Entry:
     columns: int = 0
 
 
-def _product(operation: str, weight: str, rows: int, columns: int) -> Entry:
+def _product(operation: str, weight: str, rows: int, columns: int, branch: str = "") -> Entry:
     stages = _STAGES.get((weight, rows), 3)
     threads = {256: 256, 128: 256, 64: 128}[rows]
-    shared_memory = stages * (rows * _STEP + columns * _WEIGHT_BYTES[weight])
-    return Entry(f"{operation}_{weight}_{rows}x{columns}", threads, shared_memory, rows, columns)
+    of_row = _STEP + 4 if weight in _NIBBLES else _STEP
+    shared_memory = stages * (rows * of_row + columns * _WEIGHT_BYTES[weight])
+    return Entry(f"{operation}_{weight}{branch}_{rows}x{columns}", threads, shared_memory, rows, columns)
 
 
 def _attention(width: int, rows: int, threads: int) -> Entry:
@@ -38,8 +41,12 @@ def _attention(width: int, rows: int, threads: int) -> Entry:
 
 
 TILES = ((256, 128), (128, 128), (64, 64))
+LOW_RANK = "_low_rank"  # behind the kind of a product with a branch
+_NO_TILE = {"w4a4_group32": (256, 128)}  # devices that take it have blocks of 64 alone, see rows.py
 _PRODUCTS = [
-    _product(operation, weight, *tile) for operation in ("linear", "conv") for weight in _WEIGHT_BYTES for tile in TILES
+    *(_product("linear", weight, *tile) for weight in _WEIGHT_BYTES for tile in TILES if tile != _NO_TILE.get(weight)),
+    *(_product("linear", weight, *tile, LOW_RANK) for weight in _WEIGHT_BYTES for tile in TILES[1:]),
+    *(_product("conv", weight, *tile) for weight in _WEIGHT_BYTES for tile in TILES if weight not in _NIBBLES),
 ]
 _ATTENTION = [
     _attention(48, 128, 128),
@@ -57,6 +64,7 @@ _OTHERS = [
     Entry("quantize_token", 256),
     Entry("group_peak", 256, 32),
     Entry("quantize_group", 256),
+    Entry("quantize_nibbles", 256),
     Entry("unpack_int8", 256),
     Entry("unpack_int4", 256),
     Entry("group_norm_moments", 256),

@@ -25,7 +25,8 @@ namespace dcomp::emulator {
 
 // Size of a struct, then name and offset of each of its fields.
 inline const std::map<std::string, std::string> layouts{
-    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, rows, outputs, depth, out_type),
+    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, x_multipliers, weight_multipliers, hidden,
+                 up, rows, outputs, depth, out_type, corrections, rank),
     DCOMP_LAYOUT(ConvArguments, x, padding, weight, weight_sum, x_scale, x_zero, weight_scale, bias, out, rows, outputs,
                  depth, out_type, height, width, channels, out_pixels, out_width, scale_rows, kernel_width, stride_y,
                  stride_x, padding_y, padding_x, dilation_y, dilation_x, channels_inverse, kernel_width_inverse),
@@ -33,6 +34,7 @@ inline const std::map<std::string, std::string> layouts{
     DCOMP_LAYOUT(QuantizeSampleArguments, x, codes, scale, zero, ranges, count, parts, x_type),
     DCOMP_LAYOUT(QuantizeTokenArguments, x, codes, scale, rows, channels, depth, x_type),
     DCOMP_LAYOUT(QuantizeGroupArguments, x, codes, scale, peaks, rows, channels, depth, group, parts, x_type),
+    DCOMP_LAYOUT(QuantizeNibblesArguments, x, codes, multipliers, scale, rows, channels, depth, group, block, x_type),
     DCOMP_LAYOUT(UnpackArguments, qweight, multiplier, scale, out, rows, taps, channels, groups, group, out_type),
     DCOMP_LAYOUT(GroupNormArguments, x, weight, bias, moments, ranges, codes, scale, zero, pixels, channels, groups,
                  epsilon, silu, parts, x_type),

@@ -62,6 +62,19 @@ inline void multiply_add_f16(float (&sums)[4], const uint32 (&a)[4], const uint3
   multiply_add(Operation::kMultiplyAddF16, sums, a, b);
 }
 
+inline void multiply_u4(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  multiply_add(Operation::kMultiplyU4, sums, a, b);
+}
+
+inline void multiply_u4(int (&sums)[4], const uint32 (&a)[2], uint32 b) {
+  const uint32 rows[4] = {a[0], a[1]}, columns[2] = {b};
+  multiply_add(Operation::kMultiplyU4Half, sums, rows, columns);
+}
+
+inline void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
+  multiply_add(Operation::kMultiplyAddTf32, sums, a, b);
+}
+
 inline float shuffle_xor(float value, int mask) {
   Operands& o = operands();
   memcpy(&o.in[0], &value, 4);
@@ -86,6 +99,7 @@ inline T read_shared(const void* p) {
 
 inline Words<4> load_shared16(const uint8* p) { return read_shared<Words<4>>(p); }
 inline Words<2> load_shared8(const uint8* p) { return read_shared<Words<2>>(p); }
+inline uint32 load_shared4(const uint8* p) { return read_shared<uint32>(p); }
 inline float load_shared(const float* p) { return read_shared<float>(p); }
 
 inline void store_shared(float* p, float value, bool part = true) {
@@ -115,6 +129,15 @@ template <int kByte>
 inline uint32 repeat_byte(uint32 word) {
   return (word >> (8 * kByte) & 0xFF) * 0x01010101u;
 }
+
+inline uint32 lower_halves(uint32 low, uint32 high) { return (low & 0xFFFF) | high << 16; }
+
+inline int dot(uint32 halves, uint32 bytes, int sum) {
+  const int low = static_cast<int16_t>(halves), high = static_cast<int16_t>(halves >> 16);
+  return sum + low * static_cast<int>(bytes & 0xFF) + high * static_cast<int>(bytes >> 8 & 0xFF);
+}
+inline int dot_low(uint32 halves, uint32 bytes, int sum) { return dot(halves, bytes, sum); }
+inline int dot_high(uint32 halves, uint32 bytes, int sum) { return dot(halves, bytes >> 16, sum); }
 
 inline float add(float a, float b) { return a + b; }
 inline float multiply(float a, float b) { return a * b; }

@@ -69,6 +69,56 @@ inline void multiply_add_f16(Lanes lanes) {
   machine.counts.products += 1;
 }
 
+// in: a register of a for each 8 rows x 32 k, then one of b for each 32 k; eight nibbles each, the lowest first.
+inline void multiply_nibbles(Lanes lanes, int halves) {
+  int a[16][64] = {}, b[8][64] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t* in = lanes[lane].operands.in;
+    const int group = lane / 4, k = lane % 4 * 8;
+    for (int i = 0; i < 8; ++i) {
+      for (int r = 0; r < 2 * halves; ++r) a[group + r % 2 * 8][r / 2 * 32 + k + i] = in[r] >> (4 * i) & 15;
+      for (int r = 0; r < halves; ++r) b[group][r * 32 + k + i] = ((in[4 + r] >> (4 * i) & 15) ^ 8) - 8;
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
+      int sum = 0;
+      for (int k = 0; k < 64; ++k) sum += row[k] * column[k];
+      lanes[lane].operands.out[i] = sum;
+    }
+  }
+  machine.counts.products += 1;
+}
+
+// in: four registers of a, two of b, four sums, all bits of fp32; each sum is rounded once.
+inline void multiply_add_tf32(Lanes lanes) {
+  float a[16][8], b[8][8];
+  const auto tf32 = [](uint32_t bits) {
+    float value;
+    bits &= 0xFFFFE000u;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t* in = lanes[lane].operands.in;
+    for (int r = 0; r < 4; ++r) a[lane / 4 + r % 2 * 8][lane % 4 + r / 2 * 4] = tf32(in[r]);
+    for (int r = 0; r < 2; ++r) b[lane / 4][lane % 4 + r * 4] = tf32(in[4 + r]);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    Operands& operands = lanes[lane].operands;
+    for (int i = 0; i < 4; ++i) {
+      float value;
+      memcpy(&value, &operands.in[6 + i], sizeof value);
+      double sum = value;
+      for (int k = 0; k < 8; ++k) sum += double{a[lane / 4 + i / 2 * 8][k]} * b[lane % 4 * 2 + i % 2][k];
+      value = static_cast<float>(sum);
+      memcpy(&operands.out[i], &value, sizeof value);
+    }
+  }
+  machine.counts.products += 1;
+}
+
 inline void load_matrices(Lanes lanes, int first_thread) {
   const uint8_t* rows[kWarp];
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -141,6 +191,9 @@ inline void run_operation(int warp) {
     case Operation::kMultiplyAddS8: return multiply_add(lanes, true);
     case Operation::kMultiplyAddU8: return multiply_add(lanes, false);
     case Operation::kMultiplyAddF16: return multiply_add_f16(lanes);
+    case Operation::kMultiplyU4: return multiply_nibbles(lanes, 2);
+    case Operation::kMultiplyU4Half: return multiply_nibbles(lanes, 1);
+    case Operation::kMultiplyAddTf32: return multiply_add_tf32(lanes);
     case Operation::kLoadMatrices: return load_matrices(lanes, first_thread);
     case Operation::kLoadShared: return access_shared(lanes, first_thread, false);
     case Operation::kStoreShared: return access_shared(lanes, first_thread, true);

@@ -1,6 +1,7 @@
 """Quantized layers of every sort by CUDA kernels, in the emulator: the launcher that ships, and what the table says."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,13 @@ from dcomp.compress.attention import attend_by_kernels
 from dcomp.compress.scheme import QScheme
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.cuda import driver
 from tests.support.emulated import emulator
 from tests.support.emulated_gpu import layers_on_the_emulated_gpu
 from tests.support.schemes import quantized_form, schemes
 
+FOUR_BITS = {block: ["quantize_nibbles", f"linear_w4a4_group{block}_64x64"] for block in (32, 64)}
+OF_INT8 = ["group_peak", "quantize_group", "linear_w4a8_64x64"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -74,6 +78,56 @@ def test_pixels_of_pointwise_convolutions_are_tokens() -> None:
     chosen, distance = run(nn.Conv2d(64, 24, 1), scheme, torch.randn(2, 64, 7, 6))
     assert distance < bound(torch.float32)
     assert chosen == [("quantize_token", "cuda"), ("linear_a8", "cuda")]
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(200, 24), nn.Conv2d(200, 24, 1)])
+@pytest.mark.parametrize(("input_group", "kernels"), [(32, FOUR_BITS[32]), (64, FOUR_BITS[64]), (16, OF_INT8)])
+def test_4_bit_inputs_meet_4_bit_weights_in_groups_that_suit(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, input_group: int, kernels: list[str]
+) -> None:
+    scheme = QScheme(4, 64, input_bits=4, input_granularity="token", input_group=input_group)
+    x = torch.randn(2, 200) if isinstance(layer, nn.Linear) else torch.randn(1, 200, 4, 3)
+    run(layer, scheme, x)  # tests the kernels
+    names, launch = [], driver.launch
+    monkeypatch.setattr(driver, "launch", lambda kernel, *rest: (names.append(kernel.name), launch(kernel, *rest)))
+    chosen, distance = run(layer, scheme, x)
+    assert distance < bound(torch.float32)
+    assert chosen == [("linear_a4", "cuda")]
+    assert names == kernels
+
+
+def tokens(weight_bits: int, group: int | None, input_group: int | None = None, **options: Any) -> QScheme:
+    """Return a scheme of layers without taps; inputs of 4 bits have groups."""
+    given: dict[str, Any] = {"input_bits": 4 if input_group else 8, "input_group": input_group, **options}
+    return QScheme(weight_bits, group, input_granularity="token", **given)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(200, 24), nn.Conv2d(200, 24, 1)])
+@pytest.mark.parametrize(
+    ("scheme", "kernel"),
+    [
+        (tokens(8, None, rank=5), "linear_w8a8_low_rank_64x64"),
+        (tokens(4, 64, rank=8), "linear_w4a8_low_rank_64x64"),
+        (tokens(4, 200, rank=16), "linear_w4a8_channel_low_rank_64x64"),
+        (tokens(4, 64, 32, rank=3), "linear_w4a4_group32_low_rank_64x64"),
+        (tokens(4, 64, 64, rank=9), "linear_w4a4_group64_low_rank_64x64"),
+        (tokens(4, 64, 16, rank=9), "linear_w4a8_low_rank_64x64"),
+        # what else is multiplied in float, and what changes with the step, is not the kernel's
+        (tokens(8, None, rank=5, directions=2), "linear_w8a8_64x64"),
+        (tokens(8, None, rank=5, corrected=True), "linear_w8a8_64x64"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_branch_is_added_by_the_product(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, scheme: QScheme, kernel: str, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(2, 3, 200) if isinstance(layer, nn.Linear) else torch.randn(1, 200, 4, 3)).to(dtype)
+    run(layer, scheme, x)  # tests the kernels
+    names, launch = [], driver.launch
+    monkeypatch.setattr(driver, "launch", lambda kernel, *rest: (names.append(kernel.name), launch(kernel, *rest)))
+    _, distance = run(layer, scheme, x)
+    assert distance < bound(dtype)
+    assert names[-1] == kernel
 
 
 def test_grouped_convolutions_fall_back_alone() -> None:

@@ -34,6 +34,11 @@ def _linear(bits, bias=True):
     return q, torch.rand(5) + 0.1, *_stored(packed), torch.randn(11) if bias else None, 21
 
 
+def _linear_a4(bits):
+    _, _, *weight = _linear(bits)
+    return torch.randn(5, 21), 8, *weight
+
+
 def _conv(bits, groups=1, bias=True, samples=1):
     packed = _weight((6, 3, 2, 12 // groups), bits)
     q = torch.randint(0, 256, (2, 12, 7, 6), dtype=torch.uint8)
@@ -62,6 +67,7 @@ def _all_calls():
     for bits in (8, 4):
         _, _, *weight = _linear(bits)
         calls += [(ops.linear_a8, _linear(bits)), (ops.linear_a16, (torch.randn(2, 5, 21), *weight))]
+        calls.append((ops.linear_a4, _linear_a4(bits)))
         _, _, _, *weight = _conv(bits)
         calls += [(ops.conv2d_a8, _conv(bits)), (ops.conv2d_a16, (torch.randn(2, 12, 7, 6), *weight))]
     _, _, _, *weight = _conv(8, groups=2, bias=False)
@@ -79,7 +85,12 @@ def test_operations_are_registered_as_torch_demands(call):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("operation", "make"),
-    [(ops.linear_a8, _linear), (ops.conv2d_a8, _conv), (ops.conv2d_a8, partial(_conv, samples=2))],
+    [
+        (ops.linear_a4, _linear_a4),
+        (ops.linear_a8, _linear),
+        (ops.conv2d_a8, _conv),
+        (ops.conv2d_a8, partial(_conv, samples=2)),
+    ],
 )
 def test_all_rows_give_the_same_result(bits, operation, make):
     arguments = make(bits)
@@ -111,7 +122,9 @@ def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
             assert found.stride() == plain.stride()
 
 
-@pytest.mark.parametrize(("operation", "make"), [(ops.linear_a8, _linear), (ops.conv2d_a8, _conv)])
+@pytest.mark.parametrize(
+    ("operation", "make"), [(ops.linear_a4, _linear_a4), (ops.linear_a8, _linear), (ops.conv2d_a8, _conv)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_products_are_rounded_once_to_the_dtype_that_is_asked_for(operation, make, dtype):
     arguments = make(8)
@@ -126,6 +139,18 @@ def test_packed_operations_are_the_definition_on_the_int8_image(bits):
     with dispatch.use_backend("emulated"):
         found = ops.linear_a8(q, x_scale, qweight, scale, multiplier, bias, in_features)
     assert torch.equal(found, reference.linear_a8(q, x_scale, codes, scale, bias))
+
+
+def test_4_bit_inputs_are_made_an_int8_image_where_nothing_takes_them_as_they_are():
+    x, group, qweight, scale, multiplier, bias, in_features = _linear_a4(4)
+    choice = dispatch.choose("linear_a4", bits=4)
+    product = dispatch.choose("linear_a8", bits=4)
+    assert choice.row == product.row
+    quantizer = dispatch.choose("quantize_group").row
+    assert choice.reason == f"quantize_group by {quantizer}, linear_a8 by {product.row}"
+    image, x_scale = ops.quantize_group(x.unsqueeze(1), group)
+    weight = (qweight, scale, multiplier, bias, in_features)
+    assert torch.equal(ops.linear_a4(x, group, *weight), ops.linear_a8(image.squeeze(1), x_scale, *weight))
 
 
 def test_grouped_convolutions_are_emulated_and_say_so():
@@ -187,8 +212,8 @@ def test_a_demanded_row_ends_with_its_block_and_stays_in_its_thread():
 def test_every_operation_and_format_is_explained_for_every_device():
     lines = dispatch.explain()
     assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
-    assert {(line["format"]) for line in lines} == {"any", "W8A8", "W4A8", "W8A16", "W4A16"}
-    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 30
+    assert {(line["format"]) for line in lines} == {"any", "W8A4", "W4A4", "W8A8", "W4A8", "W8A16", "W4A16"}
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 34
     assert all(line["reason"] for line in lines)
     unfit = loaded.defect(0)
     for line in lines:

@@ -17,6 +17,7 @@ class Mutation:
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
 UNPACK, NORM = "unpack.cuh", "norm_quantize.cuh"
 ATTENTION, TILES = "attention.cuh", "key_value_tiles.cuh"
+NIBBLES, QUANTIZE_NIBBLES, LOW_RANK = "nibble_products.cuh", "quantize_nibbles.cuh", "low_rank.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -62,8 +63,8 @@ MUTATIONS = [
         "a lane stays away",
         "linear w8",
         PRODUCTS,
-        "        load_matrices(x[half][i],",
-        "        if (lane < 31) load_matrices(x[half][i],",
+        "    load_matrices(x, stage",
+        "    if (lane < 31) load_matrices(x, stage",
     ),
     Mutation(
         "halves of x swapped",
@@ -239,6 +240,140 @@ MUTATIONS = [
         QUANTIZE,
         "peak = over_block<Larger, kThreads>(peak, reinterpret_cast<float*>(shared_memory()));",
         "peak = over_lanes<Larger>(peak);",
+    ),
+    Mutation(
+        "no barrier between stages of nibbles",
+        "nibbles 64",
+        NIBBLES,
+        "      barrier();  // all copies",
+        "      // all copies",
+    ),
+    Mutation("nibbles not waited for", "nibbles 64", NIBBLES, "wait<kStages - 2>", "wait<kStages - 1>"),
+    Mutation(
+        "a step of nibbles left out",
+        "nibbles 64",
+        NIBBLES,
+        "load_stage(step + kStages - 1);",
+        "load_stage(step + kStages);",
+    ),
+    Mutation("upper parts of corrections count too little", "nibbles 64", NIBBLES, "high[k] * 128", "high[k] * 64"),
+    Mutation(
+        "a stage of corrections taken for codes",
+        "nibbles 64",
+        NIBBLES,
+        "step < a.corrections;",
+        "step + 1 < a.corrections;",
+    ),
+    Mutation(
+        "multipliers of the stage before", "nibbles 64", NIBBLES, "step - a.corrections);", "step - a.corrections - 1);"
+    ),
+    Mutation(
+        "multipliers of other rows", "nibbles 64", NIBBLES, "half * 8 + lane / 4) * 4", "half * 8 + lane % 8) * 4"
+    ),
+    Mutation(
+        "multipliers of other pairs of columns",
+        "nibbles 64",
+        NIBBLES,
+        "(column + j * 8) / 2 + lane % 4",
+        "(column + j * 8) / 2 + lane / 8",
+    ),
+    Mutation(
+        "multipliers beyond the last row read", "nibbles 64", NIBBLES, "there = part && at < stride;", "there = part;"
+    ),
+    Mutation("the multiplier of the first column for both", "nibbles 64", NIBBLES, "dot_high(lower", "dot_low(lower"),
+    Mutation(
+        "sums of blocks swapped",
+        "nibbles 64",
+        NIBBLES,
+        "lower_halves(block[0][half * 2], block[1][half * 2])",
+        "lower_halves(block[1][half * 2], block[0][half * 2])",
+    ),
+    Mutation(
+        "one multiplier of rows for both blocks",
+        "nibbles 64",
+        NIBBLES,
+        "word >> (pair * 16 + kBlock / 4) & 0xFF",
+        "word >> (pair * 16) & 0xFF",
+    ),
+    Mutation(
+        "multipliers of the first blocks alone",
+        "nibbles 32",
+        NIBBLES,
+        "columns * kPairBytes + pair * 8",
+        "columns * kPairBytes",
+    ),
+    Mutation(
+        "codes of the first half alone",
+        "nibbles 32",
+        NIBBLES,
+        "stage, row + i * 16, pair + half, lane);",
+        "stage, row + i * 16, half, lane);",
+    ),
+    Mutation(
+        "registers of rows in another order",
+        "nibbles 32",
+        NIBBLES,
+        "{x[0][block * 2], x[0][block * 2 + 1]}",
+        "{x[0][block], x[0][block + 2]}",
+    ),
+    Mutation("nibbles in the wrong order", "quantize nibbles", QUANTIZE_NIBBLES, "<< (4 * i)", "<< (12 - 4 * i)"),
+    Mutation(
+        "codes without their zero",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "GroupGrid::kSteps - grid.below) + zero",
+        "GroupGrid::kSteps - grid.below)",
+    ),
+    Mutation("codes beyond the channels", "quantize nibbles", QUANTIZE_NIBBLES, " || at + i >= end", ""),
+    Mutation(
+        "a sum over other blocks",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "to_float(sum), a.block / kFour)",
+        "to_float(sum))",
+    ),
+    Mutation(
+        "the scale of a lane", "quantize nibbles", QUANTIZE_NIBBLES, "usable(over_lanes<Larger>(peak))", "usable(peak)"
+    ),
+    Mutation("a lower part of eight bits", "quantize nibbles", QUANTIZE_NIBBLES, "(sum & 127)", "(sum & 255)"),
+    Mutation(
+        "corrections in the first stage alone",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "block / kCorrections * kStageBytes",
+        "0",
+    ),
+    Mutation(
+        "corrections of no block left as they were",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "int block = blocks + lane;",
+        "int block = blocks + 1 + lane;",
+    ),
+    Mutation(
+        "multipliers of another stage",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "static_cast<int64>(unit / kUnitsOfStage) *",
+        "static_cast<int64>(0) *",
+    ),
+    Mutation(
+        "half of the digits of a branch",
+        "low rank",
+        LOW_RANK,
+        "          multiply_add_tf32(values[i][j], lower, up[j]);\n",
+        "",
+    ),
+    Mutation("digits that tf32 has not", "low rank", LOW_RANK, "both.word[t] & kOfTf32;", "both.word[t];"),
+    Mutation("every other rank", "low rank", LOW_RANK, "k < a.rank; k += kDepth", "k < a.rank; k += 2 * kDepth"),
+    Mutation("up of other columns", "low rank", LOW_RANK, "column + j * 8 + lane / 4", "column + j * 8 + lane % 8"),
+    Mutation("hidden of rows beyond the last", "low rank", LOW_RANK, "(m < a.rows ? m : 0)", "(m)"),
+    Mutation("up of columns beyond the last", "low rank", LOW_RANK, "(n < a.outputs ? n : 0)", "(n)"),
+    Mutation(
+        "halves of rows swapped", "low rank", LOW_RANK, "upper[t * 2 + half] = bits;", "upper[t * 2 + 1 - half] = bits;"
+    ),
+    Mutation(
+        "a branch without what it is added to", "low rank", PRODUCTS, "columns[j][k].scaled(output, pair[k])", "0.0f"
     ),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),

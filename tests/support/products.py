@@ -48,12 +48,16 @@ def linear(
     scales: tuple[Tensor, Tensor],
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return `[M, O]` of codes `[M, I]`; the weight is `[O, K]` or fragments, scales those of rows and columns."""
     x = functional.pad(q, (0, -q.shape[1] % 16)).contiguous()
     out = untouched(len(x), outputs, dtype=dtype)
     shape = {"rows": len(x), "outputs": outputs, "depth": x.shape[1], "out_type": type_of(out)}
     tensors = {"x": x, "weight": weight, "x_scale": scales[0], "weight_scale": scales[1], "bias": bias, "out": out}
+    if branch is not None:
+        tensors |= {"hidden": branch[0], "up": branch[1]}
+        shape["rank"] = branch[0].shape[1]
     emulator.launch(name, grid_of(name, len(x), outputs), LinearArguments, **tensors, **shape)
     return out
 

@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
 from dcomp.kernels.cuda import packing
+from dcomp.kernels.cuda.nibbles import input_rows
 from dcomp.kernels.emulator.build import FOLDERS, KERNELS, library_file
 from dcomp.kernels.packing import int8_image, pack_int4
-from tests.support import quantizers
+from tests.support import nibbles, quantizers
 from tests.support.attention import attend, key_value_tiles
 from tests.support.emulated import SEEDS, Emulator, EmulatorError, emulator
 from tests.support.mutations import MUTATIONS, Mutation
@@ -85,6 +86,44 @@ def check_conv(group: int) -> Check:
         return good and without_conflicts(emulator)
 
     return check
+
+
+def check_low_rank(emulator: Emulator) -> bool:
+    generator, good = torch.Generator().manual_seed(0), True
+    for rows, outputs, rank in ((70, 72, 24), (64, 63, 8)):
+        q, weight = (integers(generator, -127, 127, count, 48) for count in (rows, outputs))
+        hidden = integers(generator, -4999, 4999, rows, rank, dtype=torch.float32) / 1024
+        up = integers(generator, -7, 7, outputs, rank, dtype=torch.float16)
+        scales = torch.full((rows,), 2.0**-8), torch.full((outputs,), 0.25)
+        bias = torch.arange(outputs).float()
+        y = linear(emulator, "linear_w8a8_low_rank_64x64", q, weight, outputs, scales, bias, branch=(hidden, up))
+        expected = reference.linear_a8(q, scales[0], weight, scales[1], bias)
+        good &= right(y, reference.add_branch_(expected, hidden, up))
+    return good
+
+
+def check_nibbles(block: int) -> Check:
+    def check(emulator: Emulator) -> bool:
+        generator, good = torch.Generator().manual_seed(0), True
+        for size in ((70, 72, 208), (64, 63, 1100)):
+            drawn = nibbles.Operands(generator, size, (block, 64), block)
+            good &= right(drawn.run(emulator, f"linear_w4a4_group{block}_64x64"), drawn.sums())
+        return good and without_conflicts(emulator)
+
+    return check
+
+
+def check_quantize_nibbles(emulator: Emulator) -> bool:
+    good = True
+    for x, group, block in (
+        (floats(9, 1203), 32, 32),
+        (floats(5, 77, dtype=torch.float16), 96, 32),
+        (floats(9, 2200).abs(), 128, 64),
+    ):
+        *integers, scale = qparams.quantize_nibbles(x, group)
+        expected = input_rows(*integers, group, block), scale
+        good &= nibbles.same_rows(nibbles.quantize(emulator, x, group, block), expected)
+    return good
 
 
 def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -220,6 +259,10 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "linear w8": (check_linear(0), "linear_w8a8_64x64, LinearW8A8<Tile64x64<3>>"),
     "linear group": (check_linear(32), "linear_w4a8_64x64, LinearW4A8<Tile64x64<3>>"),
     "linear channel": (check_linear(None), "linear_w4a8_channel_64x64, LinearW4A8Channel<Tile64x64<3>>"),
+    "nibbles 64": (check_nibbles(64), "linear_w4a4_group64_64x64, LinearW4A4Group64<Tile64x64<3>>"),
+    "nibbles 32": (check_nibbles(32), "linear_w4a4_group32_64x64, LinearW4A4Group32<Tile64x64<3>>"),
+    "quantize nibbles": (check_quantize_nibbles, "quantize_nibbles, QuantizeNibbles"),
+    "low rank": (check_low_rank, "linear_w8a8_low_rank_64x64, LinearW8A8LowRank<Tile64x64<3>>"),
     "conv w8": (check_conv(0), "conv_w8a8_64x64, ConvW8A8<Tile64x64<3>>"),
     "conv group": (check_conv(32), "conv_w4a8_64x64, ConvW4A8<Tile64x64<3>>"),
     "static": (check_static, "quantize_static, QuantizeStatic"),

@@ -56,6 +56,41 @@ struct Powers : Probe<32, 0> {  // out: power of two, product and sum rounded on
     store_global(a.out + threadIdx.x * 3 + 2, to_bits(maximum(value, 1.0f)));
   }
 };
+struct Nibbles : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sums of all k, of the first half, [32][8]
+  static void run(const Arguments& a) {
+    const int lane = threadIdx.x;
+    uint32 x[4], w[2];
+    for (int i = 0; i < 4; ++i) x[i] = load_global(a.in + lane * 6 + i);
+    for (int i = 0; i < 2; ++i) w[i] = load_global(a.in + lane * 6 + 4 + i);
+    int whole[4], half[4];
+    const uint32 first[2] = {x[0], x[1]};
+    multiply_u4(whole, x, w);
+    multiply_u4(half, first, w[0]);
+    for (int i = 0; i < 4; ++i) store_global(a.out + lane * 8 + i, static_cast<uint32>(whole[i]));
+    for (int i = 0; i < 4; ++i) store_global(a.out + lane * 8 + 4 + i, static_cast<uint32>(half[i]));
+  }
+};
+struct Tf32 : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sums plus 1, 2, 3, 4, as floats, [32][4]
+  static void run(const Arguments& a) {
+    const int lane = threadIdx.x;
+    uint32 x[4], w[2];
+    for (int i = 0; i < 4; ++i) x[i] = load_global(a.in + lane * 6 + i);
+    for (int i = 0; i < 2; ++i) w[i] = load_global(a.in + lane * 6 + 4 + i);
+    int sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = static_cast<int>(to_bits(i + 1.0f));
+    multiply_add_tf32(sums, x, w);
+    for (int i = 0; i < 4; ++i) store_global(a.out + lane * 4 + i, static_cast<uint32>(sums[i]));
+  }
+};
+struct Dots : Probe<32, 0> {  // in: two words; out: their dot products and lower halves
+  static void run(const Arguments& a) {
+    const uint32 x = load_global(a.in), y = load_global(a.in + 1);
+    if (threadIdx.x) return;
+    store_global(a.out, static_cast<uint32>(dot_low(x, y, 7)));
+    store_global(a.out + 1, static_cast<uint32>(dot_high(x, y, 7)));
+    store_global(a.out + 2, lower_halves(x, y));
+  }
+};
 struct Matrices : Probe<32, 512> {  // in: 512 bytes; out: [32][4]
   static void run(const Arguments& a) {
     uint8* const at = shared_memory() + threadIdx.x * 16;
@@ -157,6 +192,9 @@ SHAPES = {  # threads, bytes of shared memory
     "Products": (32, 0),
     "Halves": (32, 0),
     "Powers": (32, 0),
+    "Nibbles": (32, 0),
+    "Tf32": (32, 0),
+    "Dots": (32, 0),
     "Matrices": (32, 512),
     "Floats16": (32, 0),
     "Race": (64, 256),
@@ -252,6 +290,54 @@ def test_powers_of_two_and_what_is_rounded_once(probes):
     torch.testing.assert_close(powers, expected, rtol=2.0**-22, atol=0, equal_nan=True)
     torch.testing.assert_close(fused, (values.double() ** 2 - 1).float(), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(larger, values.nan_to_num(1.0, neginf=-9.0).clamp(min=1.0))
+
+
+def test_products_of_nibbles_have_the_fragments_of_the_ptx_isa(probes):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 16, (16, 64), generator=generator)
+    b = torch.randint(-8, 8, (8, 64), generator=generator)
+    places = torch.arange(8) * 4
+    registers = torch.zeros(32, 6, dtype=torch.int64)
+    for lane in range(32):
+        row, k = lane // 4, lane % 4 * 8
+        # a0: (row, k), a1: (row + 8, k), a2: (row, k + 32), a3: (row + 8, k + 32); b0: (k, row), b1: (k + 32, row)
+        for i, (down, right) in enumerate([(0, 0), (8, 0), (0, 32), (8, 32)]):
+            registers[lane, i] = (a[row + down, k + right : k + right + 8] << places).sum()
+        for i, right in enumerate([0, 32]):
+            registers[lane, 4 + i] = ((b[row, k + right : k + right + 8] & 15) << places).sum()
+    out = run(probes, "Nibbles", registers.to(torch.int32), words=256).view(32, 2, 4)
+    for which, depth in enumerate((64, 32)):
+        sums = a[:, :depth] @ b[:, :depth].t()
+        for lane in range(32):
+            row, column = lane // 4, lane % 4 * 2
+            expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
+            assert torch.equal(out[lane, which].long(), expected)
+
+
+def test_products_of_tf32_have_the_fragments_of_the_ptx_isa(probes):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-512, 512, (count, 8), generator=generator).float() for count in (16, 8))
+    registers = torch.zeros(32, 6)
+    for lane in range(32):
+        row, k = lane // 4, lane % 4
+        # a0: (row, k), a1: (row + 8, k), a2: (row, k + 4), a3: (row + 8, k + 4); b0: (k, row), b1: (k + 4, row)
+        of_a = [a[row, k], a[row + 8, k], a[row, k + 4], a[row + 8, k + 4]]
+        registers[lane] = torch.stack([*of_a, b[row, k], b[row, k + 4]])
+    bits = registers.view(torch.int32) | 0x1FFF  # digits that tf32 has not are not seen
+    out = run(probes, "Tf32", bits, words=128).view(torch.float32).view(32, 4)
+    sums = a @ b.t()
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
+        assert torch.equal(out[lane], expected + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_signed_halves_meet_unsigned_bytes(probes):
+    given = torch.tensor([-7680 & 0xFFFF | 6720 << 16, 225 | 1 << 8 | 15 << 16 | 255 << 24]).to(torch.int32)
+    found = run(probes, "Dots", torch.cat([given, torch.zeros(62, dtype=torch.int32)]))[:3].tolist()
+    low = 255 << 24 | 15 << 16 | 1 << 8 | 225
+    assert found[:2] == [7 - 7680 * 225 + 6720, 7 - 7680 * 15 + 6720 * 255]
+    assert found[2] & 0xFFFFFFFF == (-7680 & 0xFFFF) | (low & 0xFFFF) << 16
 
 
 def test_matrices_are_spread_as_in_the_ptx_isa(probes):
