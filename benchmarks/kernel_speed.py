@@ -28,6 +28,7 @@ LINEAR = ((8192, 320, 320), (2048, 640, 5120), (512, 1280, 1280), (154, 768, 128
 CONVOLUTIONS = ((320, 64, 320), (640, 32, 640), (1280, 16, 1280))  # channels, pixels of a side, outputs; two samples
 TOKENS = ((8192, 320), (2048, 1280))
 IMAGES = ((320, 64), (640, 32))
+GROUPS = ((4096, 1, 1280), (4096, 1, 320), (1, 4096, 320))  # samples, rows of each, channels
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -119,8 +120,8 @@ def convolutions() -> Any:
 
 
 def quantizations() -> Any:
-    """Yield quantization by token, and by sample."""
-    from dcomp.kernels import ops, qparams
+    """Yield quantization by token, by sample, and by group; `blocks` are torch's own operations in blocks."""
+    from dcomp.kernels import blocked, ops, qparams
 
     for rows, channels in TOKENS:
         x = torch.randn(rows, channels)
@@ -133,6 +134,16 @@ def quantizations() -> Any:
         yield (
             f"samples 2 x {channels} x {side} x {side}",
             {"eager": lambda x=x: qparams.quantize_sample(x), "ours": lambda x=x: ops.quantize_sample(x)},
+        )
+    for samples, rows, channels in GROUPS:
+        x = torch.randn(samples, rows, channels)
+        yield (
+            f"groups of {GROUP}, {samples} x {rows} x {channels}",
+            {
+                "eager": lambda x=x: qparams.quantize_group(x, GROUP),
+                "blocks": lambda x=x: blocked.quantize_group(x, GROUP),
+                "ours": lambda x=x: ops.quantize_group(x, GROUP),
+            },
         )
 
 

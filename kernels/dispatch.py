@@ -257,6 +257,7 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass", native.quantize_static),
     ("quantize_sample", 8): ("two passes", native.quantize_sample),
     ("quantize_token", 8): ("one pass", native.quantize_token),
+    ("quantize_group", 8): ("one pass, or two where rows share a scale", native.quantize_group),
     ("linear_a8", 8): ("oneDNN int8 matrix product; own unpacking and rescaling", native.linear_a8),
     ("conv2d_a8", 4): (
         "own unpacking and rescaling, oneDNN int8 matrix product over patches",

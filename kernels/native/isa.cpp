@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "norm.h"
 #include "quantize.h"
+#include "quantize_group.h"
 #if defined(__AVX2__) && !defined(__AMX_INT8__)
 #include "matmul_avx2.h"
 #else
@@ -49,6 +50,21 @@ void range(Float kind, const void* x, int64_t first, int64_t last, float* low, f
 
 void codes(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero) {
   with_values(kind, x, [=](const auto* from) { quantize_static(from + first, codes + first, last - first, scale, zero); });
+}
+
+float grids(Float kind, const void* x, int64_t row, int64_t channels, int64_t group, float* step, float* below) {
+  float peak;
+  with_values(kind, x, [&](const auto* from) {
+    peak = group_grids(from + row * channels, channels, group, step, below);
+  });
+  return peak;
+}
+
+void image(Float kind, const void* x, int8_t* image, int64_t row, int64_t channels, int64_t group, const float* step,
+           const float* below, float scale) {
+  with_values(kind, x, [=](const auto* from) {
+    write_group_image(from + row * channels, image + row * channels, channels, group, step, below, scale);
+  });
 }
 
 void rescale_rows(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
@@ -140,7 +156,7 @@ constexpr Attention kAttention = {};
 
 }  // namespace
 
-extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows,
+extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows, {grids, image},
                                 {moments, normal_range, normal_codes, normal_tokens},
                                 {strip_bytes, pack_strip, multiply}, kAttention};
 

@@ -60,6 +60,48 @@ void quantize_static(Tensor x, Tensor scale, Tensor zero, Tensor codes) {
   });
 }
 
+// x [N, M, I] -> image int8 [N, M, I] of grids of groups, scale fp32 [N]
+void quantize_group(Tensor x, int64_t group, Tensor image, Tensor scale) {
+  demand(x.dim() == 3 && x.is_contiguous() && group > 0, "inputs are [N, M, I] without gaps");
+  const Float kind = float_kind(x);
+  const int64_t samples = x.size(0), rows = x.size(1), channels = x.size(2);
+  const void* values = x.data_ptr();
+  int8_t* bytes = memory<int8_t>(image, ScalarType::Char, samples * rows * channels, "the image is int8 like x");
+  float* scales = memory<float>(scale, ScalarType::Float, samples, "scale is fp32 [N]");
+  const Groups& groups = kernels().groups;
+  const int64_t room = ((channels + group - 1) / group + kMostLanes - 1) / kMostLanes * kMostLanes;
+  const auto usable = [](float peak) { return peak < kSmallestScale ? 1.0f : peak; };
+  if (rows == 1) {  // a row is written while it is in the cache
+    torch::stable::parallel_for(0, samples, grain(channels), [&](int64_t first, int64_t last) {
+      std::vector<float> step(room), below(room);
+      for (int64_t i = first; i < last; ++i) {
+        scales[i] = usable(groups.grids(kind, values, i, channels, group, step.data(), below.data()));
+        groups.image(kind, values, bytes, i, channels, group, step.data(), below.data(), scales[i]);
+      }
+    });
+    return;
+  }
+  const int64_t all = samples * rows;
+  std::vector<float> step(all * room), below(all * room), peak(all);
+  torch::stable::parallel_for(0, all, grain(channels), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      peak[i] = groups.grids(kind, values, i, channels, group, &step[i * room], &below[i * room]);
+    }
+  });
+  for (int64_t i = 0; i < samples; ++i) {
+    float found = 0.0f;
+    for (int64_t row = i * rows; row < (i + 1) * rows; ++row) {
+      if (peak[row] > found || peak[row] != peak[row]) found = peak[row];
+    }
+    scales[i] = usable(found);
+  }
+  torch::stable::parallel_for(0, all, grain(channels), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      groups.image(kind, values, bytes, i, channels, group, &step[i * room], &below[i * room], scales[i / rows]);
+    }
+  });
+}
+
 // sums int32 [M, O] in the memory of out fp32 [M, O] -> bias + (sums * weight_scale) * x_scale
 void rescale(Tensor out, Tensor x_scale, Tensor weight_scale, std::optional<Tensor> bias) {
   demand(out.dim() == 2, "out is a matrix");
@@ -96,6 +138,7 @@ void unpack_int4(Tensor packed, Tensor multiplier, Tensor codes) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dcomp_native, m) {
   m.def("quantize_token(Tensor x, Tensor(a!) codes, Tensor(b!) scale) -> ()");
+  m.def("quantize_group(Tensor x, int group, Tensor(a!) image, Tensor(b!) scale) -> ()");
   m.def("range(Tensor x, Tensor(a!) found) -> ()");
   m.def("quantize_static(Tensor x, Tensor scale, Tensor zero, Tensor(a!) codes) -> ()");
   m.def("rescale(Tensor(a!) out, Tensor x_scale, Tensor weight_scale, Tensor? bias) -> ()");
@@ -105,6 +148,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dcomp_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(dcomp_native, CPU, m) {
   m.impl("quantize_token", TORCH_BOX(&dcomp::quantize_token));
+  m.impl("quantize_group", TORCH_BOX(&dcomp::quantize_group));
   m.impl("range", TORCH_BOX(&dcomp::range));
   m.impl("quantize_static", TORCH_BOX(&dcomp::quantize_static));
   m.impl("rescale", TORCH_BOX(&dcomp::rescale));

@@ -7,7 +7,6 @@
 namespace dcomp::DCOMP_ISA {
 
 constexpr float kTokenLimit = 127.0f;
-constexpr float kSmallestScale = 1.17549435e-38f;  // the inverse of anything smaller may be infinite
 // Whatever is beyond this is beyond all codes, and within it rounding is exact.
 constexpr float kFarBeyondCodes = 1 << 20;
 
@@ -51,29 +50,35 @@ Range range_of(const T* x, int64_t count) {
   return first.range();
 }
 
-// The largest magnitude of `count` values; NaN if there is one, whose bits are larger than those of all others.
-template <class T>
-float largest_magnitude(const T* x, int64_t count) {
-  const auto magnitude = [](Floats v) {
-    Ints bits;
-    memcpy(&bits, &v, sizeof bits);
-    return bits & 0x7FFFFFFF;
-  };
-  Ints first{}, second{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    first = larger(first, magnitude(load(x + i)));
-    second = larger(second, magnitude(load(x + i + kLanes)));
-  }
-  for (; i < count; i += kLanes) {
-    first = larger(first, magnitude(count - i < kLanes ? load_some(x + i, count - i) : load(x + i)));
-  }
-  first = larger(first, second);
+// The bits of magnitudes; those of NaN are larger than those of all others.
+inline Ints magnitude_bits(Floats v) {
+  Ints bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits & 0x7FFFFFFF;
+}
+
+// The largest of all lanes, from bits of magnitudes.
+inline float largest_of(Ints magnitudes) {
   int32_t bits = 0;
-  for (int64_t k = 0; k < kLanes; ++k) bits = first[k] > bits ? first[k] : bits;
+  for (int64_t k = 0; k < kLanes; ++k) bits = magnitudes[k] > bits ? magnitudes[k] : bits;
   float found;
   memcpy(&found, &bits, sizeof found);
   return found;
+}
+
+// The largest magnitude of `count` values; NaN if there is one.
+template <class T>
+float largest_magnitude(const T* x, int64_t count) {
+  Ints first{}, second{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    first = larger(first, magnitude_bits(load(x + i)));
+    second = larger(second, magnitude_bits(load(x + i + kLanes)));
+  }
+  for (; i < count; i += kLanes) {
+    first = larger(first, magnitude_bits(count - i < kLanes ? load_some(x + i, count - i) : load(x + i)));
+  }
+  return largest_of(larger(first, second));
 }
 
 // clamp(rint(v * inverse) + zero, low, high); the bytes of uint8 codes are made as well as those of int8 ones
@@ -88,8 +93,8 @@ struct CodesOf {
   }
 };
 
-template <class T>
-void write_codes(const T* x, int8_t* codes, int64_t count, const CodesOf& code) {
+template <class T, class Code>
+void write_codes(const T* x, int8_t* codes, int64_t count, const Code& code) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = code(load(x + i));

@@ -70,6 +70,8 @@ def _is_right() -> bool:
     codes, scale, zero = quantize_sample(x)
     expected = qparams.quantize_sample(x)
     right = all(map(torch.equal, (codes, scale, zero, *quantize_token(x)), (*expected, *qparams.quantize_token(x))))
+    tokens = x.unsqueeze(1)
+    right = right and all(map(torch.equal, quantize_group(tokens, 12), qparams.quantize_group(tokens, 12)))
     packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
     multiplier = torch.tensor([[1, -15], [15, 2], [7, 7], [-1, 3]], dtype=torch.int8)
     image = packing.int8_image(packed, multiplier, 128)
@@ -112,6 +114,15 @@ def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     torch.ops.dcomp_native.quantize_token(x.contiguous(), codes, scale)
     return codes, scale
+
+
+def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_group`."""
+    if x.dtype not in _DTYPES or x.numel() == 0:
+        return blocked.quantize_group(x, group)
+    image, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    torch.ops.dcomp_native.quantize_group(x.contiguous(), max(1, min(group, x.shape[-1])), image, scale)
+    return image, scale
 
 
 def group_norm_quantize(

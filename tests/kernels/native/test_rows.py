@@ -37,6 +37,28 @@ def test_tokens(seed: int, count: int, channels: int, dtype: torch.dtype) -> Non
             assert torch.equal(found, expected)
 
 
+@given(
+    st.integers(0, 2**16), st.integers(1, 4), st.integers(1, 5), st.integers(1, 150), st.integers(1, 160),
+    st.sampled_from(DTYPES), st.booleans(),
+)  # fmt: skip
+def test_images_of_groups(
+    seed: int, samples: int, count: int, channels: int, group: int, dtype: torch.dtype, positive: bool
+) -> None:
+    x = values(seed, samples, count, channels, dtype=dtype)
+    x[seed % samples] = x[seed % samples].abs() if positive else 0
+    for given_x in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for found, expected in zip(rows.quantize_group(given_x, group), qparams.quantize_group(x, group), strict=True):
+            assert torch.equal(found, expected)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 20), st.integers(1, 9))
+def test_any_bits_make_the_images_of_the_definition(seed: int, channels: int, group: int) -> None:
+    bits = torch.randint(-(2**31), 2**31, (3, 2, channels), generator=torch.Generator().manual_seed(seed))
+    x = bits.to(torch.int32).view(torch.float32).nan_to_num(nan=1e-42)
+    for found, expected in zip(rows.quantize_group(x, group), qparams.quantize_group(x, group), strict=True):
+        assert torch.equal(found, expected)
+
+
 @given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 20), sizes, st.sampled_from(DTYPES), st.booleans())
 def test_samples_and_static_ranges(
     seed: int, count: int, channels: int, width: int, dtype: torch.dtype, last: bool
@@ -60,6 +82,9 @@ def test_large_inputs_are_cut_for_threads_where_it_changes_nothing(dtype: torch.
     x = values(2, 3001, 67, dtype=dtype)
     for found, expected in zip(rows.quantize_token(x), qparams.quantize_token(x), strict=True):
         assert torch.equal(found, expected)
+    for tokens in (x.unsqueeze(1), x.unsqueeze(0)):
+        for found, expected in zip(rows.quantize_group(tokens, 16), qparams.quantize_group(tokens, 16), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
@@ -75,6 +100,12 @@ def test_what_is_not_finite_spoils_its_token_or_sample_alone(wrong: float, place
     sample_codes, sample_scale, _ = qparams.quantize_sample(x)
     torch.testing.assert_close(scale, sample_scale, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes[::2], sample_codes[::2])
+    for count in (1, 2):
+        samples = x.unsqueeze(1).repeat(1, count, 1)
+        codes, scale = rows.quantize_group(samples, 16)
+        group_codes, group_scale = qparams.quantize_group(samples, 16)
+        torch.testing.assert_close(scale, group_scale, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(codes[::2], group_codes[::2])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +116,9 @@ def test_extremes(x: torch.Tensor) -> None:
         assert torch.equal(found, expected)
     for found, expected in zip(rows.quantize_sample(x), qparams.quantize_sample(x), strict=True):
         assert torch.equal(found, expected)
+    for samples in (x.unsqueeze(1), x.unsqueeze(0)):
+        for found, expected in zip(rows.quantize_group(samples, 4), qparams.quantize_group(samples, 4), strict=True):
+            assert torch.equal(found, expected)
 
 
 def spread_values(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
