@@ -240,7 +240,7 @@ _CUDA_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass", cuda.quantize_static),
     ("quantize_sample", 8): ("two passes", cuda.quantize_sample),
     ("quantize_token", 8): ("a warp for each token", cuda.quantize_token),
-    ("quantize_group", 8): ("two passes", cuda.quantize_group),
+    ("quantize_group", 8): ("a warp for each row, or two passes where rows share a scale", cuda.quantize_group),
     ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", cuda.group_norm_quantize),
     ("layer_norm_quantize", 8): ("a warp for each token", cuda.layer_norm_quantize),
     ("linear_a8", 8): ("int8 products in tiles", cuda.linear_a8),

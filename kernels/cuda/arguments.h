@@ -82,7 +82,8 @@ struct QuantizeTokenArguments {
   int x_type;
 };
 
-// group_peak, then quantize_group; both with grid (parts, N)
+// group_peak, then quantize_group; both with grid (parts, N). Or quantize_group_token alone, of samples that are a row:
+// N is 1, there is a scale for each of the rows, no peak and no part; grid ceil(rows / 8): a warp a row
 struct QuantizeGroupArguments {
   const void* x;  // [N, rows, C]
   int8* codes;    // [N, rows, K], 0 beyond C

@@ -212,7 +212,7 @@ def quantize_token(kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return `qparams.quantize_group` of `[N, M, C]` with elements."""
+    """Return `qparams.quantize_group` of `[N, M, C]` with elements; one pass is enough if M is 1."""
     samples, rows, channels = x.shape
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(samples, device=x.device)
@@ -226,6 +226,12 @@ def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Ten
         "parts": parts,
         "x_type": FLOAT_TYPE[x.dtype],
     }
+    if len(passes) == 1:
+        assert rows == 1
+        tensors = {"x": x.contiguous(), "codes": codes, "scale": scale, "peaks": None}
+        grid = (-(-samples // warps),)
+        _launch(passes[0], grid, arguments.QuantizeGroupArguments, tensors, **sizes | {"rows": samples})
+        return codes, scale
     blocks = (values.split(_SAMPLES_OF_LAUNCH) for values in (x.contiguous(), codes, scale))
     for some_x, some_codes, some_scale in zip(*blocks, strict=True):
         peaks = torch.empty(len(some_x), parts, device=x.device)

@@ -43,6 +43,7 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(quantize_token, QuantizeToken)                                  \
   ENTRY(group_peak, GroupPeak)                                          \
   ENTRY(quantize_group, QuantizeGroup)                                  \
+  ENTRY(quantize_group_token, QuantizeGroupToken)                       \
   ENTRY(unpack_int8, UnpackInt8)                                        \
   ENTRY(unpack_int4, UnpackInt4)                                        \
   ENTRY(group_norm_moments, GroupNormMoments)                           \

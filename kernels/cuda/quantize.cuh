@@ -240,6 +240,32 @@ struct GroupRow {
       work(GroupGrid(low, high), start, end);
     }
   }
+
+  // The outer scale that the row calls for, before zeros get 1; of the groups of this lane.
+  DCOMP_DEVICE float peak() const {
+    float peak = 0.0f;
+    each([&](const GroupGrid& grid, int, int) { peak = Larger::of(divide(grid.step, grid.limit()), peak); });
+    return peak;
+  }
+
+  // Writes the image of the row, and zeros from the channels up to `depth`.
+  DCOMP_DEVICE void store_image(int8* codes, int depth, float scale) const {
+    const int lane = threadIdx.x % kWarpLanes;
+    each([&](const GroupGrid& grid, int start, int end) {
+      const float multiplier = grid.multiplier(scale), inverse = divide(1.0f, multiply(multiplier, scale));
+      for (int at = start + lane % width * kFour; at < end; at += width * kFour) {
+        float v[kFour];
+        int q[kFour];
+        x.load(v, at, end);
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) {
+          q[i] = code(v[i], inverse, 0.0f, -grid.below, GroupGrid::kSteps - grid.below) * to_int(multiplier);
+        }
+        store_codes(codes, q, at, end);
+      }
+    });
+    for (int at = channels + lane; at < depth; at += kWarpLanes) store_global(codes + at, static_cast<int8>(0));
+  }
 };
 
 struct GroupPeak : QuantizeKernel<QuantizeGroupArguments, kQuantizeWarps> {
@@ -249,9 +275,7 @@ struct GroupPeak : QuantizeKernel<QuantizeGroupArguments, kQuantizeWarps> {
     with_type(a.x_type, [&](auto type) {
       for (int row = blockIdx.x * kQuantizeWarps + warp; row < a.rows; row += a.parts * kQuantizeWarps) {
         const GroupRow<decltype(type)> groups(a, static_cast<int64>(sample) * a.rows + row);
-        groups.each([&](const GroupGrid& grid, int, int) {
-          peak = Larger::of(divide(grid.step, grid.limit()), peak);
-        });
+        peak = Larger::of(groups.peak(), peak);
       }
     });
     peak = over_block<Larger, kThreads>(peak, reinterpret_cast<float*>(shared_memory()));
@@ -271,26 +295,22 @@ struct QuantizeGroup : QuantizeKernel<QuantizeGroupArguments, 0> {
     with_type(a.x_type, [&](auto type) {
       for (int row = blockIdx.x * kQuantizeWarps + warp; row < a.rows; row += a.parts * kQuantizeWarps) {
         const int64 place = static_cast<int64>(sample) * a.rows + row;
-        const GroupRow<decltype(type)> groups(a, place);
-        int8* const codes = a.codes + place * a.depth;
-        groups.each([&](const GroupGrid& grid, int start, int end) {
-          const float multiplier = grid.multiplier(scale), inverse = divide(1.0f, multiply(multiplier, scale));
-          for (int at = start + lane % groups.width * kFour; at < end; at += groups.width * kFour) {
-            float v[kFour];
-            int q[kFour];
-            groups.x.load(v, at, end);
-#pragma unroll
-            for (int i = 0; i < kFour; ++i) {
-              const int whole = code(v[i], inverse, 0.0f, -grid.below, GroupGrid::kSteps - grid.below);
-              q[i] = whole * to_int(multiplier);
-            }
-            store_codes(codes, q, at, end);
-          }
-        });
-        for (int at = a.channels + lane; at < a.depth; at += kWarpLanes) {
-          store_global(codes + at, static_cast<int8>(0));
-        }
+        GroupRow<decltype(type)>(a, place).store_image(a.codes + place * a.depth, a.depth, scale);
       }
+    });
+  }
+};
+
+// Rows with a scale each, whose second reading finds them in the cache.
+struct QuantizeGroupToken : QuantizeKernel<QuantizeGroupArguments, 0> {
+  static DCOMP_DEVICE void run(const Arguments& a) {
+    const int row = blockIdx.x * kQuantizeWarps + threadIdx.x / kWarpLanes;
+    if (row >= a.rows) return;  // with all of its lanes
+    with_type(a.x_type, [&](auto type) {
+      const GroupRow<decltype(type)> groups(a, row);
+      const float scale = usable(over_lanes<Larger>(groups.peak()));
+      if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
+      groups.store_image(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale);
     });
   }
 };

@@ -34,7 +34,8 @@ _SMALL = "64x64"
 _LARGE = "256x128"  # fewest reads of shared memory, which these devices have least of for their products
 _TAKES_LARGE = ((8, 0), (9, 0))
 
-_NORMS = {
+_SEVERAL = {
+    "quantize_group": ("quantize_group", "quantize_group_token"),
     "group_norm_quantize": ("group_norm_static", "group_norm_sample"),
     "layer_norm_quantize": ("layer_norm_token",),
 }
@@ -51,8 +52,8 @@ def small_kernels(operation: str, bits: int) -> tuple[str, ...]:
         return tuple(f"{product}_{kind}_{_SMALL}" for kind in (("w8a8",) if bits == 8 else ("w4a8", "w8a8")))
     if operation in ("linear_a16", "conv2d_a16"):
         return (f"unpack_int{bits}",)
-    if operation in _NORMS:
-        return _NORMS[operation]
+    if operation in _SEVERAL:
+        return _SEVERAL[operation]
     return (operation,) if operation in ENTRIES else ()
 
 
@@ -186,7 +187,8 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_group`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
         return qparams.quantize_group(x, group)
-    kernels = self_test.kernels("quantize_group", index_of(x.device))
+    name = "quantize_group_token" if x.shape[1] == 1 else "quantize_group"
+    kernels = self_test.kernels(name, index_of(x.device))
     return calls.quantize_group(kernels, x, group)
 
 

@@ -42,6 +42,7 @@ _OTHERS = [
     Entry("quantize_token", 256),
     Entry("group_peak", 256, 32),
     Entry("quantize_group", 256),
+    Entry("quantize_group_token", 256),
     Entry("unpack_int8", 256),
     Entry("unpack_int4", 256),
     Entry("group_norm_moments", 256),

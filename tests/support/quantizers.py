@@ -50,11 +50,16 @@ def quantize_token(emulator: Emulator, x: Tensor, depth: int | None = None) -> t
 def quantize_group(
     emulator: Emulator, x: Tensor, group: int, depth: int | None = None, parts: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Return the int8 image `[N, M, K]` of `[N, M, C]` and scales `[N]`."""
+    """Return the int8 image `[N, M, K]` of `[N, M, C]` and scales `[N]`: in one launch if M and `parts` are 1."""
     samples, rows, channels = x.shape
     codes = untouched(samples, rows, depth or channels, dtype=torch.int8)
     scale, peaks = untouched(samples), untouched(samples, parts)
     shape = {"rows": rows, "channels": channels, "depth": codes.shape[2], "group": max(1, min(group, channels))}
+    if rows == parts == 1:
+        tensors = {"x": x, "codes": codes, "scale": scale}
+        shape |= {"rows": samples, "x_type": type_of(x)}
+        emulator.launch("quantize_group_token", (-(-samples // WARPS), 1), QuantizeGroupArguments, **tensors, **shape)
+        return codes, scale
     for name in ("group_peak", "quantize_group"):
         tensors = {"x": x, "codes": codes, "scale": scale, "peaks": peaks}
         emulator.launch(

@@ -141,6 +141,14 @@ def check_group(emulator: Emulator) -> bool:
     return good
 
 
+def check_group_token(emulator: Emulator) -> bool:
+    good = True
+    for x, group in ((floats(17, 1, 320), 64), (floats(9, 1, 45, dtype=torch.bfloat16), 6), (floats(1, 1, 96), 32)):
+        codes, scale = quantizers.quantize_group(emulator, x, group, parts=1)
+        good &= all_right((codes, scale), qparams.quantize_group(x, group))
+    return good
+
+
 def check_unpack(emulator: Emulator) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = integers(generator, -8, 7, 5, 3, 12)
@@ -197,6 +205,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "sample": (check_sample, "sample_range, SampleRange; quantize_sample, QuantizeSample"),
     "token": (check_token, "quantize_token, QuantizeToken"),
     "group": (check_group, "group_peak, GroupPeak; quantize_group, QuantizeGroup"),
+    "group token": (check_group_token, "quantize_group_token, QuantizeGroupToken"),
     "unpack": (check_unpack, "unpack_int8, UnpackInt8; unpack_int4, UnpackInt4"),
     "group norm": (
         check_group_norm,
