@@ -294,18 +294,28 @@ class QuantLayer(SteppedLayer):
             x = qparams.hadamard(x.float(), qparams.rotation_block(self._in_channels))
         return x, along
 
+    def _transformed_for_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Transform inputs `[..., I]` of a quantizer, which smooths them itself where nothing else comes between.
+
+        Returns:
+            What `_transformed` does, and the factors that the quantizer has to multiply channels by, or None.
+        """
+        if self.scheme.input_bits < 16 and self.directions is None and not self.scheme.rotate:
+            return x, None, self.smooth_inv
+        return *self._transformed(x), None
+
     def _carried(self) -> Tensor:
         """Return what meets the directions of the input, fp32 `[O, *taps, d]`."""
         assert self.direction_weight is not None
         assert self.direction_scale is not None
         return self.direction_weight.float() * self.direction_scale
 
-    def _int_rows(self, rows: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
+    def _int_rows(self, rows: Tensor, smooth: Tensor | None, step_bin: int, dtype: torch.dtype) -> Tensor:
         """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
         if self.scheme.input_bits == 8:
-            codes, x_scale = ops.quantize_token(rows)
+            codes, x_scale = ops.quantize_token(rows, smooth)
         else:
-            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group)
+            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group, smooth)
             codes = image.squeeze(1)
         multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
         scale, bias = self._scale_and_bias(step_bin)
@@ -350,13 +360,13 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs, along = self._transformed(x)
+        inputs, along, smooth = self._transformed_for_codes(x)
         if self.scheme.input_bits == 16:
             scale, bias = self._scale_and_bias(step_bin)
             y = ops.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
             rows = inputs.reshape(-1, self.in_features)
-            y = self._int_rows(rows, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
+            y = self._int_rows(rows, smooth, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
         return self._with_floats(y, x, along, step_bin).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
@@ -404,20 +414,21 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin).contiguous(memory_format=torch.channels_last)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs, along = self._transformed(x.movedim(1, -1))
+        inputs, along, smooth = self._transformed_for_codes(x.movedim(1, -1))
         inputs = inputs.movedim(-1, 1)
         if self.scheme.input_granularity == "tensor":
             assert self.input_scale is not None
             assert self.input_zero is not None
             scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
-            q = ops.quantize_static(inputs, scale, zero)
+            q = ops.quantize_static(inputs, scale, zero, smooth)
             y = ops.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin), self._product_dtype(x))
         elif self.scheme.input_granularity == "sample":
             weight_and_shape = self._weight_and_shape(step_bin)
-            y = ops.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
+            y = ops.conv2d_a8(*self._sample_codes(inputs, smooth), *weight_and_shape, self._product_dtype(x))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
-            rows = self._int_rows(pixels.reshape(-1, self.in_channels), step_bin, self._product_dtype(x))
+            rows = pixels.reshape(-1, self.in_channels)
+            rows = self._int_rows(rows, smooth, step_bin, self._product_dtype(x))
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
             y = ops.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))
@@ -443,12 +454,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             return qparams.fake_quant_static(x, scale, zero)
         return fake_quant_dynamic(x.movedim(1, -1), self.scheme).movedim(-1, 1)
 
-    def _sample_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample_codes(self, x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return uint8 codes, scale and zero of each sample; codes of groups are shifted to have their zero at 128."""
         if self.scheme.input_bits == 8:
-            return cast(tuple[Tensor, Tensor, Tensor], ops.quantize_sample(x))
+            return cast(tuple[Tensor, Tensor, Tensor], ops.quantize_sample(x, smooth))
         pixels = x.movedim(1, -1)
-        image, scale = ops.quantize_group(pixels.flatten(1, 2), self._input_group)
+        image, scale = ops.quantize_group(pixels.flatten(1, 2), self._input_group, smooth)
         codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
         return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
 

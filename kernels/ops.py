@@ -20,51 +20,54 @@ def _quantizer(operation: str, x: Tensor) -> Choice:
 
 
 @torch.library.custom_op("dcomp::quantize_static", mutates_args=())
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`."""
-    codes: Tensor = _quantizer("quantize_static", x).run(x, scale, zero)
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
+    """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`.
+
+    Here as in all quantizers, what is rounded is `qparams.smoothed(x, smooth)`; factors are fp32, one for each channel.
+    """
+    codes: Tensor = _quantizer("quantize_static", x).run(x, scale, zero, smooth)
     return codes.contiguous(memory_format=qparams.memory_format(x))
 
 
 @quantize_static.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
 
 
 @torch.library.custom_op("dcomp::quantize_sample", mutates_args=())
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes of the samples of `x` `[N, ...]`, their scales fp32 `[N]` and zeros uint8 `[N]`."""
-    codes, scale, zero = _quantizer("quantize_sample", x).run(x)
+    codes, scale, zero = _quantizer("quantize_sample", x).run(x, smooth)
     return codes.contiguous(memory_format=qparams.memory_format(x)), scale, zero
 
 
 @quantize_sample.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.uint8)
 
 
 @torch.library.custom_op("dcomp::quantize_token", mutates_args=())
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of the rows of `x` `[M, I]` and their scales fp32 `[M]`."""
-    codes, scale = _quantizer("quantize_token", x).run(x)
+    codes, scale = _quantizer("quantize_token", x).run(x, smooth)
     return codes.contiguous(), scale
 
 
 @quantize_token.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("dcomp::quantize_group", mutates_args=())
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the int8 image of `x` `[N, M, I]` in groups of `group` channels, and the scales fp32 `[N]`."""
-    image, scale = _quantizer("quantize_group", x).run(x, group)
+    image, scale = _quantizer("quantize_group", x).run(x, group, smooth)
     return image.contiguous(), scale
 
 
 @quantize_group.register_fake
-def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 

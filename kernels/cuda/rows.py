@@ -161,35 +161,35 @@ def _float_weight(weight: Stored, scale: Tensor, in_channels: int, dtype: torch.
     return calls.unpack(_kernel(name, scale.device), weight, scale, in_channels, dtype)
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return the bytes of `qparams.quantize_static`, in the memory format of `x`."""
     if x.dtype not in FLOAT_TYPE or scale.numel() != 1 or zero.numel() != 1:
-        return qparams.quantize_static(x, scale, zero)
-    return calls.quantize_static(_kernel("quantize_static", x.device), x, scale, zero)
+        return qparams.quantize_static(x, scale, zero, smooth)
+    return calls.quantize_static(_kernel("quantize_static", x.device), x, scale, zero, smooth)
 
 
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_sample(x)
+        return qparams.quantize_sample(x, smooth)
     kernels = self_test.kernels("quantize_sample", index_of(x.device))
-    return calls.quantize_sample(kernels, x)
+    return calls.quantize_sample(kernels, x, smooth)
 
 
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_token(x)
-    return calls.quantize_token(_kernel("quantize_token", x.device), x)
+        return qparams.quantize_token(x, smooth)
+    return calls.quantize_token(_kernel("quantize_token", x.device), x, smooth)
 
 
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_group`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_group(x, group)
+        return qparams.quantize_group(x, group, smooth)
     name = "quantize_group_token" if x.shape[1] == 1 else "quantize_group"
     kernels = self_test.kernels(name, index_of(x.device))
-    return calls.quantize_group(kernels, x, group)
+    return calls.quantize_group(kernels, x, group, smooth)
 
 
 def group_norm_quantize(

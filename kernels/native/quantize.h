@@ -1,6 +1,6 @@
 // Quantization of activations, and what becomes of integer sums: kernels over rows of raw memory.
 //
-// The rules are those of `qparams.py`. `T` is float or BFloat16.
+// The rules are those of `qparams.py`. `Values` point to float or BFloat16, or are `Smoothed`.
 #pragma once
 #include "simd.h"
 
@@ -12,6 +12,12 @@ constexpr float kFarBeyondCodes = 1 << 20;
 
 struct Range {
   float low, high;
+
+  // NaN stays NaN.
+  void join(float other_low, float other_high) {
+    low = other_low < low || other_low != other_low ? other_low : low;
+    high = other_high > high || other_high != other_high ? other_high : high;
+  }
 };
 
 // The smaller and the larger values of each lane.
@@ -26,18 +32,14 @@ struct Extremes {
   // Those of all lanes, and 0.
   Range range() const {
     Range all{0.0f, 0.0f};
-    for (int64_t k = 0; k < kLanes; ++k) {
-      const float lane_low = low[k], lane_high = high[k];
-      all.low = lane_low < all.low || lane_low != lane_low ? lane_low : all.low;
-      all.high = lane_high > all.high || lane_high != lane_high ? lane_high : all.high;
-    }
+    for (int64_t k = 0; k < kLanes; ++k) all.join(low[k], high[k]);
     return all;
   }
 };
 
 // The smallest and the largest of `count` values and 0; NaN if there is one.
-template <class T>
-Range range_of(const T* x, int64_t count) {
+template <class Values>
+Range range_of(Values x, int64_t count) {
   Extremes first{}, second{};  // two, because one would wait for itself
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -67,8 +69,8 @@ inline float largest_of(Ints magnitudes) {
 }
 
 // The largest magnitude of `count` values; NaN if there is one.
-template <class T>
-float largest_magnitude(const T* x, int64_t count) {
+template <class Values>
+float largest_magnitude(Values x, int64_t count) {
   Ints first{}, second{};
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -93,8 +95,8 @@ struct CodesOf {
   }
 };
 
-template <class T, class Code>
-void write_codes(const T* x, int8_t* codes, int64_t count, const Code& code) {
+template <class Values, class Code>
+void write_codes(Values x, int8_t* codes, int64_t count, const Code& code) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = code(load(x + i));
@@ -107,8 +109,8 @@ void write_codes(const T* x, int8_t* codes, int64_t count, const Code& code) {
 }
 
 // int8 codes of a row and its scale
-template <class T>
-void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
+template <class Values>
+void quantize_token(Values x, int8_t* codes, float* scale, int64_t channels) {
   float found = largest_magnitude(x, channels) / kTokenLimit;
   if (found < kSmallestScale) found = 1.0f;
   *scale = found;
@@ -116,8 +118,8 @@ void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
 }
 
 // uint8 codes within a given range
-template <class T>
-void quantize_static(const T* x, uint8_t* codes, int64_t count, float scale, float zero) {
+template <class Values>
+void quantize_static(Values x, uint8_t* codes, int64_t count, float scale, float zero) {
   write_codes(x, reinterpret_cast<int8_t*>(codes), count, CodesOf(1.0f / scale, zero, 0.0f, 255.0f));
 }
 

@@ -22,8 +22,8 @@ float over_lanes(Floats v, Choose choose) {
 }
 
 // The smallest and the largest of `count` values and 0; if there is NaN, the largest is that.
-template <class T>
-Range range_of_group(const T* x, int64_t count) {
+template <class Values>
+Range range_of_group(Values x, int64_t count) {
   Floats low{}, high{};
   Ints broken{};
   const auto add = [&](Floats v) {
@@ -46,8 +46,8 @@ inline Floats group_limits(Floats below) {
 }
 
 // Writes the grids of a row, and returns the outer scale that it calls for, before zeros get 1; NaN if it has one.
-template <class T>
-float group_grids(const T* x, int64_t channels, int64_t group, float* step, float* below) {
+template <class Values>
+float group_grids(Values x, int64_t channels, int64_t group, float* step, float* below) {
   for (int64_t start = 0, g = 0; start < channels; start += group, ++g) {
     const Range range = range_of_group(x + start, group < channels - start ? group : channels - start);
     step[g] = range.high;
@@ -82,8 +82,8 @@ struct ImageOf {
   }
 };
 
-template <class T>
-void write_group_image(const T* x, int8_t* image, int64_t channels, int64_t group, const float* step,
+template <class Values>
+void write_group_image(Values x, int8_t* image, int64_t channels, int64_t group, const float* step,
                        const float* below, float scale) {
   for (int64_t first = 0; first * group < channels; first += kLanes) {
     const Floats wanted = load(step + first) / scale - kSlack, whole = to_floats(to_ints(wanted));

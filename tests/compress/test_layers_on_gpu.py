@@ -1,6 +1,7 @@
 """Quantized layers of every sort by CUDA kernels, in the emulator: the launcher that ships, and what the table says."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dcomp.compress.scheme import QScheme
+from dcomp.compress.scheme import Granularity, QScheme
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
+from dcomp.kernels.cuda import driver
 from tests.support.emulated import emulator
 from tests.support.emulated_gpu import layers_on_the_emulated_gpu
 from tests.support.schemes import quantized_form, schemes
@@ -85,3 +87,28 @@ def test_kernels_that_reach_too_far_fall_back() -> None:
     scheme = QScheme(8, input_bits=8, input_granularity="sample")
     chosen, _ = run(nn.Conv2d(1, 1, (1, 300)), scheme, torch.randn(1, 1, 1, 310))
     assert chosen == [("quantize_sample", "cuda"), ("conv2d_a8", "emulated")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "granularity", "bits", "quantizer"),
+    [
+        (nn.Linear(40, 24), "token", 8, "quantize_token"),
+        (nn.Linear(40, 24), "token", 4, "quantize_group_token"),
+        (nn.Conv2d(40, 24, 3), "tensor", 8, "quantize_static"),
+        (nn.Conv2d(40, 24, 3), "sample", 8, "quantize_sample"),
+        (nn.Conv2d(40, 24, 3), "sample", 4, "quantize_group"),
+    ],
+)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_smoothing_is_left_to_the_quantizer_where_nothing_comes_between(
+    layer: nn.Module, granularity: Granularity, bits: int, quantizer: str, rotate: bool
+) -> None:
+    inputs = {"input_bits": bits, "input_granularity": granularity, "input_group": 8 if bits == 4 else None}
+    scheme = QScheme(4, 8, **inputs, smooth=True, rotate=rotate)
+    x = torch.randn(2, 3, 40) if isinstance(layer, nn.Linear) else torch.randn(2, 40, 5, 6)
+    x = x if x.ndim == 3 else x.contiguous(memory_format=torch.channels_last)
+    with mock.patch.object(driver, "launch", wraps=driver.launch) as launch:
+        _, distance = run(layer, scheme, x)
+    assert distance < bound(torch.float32)
+    arguments = [call.args[2] for call in launch.mock_calls if call.args[0].name == quantizer]
+    assert bool(arguments[-1].smooth) != rotate  # self-tests come first

@@ -51,6 +51,13 @@ def _all_calls():
         (ops.quantize_sample, (torch.randn(2, 3, 4, 5),)),
         (ops.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
         (ops.quantize_group, (torch.randn(2, 3, 21), 8)),
+        (ops.quantize_group, (torch.randn(2, 3, 21), 8, torch.rand(21))),
+        (ops.quantize_token, (torch.randn(4, 5), torch.rand(5))),
+        (ops.quantize_sample, (torch.randn(2, 3, 4, 5), torch.rand(3))),
+        (
+            ops.quantize_static,
+            (torch.randn(2, 3, 4, 5), torch.tensor([0.1]), torch.tensor([9], dtype=torch.uint8), torch.rand(3)),
+        ),
         (ops.conv2d_a8, _conv(8, samples=2)),
         (ops.layer_norm_quantize, (torch.randn(2, 3, 8), *torch.randn(2, 8), *torch.randn(2, 2, 8), 1e-5)),
         (ops.layer_norm_quantize, (torch.randn(2, 3, 8), None, None, None, None, 1e-5)),
@@ -98,6 +105,9 @@ def test_all_rows_give_the_same_result(bits, operation, make):
         (ops.quantize_sample, (torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),)),
         (ops.quantize_token, (torch.randn(3, 40),)),
         (ops.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8)),
+        (ops.quantize_sample, (torch.randn(3, 4, 5, 6), torch.rand(4))),
+        (ops.quantize_token, (torch.randn(3, 40), torch.rand(40))),
+        (ops.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8, torch.rand(21))),
     ],
 )
 def test_all_rows_give_the_same_codes_and_scales(operation, arguments):

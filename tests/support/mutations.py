@@ -15,7 +15,7 @@ class Mutation:
 
 
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
-UNPACK, NORM = "unpack.cuh", "norm_quantize.cuh"
+UNPACK, NORM, SMOOTH = "unpack.cuh", "norm_quantize.cuh", "smooth.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -183,8 +183,8 @@ MUTATIONS = [
         "blocks overlap no more",
         "static",
         QUANTIZE,
-        "gridDim.x) * kThreads * kFour;",
-        "gridDim.x) * kThreads * kFour * 2;",
+        "stride_of_parts(gridDim.x);",
+        "stride_of_parts(gridDim.x) * 2;",
     ),
     Mutation("NaN lost", "token", REDUCE, "a > b || a != a ? a : b", "a > b ? a : b"),
     Mutation("no barrier between warps", "sample", REDUCE, "  barrier();\n", ""),
@@ -217,8 +217,8 @@ MUTATIONS = [
         "no padding of rows",
         "group",
         QUANTIZE,
-        "    for (int at = channels + lane; at < depth; at += kWarpLanes) store_global(codes + at, static_cast<int8>(0));\n",
-        "",
+        "at < depth; at += kWarpLanes) store_global(",
+        "false; at += kWarpLanes) store_global(",
     ),
     Mutation("a group's reach forgotten", "group", QUANTIZE, "    step = multiply(step, kReach);\n", ""),
     Mutation("no slack of multipliers", "group", QUANTIZE, "add(divide(step, scale), -kSlack)", "divide(step, scale)"),
@@ -263,6 +263,26 @@ MUTATIONS = [
         QUANTIZE,
         "store_global(a.scale + row, scale);\n      groups",
         "store_global(a.scale, scale);\n      groups",
+    ),
+    Mutation("factors of the pixel before", "smooth", SMOOTH, "      channel += ahead;\n", ""),
+    Mutation("all threads at the first channel", "smooth", SMOOTH, "static_cast<int>(first % channels)", "0"),
+    Mutation("no factors of the next pixel", "smooth", SMOOTH, "      if (factors.aligned) {", "      if (true) {"),
+    Mutation(
+        "pixels of a channel", "smooth", SMOOTH, "while (c >= channels) c -= channels;", "if (c >= channels) c = 0;"
+    ),
+    Mutation(
+        "groups of odd length smoothed in fours",
+        "smooth",
+        SMOOTH,
+        "factors(smooth, 0, channels, row) {}",
+        "factors(smooth, 0, channels, channels) {}",
+    ),
+    Mutation(
+        "a range before smoothing",
+        "smooth",
+        QUANTIZE,
+        "        smooth.apply(v);\n#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
+        "#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
     ),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),

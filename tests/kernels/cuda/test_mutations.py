@@ -149,6 +149,23 @@ def check_group_token(emulator: Emulator) -> bool:
     return good
 
 
+def check_smooth(emulator: Emulator) -> bool:
+    given = torch.tensor([0.5]), torch.tensor([101], dtype=torch.uint8)
+    good = True
+    for x in (floats(70, 1, 45), floats(30, 1, 96, dtype=torch.bfloat16), floats(400, 1, 1), floats(3, 1, 1300)):
+        smooth = floats(x.shape[-1]).abs() + 0.1
+        flat, rows = x.flatten().view(1, *x.shape[::2]), x[:, 0]
+        found = quantizers.quantize_static(emulator, x, *given, smooth=smooth)
+        good &= right(found, qparams.quantize_static(x, *given, smooth))
+        good &= all_right(quantizers.quantize_sample(emulator, flat, 2, smooth), qparams.quantize_sample(flat, smooth))
+        good &= all_right(
+            quantizers.quantize_token(emulator, rows, smooth=smooth), qparams.quantize_token(rows, smooth)
+        )
+        found = quantizers.quantize_group(emulator, x, 6, parts=1, smooth=smooth)
+        good &= all_right(found, qparams.quantize_group(x, 6, smooth))
+    return good
+
+
 def check_unpack(emulator: Emulator) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = integers(generator, -8, 7, 5, 3, 12)
@@ -206,6 +223,11 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "token": (check_token, "quantize_token, QuantizeToken"),
     "group": (check_group, "group_peak, GroupPeak; quantize_group, QuantizeGroup"),
     "group token": (check_group_token, "quantize_group_token, QuantizeGroupToken"),
+    "smooth": (
+        check_smooth,
+        "quantize_static, QuantizeStatic; sample_range, SampleRange; quantize_sample, QuantizeSample; "
+        "quantize_token, QuantizeToken; quantize_group_token, QuantizeGroupToken",
+    ),
     "unpack": (check_unpack, "unpack_int8, UnpackInt8; unpack_int4, UnpackInt4"),
     "group norm": (
         check_group_norm,

@@ -108,6 +108,28 @@ def test_groups_of_single_rows_take_one_launch(dtype, shape, group, seed):
     assert torch.equal(padded, torch.nn.functional.pad(codes, (0, depth - shape[-1])))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 45, 64, 320])
+def test_channels_are_smoothed_while_they_are_read(dtype, channels, seed):
+    x = values(seed, 3, 35, channels, dtype=dtype)
+    smooth = torch.randn(channels, generator=torch.Generator().manual_seed(seed)).exp()
+    given = torch.tensor([0.013]), torch.tensor([120], dtype=torch.uint8)
+    codes = quantizers.quantize_static(emulator(), x, *given, smooth=smooth)
+    assert torch.equal(codes, qparams.quantize_static(x, *given, smooth))
+    for parts in (1, 3):
+        assert same(quantizers.quantize_sample(emulator(), x, parts, smooth), qparams.quantize_sample(x, smooth))
+    rows = x.flatten(0, 1)
+    depth = -(-channels // 16) * 16
+    codes, scale = quantizers.quantize_token(emulator(), rows, depth, smooth)
+    assert same((codes[:, :channels], scale), qparams.quantize_token(rows, smooth))
+    assert not codes[:, channels:].any()
+    for group in (6, 32):
+        found = quantizers.quantize_group(emulator(), x, group, smooth=smooth)
+        assert same(found, qparams.quantize_group(x, group, smooth))
+        found = quantizers.quantize_group(emulator(), rows.unsqueeze(1), group, parts=1, smooth=smooth)
+        assert same(found, qparams.quantize_group(rows.unsqueeze(1), group, smooth))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_floats_are_quantized_equally(data):

@@ -121,6 +121,39 @@ def test_extremes(x: torch.Tensor) -> None:
             assert torch.equal(found, expected)
 
 
+@given(
+    st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 40), st.integers(1, 130), st.sampled_from(DTYPES),
+    st.sampled_from(["rows", "channels first", "channels last"]),
+)  # fmt: skip
+def test_channels_are_smoothed_while_they_are_read(
+    seed: int, samples: int, pixels: int, channels: int, dtype: torch.dtype, layout: str
+) -> None:
+    x = values(seed, samples, pixels, channels, dtype=dtype)
+    smooth = torch.randn(channels, generator=torch.Generator().manual_seed(seed)).exp()
+    expected = [qparams.quantize_token(x.float() * smooth), qparams.quantize_group(x.float() * smooth, 24)]
+    found: list[Any] = [rows.quantize_token(x.flatten(0, 1), smooth), rows.quantize_group(x, 24, smooth)]
+    assert torch.equal(found[0][0].view(x.shape), expected[0][0])
+    assert torch.equal(found[0][1].view(x.shape[:-1]), expected[0][1])
+    assert all(map(torch.equal, found[1], expected[1]))
+    wide = smooth
+    if layout != "rows":
+        x, wide = x.unsqueeze(1).movedim(-1, 1), smooth.view(-1, 1, 1)
+        x = x.contiguous() if layout == "channels first" else x.contiguous(memory_format=torch.channels_last)
+    scale, zero = torch.tensor([0.03]), torch.tensor([seed % 256], dtype=torch.uint8)
+    codes = rows.quantize_static(x, scale, zero, smooth)
+    assert torch.equal(codes, qparams.quantize_static(x.float() * wide, scale, zero))
+    assert codes.stride() == x.stride()
+    assert all(map(torch.equal, rows.quantize_sample(x, smooth), qparams.quantize_sample(x.float() * wide)))
+
+
+def test_large_images_are_smoothed_in_any_stretch() -> None:
+    x = values(4, 2, 37, 65, 67, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    smooth = torch.rand(37) + 0.5
+    assert all(map(torch.equal, rows.quantize_sample(x, smooth), qparams.quantize_sample(x, smooth)))
+    scale, zero = torch.tensor([0.03]), torch.tensor([99], dtype=torch.uint8)
+    assert torch.equal(rows.quantize_static(x, scale, zero, smooth), qparams.quantize_static(x, scale, zero, smooth))
+
+
 def spread_values(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Return values that lie no further from 0 than from each other, which norms would make large."""
     generator = torch.Generator().manual_seed(seed)
