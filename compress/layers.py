@@ -226,6 +226,7 @@ class QuantLayer(SteppedLayer):
         quantizers = {"tensor": "quantize_static", "sample": "quantize_sample", "token": "quantize_token"}
         assert scheme.input_granularity is not None
         quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
+        quantizer = "quantize_low_rank" if self._is_read_once else quantizer
         return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
 
     @property
@@ -234,6 +235,16 @@ class QuantLayer(SteppedLayer):
         out_channels, *taps, _ = self.qweight.shape
         shape = torch.Size((out_channels, self._in_channels, *taps))
         return WeightForm(shape, self.qweight.device, self.scheme.folded)
+
+    @property
+    def _is_quantized_raw(self) -> bool:
+        """Whether nothing but factors of channels comes between inputs and their codes."""
+        return self.scheme.input_bits < 16 and self.directions is None and not self.scheme.rotate
+
+    @property
+    def _is_read_once(self) -> bool:
+        """Whether codes and the first half of the branch are found together."""
+        return self.lr_down is not None and self._is_quantized_raw and self.float_kind is nn.Linear
 
     @abstractmethod
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
@@ -300,7 +311,7 @@ class QuantLayer(SteppedLayer):
         Returns:
             What `_transformed` does, and the factors that the quantizer has to multiply channels by, or None.
         """
-        if self.scheme.input_bits < 16 and self.directions is None and not self.scheme.rotate:
+        if self._is_quantized_raw:
             return x, None, self.smooth_inv
         return *self._transformed(x), None
 
@@ -310,13 +321,15 @@ class QuantLayer(SteppedLayer):
         assert self.direction_scale is not None
         return self.direction_weight.float() * self.direction_scale
 
-    def _int_rows(self, rows: Tensor, smooth: Tensor | None, step_bin: int, dtype: torch.dtype) -> Tensor:
-        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`."""
+    def _row_codes(self, rows: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return codes of transformed rows `[M, I]` and the scale of each."""
         if self.scheme.input_bits == 8:
-            codes, x_scale = ops.quantize_token(rows, smooth)
-        else:
-            image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group, smooth)
-            codes = image.squeeze(1)
+            return cast(tuple[Tensor, Tensor], ops.quantize_token(rows, smooth))
+        image, x_scale = ops.quantize_group(rows.unsqueeze(1), self._input_group, smooth)
+        return image.squeeze(1), x_scale
+
+    def _int_rows(self, codes: Tensor, x_scale: Tensor, step_bin: int, dtype: torch.dtype) -> Tensor:
+        """Apply a layer without taps to codes of rows `[M, I]`, each with a scale of its own: `[M, O]`."""
         multiplier = None if self.multiplier is None else self.multiplier.flatten(1)
         scale, bias = self._scale_and_bias(step_bin)
         weight = (self.qweight.flatten(1), scale, multiplier, bias, self._in_channels)
@@ -361,13 +374,21 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
         inputs, along, smooth = self._transformed_for_codes(x)
+        hidden: Tensor | None = None
         if self.scheme.input_bits == 16:
             scale, bias = self._scale_and_bias(step_bin)
             y = ops.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
             rows = inputs.reshape(-1, self.in_features)
-            y = self._int_rows(rows, smooth, step_bin, self._product_dtype(x)).view(*x.shape[:-1], self.out_features)
-        return self._with_floats(y, x, along, step_bin).to(x.dtype)
+            if self._is_read_once:
+                group = self._input_group if self.scheme.input_bits == 4 else None
+                codes, x_scale, hidden = ops.quantize_low_rank(rows, self.lr_down, group, smooth)
+                hidden = hidden.view(*x.shape[:-1], -1)
+            else:
+                codes, x_scale = self._row_codes(rows, smooth)
+            y = self._int_rows(codes, x_scale, step_bin, self._product_dtype(x))
+            y = y.view(*x.shape[:-1], self.out_features)
+        return self._with_floats(y, x, along, step_bin, hidden).to(x.dtype)
 
     def fake_forward(self, x: Tensor) -> Tensor:
         """Apply the layer in fp32 with the values that the codes stand for; gradients pass straight through."""
@@ -375,12 +396,22 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         y = functional.linear(fake_quant_dynamic(inputs, self.scheme), self.values(), self._bias)
         return self._corrected(self._with_floats(y, x, along), x, -1).to(x.dtype)
 
-    def _with_floats(self, y: Tensor, x: Tensor, along: Tensor | None, step_bin: int | None = None) -> Tensor:
-        """Add what is multiplied in float: directions, and the branch of the raw input; with a bin's correction."""
+    def _with_floats(
+        self,
+        y: Tensor,
+        x: Tensor,
+        along: Tensor | None,
+        step_bin: int | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Add what is multiplied in float: directions, and the branch of the raw input; with a bin's correction.
+
+        `hidden` `[..., r]` is the first half of the branch, where it is known.
+        """
         if along is not None:
             y = y.float() + functional.linear(along, self._of_output(self._carried(), step_bin))
         if self.lr_down is not None and self.lr_up is not None:
-            hidden = functional.linear(x.float(), self.lr_down.float())
+            hidden = functional.linear(x.float(), self.lr_down.float()) if hidden is None else hidden
             y = y.float() + functional.linear(hidden, self._of_output(self.lr_up.float(), step_bin))
         return y
 
@@ -428,7 +459,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
             rows = pixels.reshape(-1, self.in_channels)
-            rows = self._int_rows(rows, smooth, step_bin, self._product_dtype(x))
+            rows = self._int_rows(*self._row_codes(rows, smooth), step_bin, self._product_dtype(x))
             y = rows.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
         else:
             y = ops.conv2d_a16(inputs.to(x.dtype), *self._weight_and_shape(step_bin))

@@ -79,6 +79,18 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
     return image, scale
 
 
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
+    if group is None:
+        codes, scale = quantize_token(x, smooth)
+    else:
+        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
+
+
 def group_norm_quantize(
     x: Tensor,
     groups: int,

@@ -71,6 +71,24 @@ def _(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tens
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
 
 
+@torch.library.custom_op("dcomp::quantize_low_rank", mutates_args=())
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes of the rows of `x` `[M, I]`, their scales fp32 `[M]`, and `x @ down.t()` fp32 `[M, r]`.
+
+    Codes are those of `quantize_token`, or with a group those of `quantize_group`; `down` is fp16 `[r, I]`.
+    """
+    codes, scale, hidden = _quantizer("quantize_low_rank", x).run(x, down, group, smooth)
+    return codes.contiguous(), scale, hidden.contiguous()
+
+
+@quantize_low_rank.register_fake
+def _(x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    scale, hidden = (x.new_empty(shape, dtype=torch.float32) for shape in (x.shape[:1], (len(x), len(down))))
+    return x.new_empty(x.shape, dtype=torch.int8), scale, hidden
+
+
 @torch.library.custom_op("dcomp::group_norm_quantize", mutates_args=())
 def group_norm_quantize(
     x: Tensor,

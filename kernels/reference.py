@@ -22,6 +22,28 @@ def linear_a8(q: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, b
     return rescale_(sums.float(), x_scale, weight_scale, bias)
 
 
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes of rows, their scales fp32 `[M]`, and the first half of a low-rank branch, fp32 `[M, r]`.
+
+    Args:
+        x: `[M, I]`, any float dtype; the branch reads it as it is.
+        down: fp16 `[r, I]`.
+        group: of `qparams.quantize_group`, or None for `qparams.quantize_token`.
+        smooth: fp32 `[I]`, for codes alone.
+
+    Source:
+        Li et al. 2024, SVDQuant (section 4.2).
+    """
+    if group is None:
+        codes, scale = qparams.quantize_token(x, smooth)
+    else:
+        image, scale = qparams.quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
+
+
 def conv2d_a8(
     q: Tensor,
     x_scale: Tensor,

@@ -101,6 +101,20 @@ struct QuantizeGroupArguments {
   int x_type;
 };
 
+// low_rank_token, low_rank_group; grid ceil(M / 32)
+struct LowRankArguments {
+  const void* x;        // [M, C]
+  const float* smooth;  // [C], which rows are multiplied by before they are rounded, or null
+  const uint16* down;   // [rank, C], float16; meets rows that are not smoothed
+  int8* codes;          // [M, K], 0 beyond C
+  float* scale;         // [M], written
+  float* hidden;        // [M, rank], written
+  int rows, channels, depth;
+  int group;            // of low_rank_group: channels that share a grid, at most C
+  int rank;
+  int x_type;
+};
+
 // unpack_int8, unpack_int4; any grid
 struct UnpackArguments {
   const void* qweight;      // int8 [O, taps, C]; or uint8 [O, taps, groups * group / 2]

@@ -62,6 +62,12 @@ class QuantizeGroupArguments(ctypes.Structure):
     _fields_ = _fields(pointers="x smooth codes scale peaks", ints="rows channels depth group parts x_type")
 
 
+class LowRankArguments(ctypes.Structure):
+    """Of low_rank_*."""
+
+    _fields_ = _fields(pointers="x smooth down codes scale hidden", ints="rows channels depth group rank x_type")
+
+
 class UnpackArguments(ctypes.Structure):
     """Of unpack_int8 and unpack_int4."""
 

@@ -21,6 +21,7 @@ from dcomp.kernels.packing import Stored, int8_image, unpack_int4
 
 MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
+LOW_RANK_ROWS = 32  # of a block, as in low_rank.cuh
 _ELEMENTS = 16  # that a thread of a quantizer has at least, if there are so many
 
 
@@ -245,6 +246,34 @@ def quantize_group(
         for kernel in passes:
             _launch(kernel, (parts, len(some_x)), arguments.QuantizeGroupArguments, tensors, **sizes)
     return codes, scale
+
+
+def quantize_low_rank(
+    kernel: Kernel, x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank` of `[M, C]` and fp16 `[r, C]`, both with elements."""
+    (rows, channels), rank = x.shape, len(down)
+    codes = torch.empty(rows, channels, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, device=x.device)
+    hidden = torch.empty(rows, rank, device=x.device)
+    tensors = {
+        "x": x.contiguous(),
+        "smooth": _factors(smooth),
+        "down": down.contiguous(),
+        "codes": codes,
+        "scale": scale,
+        "hidden": hidden,
+    }
+    sizes = {
+        "rows": rows,
+        "channels": channels,
+        "depth": channels,
+        "group": max(1, min(group or 1, channels)),
+        "rank": rank,
+        "x_type": FLOAT_TYPE[x.dtype],
+    }
+    _launch(kernel, (-(-rows // LOW_RANK_ROWS),), arguments.LowRankArguments, tensors, **sizes)
+    return codes, scale, hidden
 
 
 def group_norm_quantize(

@@ -1,4 +1,5 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
+#include "low_rank.cuh"
 #include "norm_quantize.cuh"
 #include "products.cuh"
 #include "quantize.cuh"
@@ -44,6 +45,8 @@ using Tile64x64 = Tile<64, 64, 32, 32, kStages, 4>;  // for few rows or columns
   ENTRY(group_peak, GroupPeak)                                          \
   ENTRY(quantize_group, QuantizeGroup)                                  \
   ENTRY(quantize_group_token, QuantizeGroupToken)                       \
+  ENTRY(low_rank_token, LowRankToken)                                   \
+  ENTRY(low_rank_group, LowRankGroup)                                   \
   ENTRY(unpack_int8, UnpackInt8)                                        \
   ENTRY(unpack_int4, UnpackInt4)                                        \
   ENTRY(group_norm_moments, GroupNormMoments)                           \

@@ -170,21 +170,27 @@ DCOMP_DEVICE float token_peak(int channels, Values value) {
   return over_lanes<Larger>(peak);
 }
 
+// What a warp does of a row that has a scale of its own; `Arguments` have the fields of quantize_token or more.
+struct TokenRow {
+  template <class Type, class Smooth, class Arguments>
+  static DCOMP_DEVICE void store(const Arguments& a, int row) {
+    const Floats<Type> x(a.x, static_cast<int64>(row) * a.channels, a.channels, a.channels);
+    const RowSmooth<Smooth> smooth(a.smooth, a.channels, a.channels);
+    const auto value = [&](int at, float(&v)[kFour]) {
+      x.load(v, at);
+      smooth.apply(v, at, a.channels);
+    };
+    const float scale = token_scale(token_peak(a.channels, value));
+    if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
+    store_token(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale, value);
+  }
+};
+
 struct QuantizeToken : QuantizeKernel<QuantizeTokenArguments, 0> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int row = blockIdx.x * kQuantizeWarps + threadIdx.x / kWarpLanes;
     if (row >= a.rows) return;  // a whole warp
-    with_inputs(a, [&](auto type, auto is_smooth) {
-      const Floats<decltype(type)> x(a.x, static_cast<int64>(row) * a.channels, a.channels, a.channels);
-      const RowSmooth<decltype(is_smooth)> smooth(a.smooth, a.channels, a.channels);
-      const auto value = [&](int at, float(&v)[kFour]) {
-        x.load(v, at);
-        smooth.apply(v, at, a.channels);
-      };
-      const float scale = token_scale(token_peak(a.channels, value));
-      if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
-      store_token(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale, value);
-    });
+    with_inputs(a, [&](auto type, auto is_smooth) { TokenRow::store<decltype(type), decltype(is_smooth)>(a, row); });
   }
 };
 
@@ -219,7 +225,8 @@ struct GroupRow {
   const RowSmooth<Smooth> smooth;
   const int group, channels, width;  // of the group, of the row, lanes that share a group
 
-  DCOMP_DEVICE GroupRow(const QuantizeGroupArguments& a, int64 row)
+  template <class Arguments>
+  DCOMP_DEVICE GroupRow(const Arguments& a, int64 row)
       : x(a.x, row * a.channels, a.channels, a.channels % kFour == 0 ? a.group : 1),
         smooth(a.smooth, a.channels, a.group),
         group(a.group),
@@ -320,16 +327,23 @@ struct QuantizeGroup : QuantizeKernel<QuantizeGroupArguments, 0, 5> {
   }
 };
 
-// Rows with a scale each, whose second reading finds them in the cache.
+// Like TokenRow, of groups; the second reading of a row finds it in the cache.
+struct GroupTokenRow {
+  template <class Type, class Smooth, class Arguments>
+  static DCOMP_DEVICE void store(const Arguments& a, int row) {
+    const GroupRow<Type, Smooth> groups(a, row);
+    const float scale = usable(over_lanes<Larger>(groups.peak()));
+    if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
+    groups.store_image(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale);
+  }
+};
+
 struct QuantizeGroupToken : QuantizeKernel<QuantizeGroupArguments, 0, 6> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int row = blockIdx.x * kQuantizeWarps + threadIdx.x / kWarpLanes;
     if (row >= a.rows) return;  // with all of its lanes
     with_inputs(a, [&](auto type, auto is_smooth) {
-      const GroupRow<decltype(type), decltype(is_smooth)> groups(a, row);
-      const float scale = usable(over_lanes<Larger>(groups.peak()));
-      if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
-      groups.store_image(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale);
+      GroupTokenRow::store<decltype(type), decltype(is_smooth)>(a, row);
     });
   }
 };

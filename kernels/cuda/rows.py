@@ -36,6 +36,7 @@ _TAKES_LARGE = ((8, 0), (9, 0))
 
 _SEVERAL = {
     "quantize_group": ("quantize_group", "quantize_group_token"),
+    "quantize_low_rank": ("low_rank_token", "low_rank_group"),
     "group_norm_quantize": ("group_norm_static", "group_norm_sample"),
     "layer_norm_quantize": ("layer_norm_token",),
 }
@@ -190,6 +191,16 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
     name = "quantize_group_token" if x.shape[1] == 1 else "quantize_group"
     kernels = self_test.kernels(name, index_of(x.device))
     return calls.quantize_group(kernels, x, group, smooth)
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`; a row with an infinity may have NaN in all of `hidden`."""
+    if x.dtype not in FLOAT_TYPE or down.dtype != torch.float16 or 0 in (*x.shape, len(down)):
+        return reference.quantize_low_rank(x, down, group, smooth)
+    kernel = _kernel("low_rank_token" if group is None else "low_rank_group", x.device)
+    return calls.quantize_low_rank(kernel, x, down, group, smooth)
 
 
 def group_norm_quantize(

@@ -276,6 +276,17 @@ def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     yield from zip(made, qparams.quantize_group(x, 32, smooth), strict=True)
 
 
+def _test_low_rank(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    (rows, channels), rank = ((5, 7), (37, 320), (70, 203))[case], (3, 40, 32)[case]
+    # fp32 inputs need two values of tf32; sums are below 2^24.
+    x = draw.integers((rows, channels), -(2**15) if case == 0 else -127, 127, _DTYPES[case])
+    down = draw.integers((rank, channels), -9, 9, torch.float16)
+    smooth, group = _smooth(x, case, draw), 32 if found[-1].name == "low_rank_group" else None
+    x_here, down_here, smooth_here = draw.here(x, down, smooth)
+    made = calls.quantize_low_rank(found[-1], x_here, down_here, group, smooth_here)
+    yield from zip(made, reference.quantize_low_rank(x, down, group, smooth), strict=True)
+
+
 def _smooth(x: Tensor, case: int, draw: _Draw) -> Tensor | None:
     """Return factors of the channels of a quantizer's input, in all cases but the first."""
     return None if case == 0 else draw.floats((x.shape[1 if x.ndim == 4 else -1],), torch.float32)
@@ -326,6 +337,7 @@ _TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
     "quantize_sample": _test_sample,
     "quantize_token": _test_token,
     "quantize_group": _test_group,
+    "low_rank": _test_low_rank,
     "group_norm": _test_group_norm,
     "layer_norm": _test_layer_norm,
     "unpack": _test_unpack,

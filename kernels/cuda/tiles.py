@@ -43,6 +43,8 @@ _OTHERS = [
     Entry("group_peak", 256, 32),
     Entry("quantize_group", 256),
     Entry("quantize_group_token", 256),
+    Entry("low_rank_token", 256, 32768),
+    Entry("low_rank_group", 256, 32768),
     Entry("unpack_int8", 256),
     Entry("unpack_int4", 256),
     Entry("group_norm_moments", 256),

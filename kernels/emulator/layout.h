@@ -33,6 +33,7 @@ inline const std::map<std::string, std::string> layouts{
     DCOMP_LAYOUT(QuantizeSampleArguments, x, codes, scale, zero, smooth, ranges, count, channels, parts, x_type),
     DCOMP_LAYOUT(QuantizeTokenArguments, x, smooth, codes, scale, rows, channels, depth, x_type),
     DCOMP_LAYOUT(QuantizeGroupArguments, x, smooth, codes, scale, peaks, rows, channels, depth, group, parts, x_type),
+    DCOMP_LAYOUT(LowRankArguments, x, smooth, down, codes, scale, hidden, rows, channels, depth, group, rank, x_type),
     DCOMP_LAYOUT(UnpackArguments, qweight, multiplier, scale, out, rows, taps, channels, groups, group, out_type),
     DCOMP_LAYOUT(GroupNormArguments, x, weight, bias, moments, ranges, codes, scale, zero, pixels, channels, groups,
                  epsilon, silu, parts, x_type),

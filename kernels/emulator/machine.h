@@ -37,6 +37,7 @@ enum class Operation {
   kNone,
   kMultiplyAddS8,
   kMultiplyAddU8,
+  kMultiplyAddTf32,
   kLoadMatrices,
   kLoadShared,
   kStoreShared,

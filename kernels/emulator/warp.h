@@ -1,4 +1,4 @@
-// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma.m16n8k32 and ldmatrix.
+// What 32 lanes do together, with the fragment layouts that the PTX ISA gives for mma and ldmatrix.
 #pragma once
 #include "memory.h"
 
@@ -29,6 +29,36 @@ inline void multiply_add(Lanes lanes, bool is_signed) {
       uint32_t sum = operands.in[6 + i];
       for (int k = 0; k < 32; ++k) sum += static_cast<uint32_t>(row[k] * column[k]);
       operands.out[i] = sum;
+    }
+  }
+  machine.counts.products += 1;
+}
+
+inline float tf32_of(uint32_t bits) {
+  if (bits & 0x1FFF) fail("a value of tf32 has more digits");
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// in: four registers of a, two of b, four sums. Products and their sum with one of these are rounded once.
+inline void multiply_add_tf32(Lanes lanes) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const uint32_t* in = lanes[lane].operands.in;
+    for (int r = 0; r < 4; ++r) a[lane / 4 + r % 2 * 8][lane % 4 + r / 2 * 4] = tf32_of(in[r]);
+    for (int r = 0; r < 2; ++r) b[lane / 4][lane % 4 + r * 4] = tf32_of(in[4 + r]);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    Operands& operands = lanes[lane].operands;
+    for (int i = 0; i < 4; ++i) {
+      const float *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
+      float value;
+      memcpy(&value, &operands.in[6 + i], sizeof value);
+      double sum = value;
+      for (int k = 0; k < 8; ++k) sum += static_cast<double>(row[k]) * column[k];
+      value = static_cast<float>(sum);
+      memcpy(&operands.out[i], &value, sizeof value);
     }
   }
   machine.counts.products += 1;
@@ -105,6 +135,7 @@ inline void run_operation(int warp) {
   switch (operation) {
     case Operation::kMultiplyAddS8: return multiply_add(lanes, true);
     case Operation::kMultiplyAddU8: return multiply_add(lanes, false);
+    case Operation::kMultiplyAddTf32: return multiply_add_tf32(lanes);
     case Operation::kLoadMatrices: return load_matrices(lanes, first_thread);
     case Operation::kLoadShared: return access_shared(lanes, first_thread, false);
     case Operation::kStoreShared: return access_shared(lanes, first_thread, true);

@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dcomp.kernels import blocked, onednn, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
@@ -126,6 +127,18 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
     group = max(1, min(group, x.shape[-1]))
     torch.ops.dcomp_native.quantize_group(x.contiguous(), _vector(smooth), group, image, scale)
     return image, scale
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
+    if group is None:
+        codes, scale = quantize_token(x, smooth)
+    else:
+        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
 
 
 def group_norm_quantize(
