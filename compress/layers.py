@@ -383,7 +383,7 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
             if self._is_read_once:
                 group = self._input_group if self.scheme.input_bits == 4 else None
                 codes, x_scale, hidden = ops.quantize_low_rank(rows, self.lr_down, group, smooth)
-                hidden = hidden.view(*x.shape[:-1], -1)
+                hidden = hidden.view(*x.shape[:-1], self.scheme.rank)
             else:
                 codes, x_scale = self._row_codes(rows, smooth)
             y = self._int_rows(codes, x_scale, step_bin, self._product_dtype(x))

@@ -85,8 +85,8 @@ def quantize_low_rank(
 
 @quantize_low_rank.register_fake
 def _(x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    scale, hidden = (x.new_empty(shape, dtype=torch.float32) for shape in (x.shape[:1], (len(x), len(down))))
-    return x.new_empty(x.shape, dtype=torch.int8), scale, hidden
+    hidden = x.new_empty((x.shape[0], down.shape[0]), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32), hidden
 
 
 @torch.library.custom_op("dcomp::group_norm_quantize", mutates_args=())

@@ -74,7 +74,7 @@ def token_scale(x: Tensor) -> Tensor:
 
 def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of a float tensor, smoothed, and the scale of each of its rows, fp32 `x.shape[:-1]`."""
-    x = smoothed(x, smooth)
+    x = x if smooth is None else x.float() * smooth
     scale = token_scale(x)
     codes = x.float().mul((1 / scale).unsqueeze(-1)).round_().clamp_(-TOKEN_LIMIT, TOKEN_LIMIT)
     return codes.to(torch.int8), scale

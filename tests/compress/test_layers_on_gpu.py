@@ -112,3 +112,16 @@ def test_smoothing_is_left_to_the_quantizer_where_nothing_comes_between(
     assert distance < bound(torch.float32)
     arguments = [call.args[2] for call in launch.mock_calls if call.args[0].name == quantizer]
     assert bool(arguments[-1].smooth) != rotate  # self-tests come first
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_rows_are_read_once_for_codes_and_for_the_branch(bits: int, smooth: bool) -> None:
+    inputs = {"input_bits": bits, "input_granularity": "token", "input_group": 8 if bits == 4 else None}
+    scheme = QScheme(4, 8, **inputs, smooth=smooth, rank=3)
+    chosen, distance = run(nn.Linear(40, 24), scheme, torch.randn(2, 3, 40))
+    assert distance < bound(torch.float32)
+    assert chosen == [("quantize_low_rank", "cuda"), ("linear_a8", "cuda")]
+    rotated = replace(scheme, rotate=True)
+    chosen, _ = run(nn.Linear(40, 24), rotated, torch.randn(2, 3, 40))
+    assert chosen[0] == ("quantize_token" if bits == 8 else "quantize_group", "cuda")

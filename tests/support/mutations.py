@@ -15,7 +15,7 @@ class Mutation:
 
 
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
-UNPACK, NORM, SMOOTH = "unpack.cuh", "norm_quantize.cuh", "smooth.cuh"
+UNPACK, NORM, SMOOTH, LOW_RANK = "unpack.cuh", "norm_quantize.cuh", "smooth.cuh", "low_rank.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -284,6 +284,31 @@ MUTATIONS = [
         "        smooth.apply(v);\n#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
         "#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
     ),
+    Mutation("one value of tf32 for fp32", "low rank", LOW_RANK, "add_products(sums[i], rest, down, k);", ""),
+    Mutation("more digits than tf32 has", "low rank", LOW_RANK, "to_bits(value) & 0xFFFFE000u", "to_bits(value)"),
+    Mutation("no zeros beyond rows and ranks", "low rank", LOW_RANK, "row < rows ? channels : 0", "channels"),
+    Mutation(
+        "rows of the two halves swapped",
+        "low rank",
+        LOW_RANK,
+        "{x[i][0][k], x[i][1][k], x[i][0][k + 1], x[i][1][k + 1]}",
+        "{x[i][0][k], x[i][0][k + 1], x[i][1][k], x[i][1][k + 1]}",
+    ),
+    Mutation(
+        "channels of the next product", "low rank", LOW_RANK, "to_bits(down[i][k + 1])", "to_bits(down[i][(k + 2) % 4])"
+    ),
+    Mutation("all warps at the same channels", "low rank", LOW_RANK, "int at = warp * 16;", "int at = 0;"),
+    Mutation("one warp's sums", "low rank", LOW_RANK, "other < kQuantizeWarps", "other < 1"),
+    Mutation("sums overwritten", "low rank", LOW_RANK, "barrier();  // all sums", "// all sums"),
+    Mutation(
+        "columns of the first block",
+        "low rank",
+        LOW_RANK,
+        "const int column = first + i / 4",
+        "const int column = i / 4",
+    ),
+    Mutation("rows beyond the last one", "low rank", LOW_RANK, "row < a.rows && column", "column"),
+    Mutation("columns beyond the rank", "low rank", LOW_RANK, "row < a.rows && column < a.rank", "row < a.rows"),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),
     Mutation("scale of a tap", "unpack", UNPACK, "a.scale + row / a.taps", "a.scale + row"),

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from dcomp.kernels.cuda.arguments import (
+    LowRankArguments,
     QuantizeGroupArguments,
     QuantizeSampleArguments,
     QuantizeStaticArguments,
     QuantizeTokenArguments,
     UnpackArguments,
 )
+from dcomp.kernels.cuda.calls import LOW_RANK_ROWS
 from tests.support.emulated import Emulator, type_of, untouched
 
 WARPS = 8  # of a block, a row each
@@ -76,6 +78,20 @@ def quantize_group(
             name, (parts, samples), QuantizeGroupArguments, **tensors, **shape, parts=parts, x_type=type_of(x)
         )
     return codes, scale
+
+
+def quantize_low_rank(
+    emulator: Emulator, x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes `[M, C]` of `[M, C]`, scales `[M]`, and `x @ down.t()` `[M, r]`."""
+    (rows, channels), rank = x.shape, len(down)
+    codes, scale, hidden = untouched(rows, channels, dtype=torch.int8), untouched(rows), untouched(rows, rank)
+    tensors = {"x": x, "smooth": smooth, "down": down, "codes": codes, "scale": scale, "hidden": hidden}
+    shape = {"rows": rows, "channels": channels, "depth": channels, "rank": rank, "x_type": type_of(x)}
+    name = "low_rank_token" if group is None else "low_rank_group"
+    grid = (-(-rows // LOW_RANK_ROWS), 1)
+    emulator.launch(name, grid, LowRankArguments, **tensors, **shape, group=max(1, min(group or 1, channels)))
+    return codes, scale, hidden
 
 
 def unpack(

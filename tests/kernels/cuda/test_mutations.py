@@ -166,6 +166,21 @@ def check_smooth(emulator: Emulator) -> bool:
     return good
 
 
+def check_low_rank(emulator: Emulator) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    good = True
+    emulator.counts()
+    for rows, channels, rank, dtype in ((37, 203, 40, torch.float32), (20, 96, 5, torch.bfloat16)):
+        x = integers(generator, -127, 127, rows, channels).to(dtype)
+        x = x * 517 if dtype == torch.float32 else x
+        down, smooth = integers(generator, -3, 3, rank, channels).half(), floats(channels).abs() + 0.1
+        found = quantizers.quantize_low_rank(emulator, x, down, None, smooth)
+        good &= all_right(found, reference.quantize_low_rank(x, down, None, smooth))
+        found = quantizers.quantize_low_rank(emulator, x, down, 32)
+        good &= all_right(found, reference.quantize_low_rank(x, down, 32))
+    return good and without_conflicts(emulator)
+
+
 def check_unpack(emulator: Emulator) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = integers(generator, -8, 7, 5, 3, 12)
@@ -228,6 +243,7 @@ CHECKS: dict[str, tuple[Check, str]] = {
         "quantize_static, QuantizeStatic; sample_range, SampleRange; quantize_sample, QuantizeSample; "
         "quantize_token, QuantizeToken; quantize_group_token, QuantizeGroupToken",
     ),
+    "low rank": (check_low_rank, "low_rank_token, LowRankToken; low_rank_group, LowRankGroup"),
     "unpack": (check_unpack, "unpack_int8, UnpackInt8; unpack_int4, UnpackInt4"),
     "group norm": (
         check_group_norm,

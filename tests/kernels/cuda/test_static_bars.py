@@ -58,6 +58,12 @@ OPCODES = {
 }
 
 
+def test_branches_are_multiplied_in_tf32():
+    found = facts(86, ["low_rank_token"])
+    assert_bars(86, found)
+    assert "HMMA.1688.F32.TF32" in found["low_rank_token"].opcodes
+
+
 def test_one_architecture_keeps_the_bars():
     found = facts(86, [f"{stem}{LARGE}" for stem in OPCODES])
     assert_bars(86, found)

@@ -38,6 +38,17 @@ struct Products : Probe<32, 0> {  // in: a and b as [32][6] registers; out: sign
     for (int i = 0; i < 4; ++i) store_global(a.out + lane * 8 + 4 + i, static_cast<uint32>(of_unsigned[i]));
   }
 };
+struct FloatProducts : Probe<32, 0> {  // in: a and b as [32][6] values of tf32; out: sums, [32][4]
+  static void run(const Arguments& a) {
+    const int lane = threadIdx.x;
+    uint32 x[4], w[2];
+    for (int i = 0; i < 4; ++i) x[i] = load_global(a.in + lane * 6 + i);
+    for (int i = 0; i < 2; ++i) w[i] = load_global(a.in + lane * 6 + 4 + i);
+    float sums[4] = {1, 2, 3, 4};
+    multiply_add_tf32(sums, x, w);
+    for (int i = 0; i < 4; ++i) store_global(a.out + lane * 4 + i, to_bits(sums[i]));
+  }
+};
 struct Matrices : Probe<32, 512> {  // in: 512 bytes; out: [32][4]
   static void run(const Arguments& a) {
     uint8* const at = shared_memory() + threadIdx.x * 16;
@@ -137,6 +148,7 @@ struct Large : Probe<32, 64 << 10> {
 """
 SHAPES = {  # threads, bytes of shared memory
     "Products": (32, 0),
+    "FloatProducts": (32, 0),
     "Matrices": (32, 512),
     "Floats16": (32, 0),
     "Race": (64, 256),
@@ -199,6 +211,28 @@ def test_products_have_the_fragments_of_the_ptx_isa(probes):
             expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
             start = torch.tensor([1, 2, 3, 4]) * (1 - which)
             assert torch.equal(out[lane, which].long(), expected + start)
+
+
+def test_products_of_tf32_have_the_fragments_of_the_ptx_isa(probes):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-1023, 1024, (rows, 8), generator=generator).float() for rows in (16, 8))
+    registers = torch.zeros(32, 6)
+    for lane in range(32):
+        row, k = lane // 4, lane % 4
+        # a0: (row, k), a1: (row + 8, k), a2: (row, k + 4), a3: (row + 8, k + 4); b0: (k, row), b1: (k + 4, row)
+        for i, (down, right) in enumerate([(0, 0), (8, 0), (0, 4), (8, 4)]):
+            registers[lane, i] = a[row + down, k + right]
+        for i, right in enumerate([0, 4]):
+            registers[lane, 4 + i] = b[row, k + right]
+    out = run(probes, "FloatProducts", registers, words=128).view(torch.float32).view(32, 4)
+    sums = a @ b.t()
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
+        assert torch.equal(out[lane], expected + torch.tensor([1.0, 2, 3, 4]))
+    registers[7, 2] = 1 / 3
+    with pytest.raises(EmulatorError, match="tf32 has more digits"):
+        run(probes, "FloatProducts", registers, words=128)
 
 
 def test_matrices_are_spread_as_in_the_ptx_isa(probes):
