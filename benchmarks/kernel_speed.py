@@ -28,6 +28,8 @@ LINEAR = ((8192, 320, 320), (2048, 640, 5120), (512, 1280, 1280), (154, 768, 128
 CONVOLUTIONS = ((320, 64, 320), (640, 32, 640), (1280, 16, 1280))  # channels, pixels of a side, outputs; two samples
 TOKENS = ((8192, 320), (2048, 1280))
 IMAGES = ((320, 64), (640, 32))
+SMOOTHED = (4096, 1280)
+GROUPS = ((4096, 1, 1280), (4096, 1, 320), (1, 4096, 320))  # samples, rows of each, channels
 
 Calls = dict[str, Callable[[], Any]]
 
@@ -119,8 +121,11 @@ def convolutions() -> Any:
 
 
 def quantizations() -> Any:
-    """Yield quantization by token, and by sample."""
-    from dcomp.kernels import ops, qparams
+    """Yield quantization by token, by sample, and by group, and of channels that are smoothed.
+
+    `blocks` are torch's own operations in blocks, `steps` torch's product with factors of channels, then ours.
+    """
+    from dcomp.kernels import blocked, ops, qparams
 
     for rows, channels in TOKENS:
         x = torch.randn(rows, channels)
@@ -133,6 +138,42 @@ def quantizations() -> Any:
         yield (
             f"samples 2 x {channels} x {side} x {side}",
             {"eager": lambda x=x: qparams.quantize_sample(x), "ours": lambda x=x: ops.quantize_sample(x)},
+        )
+    for samples, rows, channels in GROUPS:
+        x = torch.randn(samples, rows, channels)
+        yield (
+            f"groups of {GROUP}, {samples} x {rows} x {channels}",
+            {
+                "eager": lambda x=x: qparams.quantize_group(x, GROUP),
+                "blocks": lambda x=x: blocked.quantize_group(x, GROUP),
+                "ours": lambda x=x: ops.quantize_group(x, GROUP),
+            },
+        )
+    yield from smoothed_quantizations()
+
+
+def smoothed_quantizations() -> Any:
+    """Yield quantization of channels that are multiplied by factors."""
+    from dcomp.kernels import ops, qparams
+
+    rows, (channels, side) = torch.randn(SMOOTHED), IMAGES[0]
+    image = torch.randn(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    static = (torch.tensor([0.03]), torch.tensor([128], dtype=torch.uint8))
+    for name, x, given in (
+        ("token", rows, ()),
+        ("group", rows.unsqueeze(1), (GROUP,)),
+        ("sample", image, ()),
+        ("static", image, static),
+    ):
+        smooth = torch.rand(x.shape[1 if x.ndim == 4 else -1]) + 0.5
+        ours, plain = (getattr(module, f"quantize_{name}") for module in (ops, qparams))
+        yield (
+            f"smoothed, {name}, {' x '.join(map(str, x.shape))}",
+            {
+                "eager": lambda x=x, a=given, s=smooth, f=plain: f(x, *a, s),
+                "steps": lambda x=x, a=given, s=smooth, f=ours: f(qparams.smoothed(x, s), *a),
+                "ours": lambda x=x, a=given, s=smooth, f=ours: f(x, *a, s),
+            },
         )
 
 

@@ -230,6 +230,7 @@ class QuantLayer(SteppedLayer):
             block = nibbles.block_of(self._input_group, Stored(*self._rows_of_weight()), self._in_channels)
             return {"linear_a4": {**weight, "reduction": reduction, "block": block}}
         quantizer = "quantize_group" if scheme.input_bits == 4 else quantizers[scheme.input_granularity]
+        quantizer = "quantize_low_rank" if self._is_read_once else quantizer
         return {quantizer: {}, f"{product}_a8": {**weight, "reduction": reduction, "groups": groups}}
 
     @property
@@ -238,6 +239,16 @@ class QuantLayer(SteppedLayer):
         out_channels, *taps, _ = self.qweight.shape
         shape = torch.Size((out_channels, self._in_channels, *taps))
         return WeightForm(shape, self.qweight.device, self.scheme.folded)
+
+    @property
+    def _is_quantized_raw(self) -> bool:
+        """Whether nothing but factors of channels comes between inputs and their codes."""
+        return self.scheme.input_bits < 16 and self.directions is None and not self.scheme.rotate
+
+    @property
+    def _is_read_once(self) -> bool:
+        """Whether codes of rows and the first half of the branch are found together."""
+        return self.lr_down is not None and self._is_quantized_raw and self.scheme.input_granularity == "token"
 
     @abstractmethod
     def _take_geometry(self, layer: nn.Module) -> tuple[int, tuple[int, ...], int]:
@@ -298,35 +309,51 @@ class QuantLayer(SteppedLayer):
             x = qparams.hadamard(x.float(), qparams.rotation_block(self._in_channels))
         return x, along
 
+    def _transformed_for_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Transform inputs `[..., I]` of a quantizer, which smooths them itself where nothing else comes between.
+
+        Returns:
+            What `_transformed` does, and the factors that the quantizer has to multiply channels by, or None.
+        """
+        if self._is_quantized_raw:
+            return x, None, self.smooth_inv
+        return *self._transformed(x), None
+
     def _carried(self) -> Tensor:
         """Return what meets the directions of the input, fp32 `[O, *taps, d]`."""
         assert self.direction_weight is not None
         assert self.direction_scale is not None
         return self.direction_weight.float() * self.direction_scale
 
-    def _int_rows(self, rows: Tensor, raw: Tensor, step_bin: int) -> Tensor:
-        """Apply a layer without taps to transformed rows `[M, I]`, each with a scale of its own: `[M, O]`.
+    def _int_rows(self, rows: Tensor, raw: Tensor, smooth: Tensor | None, step_bin: int) -> Tensor:
+        """Apply a layer without taps to rows `[M, I]`, each with a scale of its own: `[M, O]`.
 
-        The branch, which reads the raw rows, is in the result unless directions have to be added as well.
+        The branch is in the result unless directions have to be added as well.
+
+        Args:
+            rows: as `_transformed_for_codes` leaves them.
+            raw: as they came: what the branch reads.
+            smooth: factors that rows have to be multiplied by.
+            step_bin: of tables.
         """
         qweight, multiplier = self._rows_of_weight()
         scale, bias = self._scale_and_bias(step_bin)
-        weight: tuple[Any, ...] = (qweight, scale, multiplier, bias, self._in_channels)
-        if self.directions is not None:
-            weight += (torch.float32,)
-        else:
-            weight += (raw.dtype, *self._branch(raw, step_bin))
+        dtype = raw.dtype if self.directions is None else torch.float32
+        weight = (qweight, scale, multiplier, bias, self._in_channels, dtype)
+        down = hidden = up = None
+        if self.lr_down is not None and self.lr_up is not None and self.directions is None:
+            # As stored it is float16, which kernels take.
+            up = self.lr_up if self.step_scale is None else self._of_output(self.lr_up.float(), step_bin)
+            down = self.lr_down.flatten(1)
+            hidden = None if self._is_read_once else functional.linear(raw.float(), down.float())
         if self.scheme.input_bits == 4:
-            return cast(Tensor, ops.linear_a4(rows, self._input_group, *weight))
-        return cast(Tensor, ops.linear_a8(*ops.quantize_token(rows), *weight))
-
-    def _branch(self, rows: Tensor, step_bin: int) -> tuple[Tensor, Tensor] | tuple[()]:
-        """Return what the branch makes of raw rows, fp32 `[M, r]`, and what meets it, `[O, r]`; nothing without one."""
-        if self.lr_down is None or self.lr_up is None:
-            return ()
-        hidden = functional.linear(rows.float(), self.lr_down.float().flatten(1))
-        # As stored it is float16, which kernels take.
-        return hidden, self.lr_up if self.step_scale is None else self._of_output(self.lr_up.float(), step_bin)
+            found = (hidden, up, smooth, down if self._is_read_once else None)
+            return cast(Tensor, ops.linear_a4(rows, self._input_group, *weight, *found))
+        if self._is_read_once:
+            codes, x_scale, hidden = ops.quantize_low_rank(rows, down, None, smooth)
+        else:
+            codes, x_scale = ops.quantize_token(rows, smooth)
+        return cast(Tensor, ops.linear_a8(codes, x_scale, *weight, hidden, up))
 
     def _rows_of_weight(self) -> tuple[Tensor, Tensor | None]:
         """View codes and multipliers of a layer without taps as rows."""
@@ -370,13 +397,13 @@ class QuantLinear(QuantLayer, nn.Linear):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs, along = self._transformed(x)
+        inputs, along, smooth = self._transformed_for_codes(x)
         if self.scheme.input_bits == 16:
             scale, bias = self._scale_and_bias(step_bin)
             y = ops.linear_a16(inputs.to(x.dtype), self.qweight, scale, self.multiplier, bias, self.in_features)
         else:
             rows, raw = (part.reshape(-1, self.in_features) for part in (inputs, x))
-            y = self._int_rows(rows, raw, step_bin).view(*x.shape[:-1], self.out_features)
+            y = self._int_rows(rows, raw, smooth, step_bin).view(*x.shape[:-1], self.out_features)
             if along is None:
                 return y
         return self._with_floats(y, x, along, step_bin).to(x.dtype)
@@ -426,21 +453,22 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
         return self._by_bin(x, self._int_bin).contiguous(memory_format=torch.channels_last)
 
     def _int_bin(self, x: Tensor, step_bin: int) -> Tensor:
-        inputs, along = self._transformed(x.movedim(1, -1))
+        inputs, along, smooth = self._transformed_for_codes(x.movedim(1, -1))
         inputs = inputs.movedim(-1, 1)
         if self.scheme.input_granularity == "tensor":
             assert self.input_scale is not None
             assert self.input_zero is not None
             scale, zero = self.input_scale[step_bin : step_bin + 1], self.input_zero[step_bin : step_bin + 1]
-            q = ops.quantize_static(inputs, scale, zero)
+            q = ops.quantize_static(inputs, scale, zero, smooth)
             y = ops.conv2d_a8(q, scale, zero, *self._weight_and_shape(step_bin), self._product_dtype(x))
         elif self.scheme.input_granularity == "sample":
             weight_and_shape = self._weight_and_shape(step_bin)
-            y = ops.conv2d_a8(*self._sample_codes(inputs), *weight_and_shape, self._product_dtype(x))
+            y = ops.conv2d_a8(*self._sample_codes(inputs, smooth), *weight_and_shape, self._product_dtype(x))
         elif self.scheme.input_granularity == "token":
             pixels = inputs.movedim(1, -1)
             rows, raw = (part.reshape(-1, self.in_channels) for part in (pixels, x.movedim(1, -1)))
-            y = self._int_rows(rows, raw, step_bin).view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
+            y = self._int_rows(rows, raw, smooth, step_bin)
+            y = y.view(*pixels.shape[:-1], self.out_channels).movedim(-1, 1)
             if along is None:
                 return y
         else:
@@ -467,12 +495,12 @@ class QuantConv2d(QuantLayer, nn.Conv2d):  # type: ignore[misc]
             return qparams.fake_quant_static(x, scale, zero)
         return fake_quant_dynamic(x.movedim(1, -1), self.scheme).movedim(-1, 1)
 
-    def _sample_codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample_codes(self, x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return uint8 codes, scale and zero of each sample; codes of groups are shifted to have their zero at 128."""
         if self.scheme.input_bits == 8:
-            return cast(tuple[Tensor, Tensor, Tensor], ops.quantize_sample(x))
+            return cast(tuple[Tensor, Tensor, Tensor], ops.quantize_sample(x, smooth))
         pixels = x.movedim(1, -1)
-        image, scale = ops.quantize_group(pixels.flatten(1, 2), self._input_group)
+        image, scale = ops.quantize_group(pixels.flatten(1, 2), self._input_group, smooth)
         codes = (image.view(torch.uint8) ^ 0x80).view(pixels.shape).movedim(-1, 1)
         return codes, scale, torch.full_like(scale, 128, dtype=torch.uint8)
 

@@ -15,8 +15,9 @@ _BLOCK_ELEMENTS = 1 << 18  # of a float32 temporary: 1 MiB
 _FLOAT_WEIGHT_ELEMENTS = 1 << 20  # of a dequantized weight: 4 MiB, far below what is given back to the system
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return the bytes of `qparams.quantize_static`, in the memory format of `x`."""
+    x = qparams.smoothed(x, smooth)
     codes = torch.empty_like(x, dtype=torch.uint8)
     values, out = in_memory_order(x), in_memory_order(codes)
     if values is None or out is None:
@@ -35,8 +36,9 @@ def _write_codes(block: Tensor, inverse: Tensor, shift: Tensor, target: Tensor, 
     target.bitwise_xor_(0x80)
 
 
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
+    x = qparams.smoothed(x, smooth)
     codes = torch.empty_like(x, dtype=torch.uint8)
     values, out = in_memory_order(x), in_memory_order(codes)
     if values is None or out is None or x.numel() == 0:
@@ -58,8 +60,9 @@ def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scale, zero
 
 
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_group`."""
+    x = qparams.smoothed(x, smooth)
     if x.numel() == 0:
         return qparams.quantize_group(x, group)
     batch, length, channels = x.shape
@@ -75,6 +78,18 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         for block, grid, target in zip(blocks, grids, image[part].split(rows, 1), strict=True):
             target.copy_(qparams.group_image(block, group, *grid, scale[part]))
     return image, scale
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
+    if group is None:
+        codes, scale = quantize_token(x, smooth)
+    else:
+        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
 
 
 def group_norm_quantize(
@@ -99,8 +114,9 @@ def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     return codes.view(x.shape), scales.view(x.shape[:-1])
 
 
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
+    x = qparams.smoothed(x, smooth)
     codes = torch.empty(x.shape, dtype=torch.int8)
     scale = torch.empty(len(x))
     rows = max(1, _BLOCK_ELEMENTS // max(1, x.shape[-1]))
@@ -122,6 +138,15 @@ def in_memory_order(tensor: Tensor) -> Tensor | None:
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1).view(-1)
     return None
+
+
+def smoothed_where_channels_are_apart(x: Tensor, smooth: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return `x` and the factors of its channels; multiplied, and None, where channels are not neighbours in memory."""
+    if smooth is None:
+        return x, None
+    is_image = x.ndim == 4
+    last = x.is_contiguous(memory_format=torch.channels_last) if is_image else x.is_contiguous()
+    return (x, smooth.float().contiguous()) if last else (qparams.smoothed(x, smooth), None)
 
 
 def linear_a16(x: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

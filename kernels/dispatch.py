@@ -27,6 +27,7 @@ OPERATIONS = (
     "quantize_sample",
     "quantize_token",
     "quantize_group",
+    "quantize_low_rank",
     "group_norm_quantize",
     "layer_norm_quantize",
     "linear_a4",
@@ -135,7 +136,7 @@ def _choose(request: _Request, forced: Backend) -> Choice:
 
 
 def _choose_a4(request: _Request, forced: Backend) -> Choice:
-    """Return the kernel of 4-bit inputs where there is one, else two operations that make an int8 image on the way."""
+    """Return the kernel of 4-bit inputs where there is one, else say what runs the operations that stand in for it."""
     refusal = ""
     if request.device == "cuda" and forced in ("auto", "cuda"):
         found = _refuse_cuda(request)
@@ -143,14 +144,8 @@ def _choose_a4(request: _Request, forced: Backend) -> Choice:
             return _cuda_row(request)
         refusal = f"{found}; "
     quantizer, product = (_choose(replace(request, operation=part), forced) for part in ("quantize_group", "linear_a8"))
-
-    def run(x: Tensor, group: int, weight: Any, scale: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
-        image, x_scale = quantizer.run(x.unsqueeze(1), group)
-        y: Tensor = product.run(image.squeeze(1).contiguous(), x_scale, weight, scale, bias, **options)
-        return y
-
     reason = f"{refusal}quantize_group by {quantizer.row}, linear_a8 by {product.row}"
-    return Choice(product.row, reason, run, product.image)
+    return Choice(product.row, reason, reference.linear_a4)
 
 
 def _cuda_row(request: _Request) -> Choice:
@@ -270,7 +265,8 @@ _CUDA_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass", cuda.quantize_static),
     ("quantize_sample", 8): ("two passes", cuda.quantize_sample),
     ("quantize_token", 8): ("a warp for each token", cuda.quantize_token),
-    ("quantize_group", 8): ("two passes", cuda.quantize_group),
+    ("quantize_group", 8): ("a warp for each row, or two passes where rows share a scale", cuda.quantize_group),
+    ("quantize_low_rank", 8): ("rows are read once for codes and for tf32 products", cuda.quantize_low_rank),
     ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", cuda.group_norm_quantize),
     ("layer_norm_quantize", 8): ("a warp for each token", cuda.layer_norm_quantize),
     ("attention", 8): ("scores of int8 codes, values in float16", cuda.attention),
@@ -289,6 +285,8 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass", native.quantize_static),
     ("quantize_sample", 8): ("two passes", native.quantize_sample),
     ("quantize_token", 8): ("one pass", native.quantize_token),
+    ("quantize_group", 8): ("one pass, or two where rows share a scale", native.quantize_group),
+    ("quantize_low_rank", 8): ("codes in one pass, torch's product", native.quantize_low_rank),
     ("linear_a8", 8): ("oneDNN int8 matrix product; own unpacking and rescaling", native.linear_a8),
     ("conv2d_a8", 4): (
         "own unpacking and rescaling, oneDNN int8 matrix product over patches",
@@ -313,6 +311,7 @@ _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_sample", 8): ("two passes in cache-sized blocks", blocked.quantize_sample),
     ("quantize_token", 8): ("one pass in cache-sized blocks", blocked.quantize_token),
     ("quantize_group", 8): ("two passes in cache-sized blocks", blocked.quantize_group),
+    ("quantize_low_rank", 8): ("codes in cache-sized blocks, torch's product", blocked.quantize_low_rank),
     ("group_norm_quantize", 8): ("torch's norm and activation, codes of their result", blocked.group_norm_quantize),
     ("layer_norm_quantize", 8): ("torch's norm, codes of its result", blocked.layer_norm_quantize),
     ("linear_a8", 8): ("oneDNN int8 matrix product; 4-bit weights are unpacked for each call", onednn.linear_a8),
@@ -338,6 +337,7 @@ _LAST_ROW: dict[str, tuple[str, str, Callable[..., Any]]] = {
     "quantize_sample": ("emulated", "plain torch", qparams.quantize_sample),
     "quantize_token": ("emulated", "plain torch", qparams.quantize_token),
     "quantize_group": ("emulated", "plain torch", qparams.quantize_group),
+    "quantize_low_rank": ("emulated", "plain torch", reference.quantize_low_rank),
     "group_norm_quantize": ("emulated", "plain torch", reference.group_norm_quantize),
     "layer_norm_quantize": ("emulated", "plain torch", reference.layer_norm_quantize),
     "linear_a4": ("emulated", _EXACT, reference.linear_a4),

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dcomp.kernels import dispatch, qparams, reference
 from dcomp.kernels.cuda import nibbles
@@ -23,52 +24,73 @@ def _quantizer(operation: str, x: Tensor) -> Choice:
 
 
 @torch.library.custom_op("dcomp::quantize_static", mutates_args=())
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`."""
-    codes: Tensor = _quantizer("quantize_static", x).run(x, scale, zero)
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
+    """Return uint8 codes for a static range: scale fp32 `[1]`, zero uint8 `[1]`.
+
+    Here as in all quantizers, what is rounded is `qparams.smoothed(x, smooth)`; factors are fp32, one for each channel.
+    """
+    codes: Tensor = _quantizer("quantize_static", x).run(x, scale, zero, smooth)
     return codes.contiguous(memory_format=qparams.memory_format(x))
 
 
 @quantize_static.register_fake
-def _(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
 
 
 @torch.library.custom_op("dcomp::quantize_sample", mutates_args=())
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes of the samples of `x` `[N, ...]`, their scales fp32 `[N]` and zeros uint8 `[N]`."""
-    codes, scale, zero = _quantizer("quantize_sample", x).run(x)
+    codes, scale, zero = _quantizer("quantize_sample", x).run(x, smooth)
     return codes.contiguous(memory_format=qparams.memory_format(x)), scale, zero
 
 
 @quantize_sample.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty_like(x, dtype=torch.uint8, memory_format=qparams.memory_format(x))
     return codes, x.new_empty(x.shape[:1], dtype=torch.float32), x.new_empty(x.shape[:1], dtype=torch.uint8)
 
 
 @torch.library.custom_op("dcomp::quantize_token", mutates_args=())
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return int8 codes of the rows of `x` `[M, I]` and their scales fp32 `[M]`."""
-    codes, scale = _quantizer("quantize_token", x).run(x)
+    codes, scale = _quantizer("quantize_token", x).run(x, smooth)
     return codes.contiguous(), scale
 
 
 @quantize_token.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("dcomp::quantize_group", mutates_args=())
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the int8 image of `x` `[N, M, I]` in groups of `group` channels, and the scales fp32 `[N]`."""
-    image, scale = _quantizer("quantize_group", x).run(x, group)
+    image, scale = _quantizer("quantize_group", x).run(x, group, smooth)
     return image.contiguous(), scale
 
 
 @quantize_group.register_fake
-def _(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dcomp::quantize_low_rank", mutates_args=())
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes of the rows of `x` `[M, I]`, their scales fp32 `[M]`, and `x @ down.t()` fp32 `[M, r]`.
+
+    Codes are those of `quantize_token`, or with a group those of `quantize_group`; `down` is fp16 `[r, I]`.
+    """
+    codes, scale, hidden = _quantizer("quantize_low_rank", x).run(x, down, group, smooth)
+    return codes.contiguous(), scale, hidden.contiguous()
+
+
+@quantize_low_rank.register_fake
+def _(x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = x.new_empty((x.shape[0], down.shape[0]), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.float32), hidden
 
 
 @torch.library.custom_op("dcomp::group_norm_quantize", mutates_args=())
@@ -135,18 +157,30 @@ def linear_a4(
     dtype: torch.dtype = torch.float32,
     hidden: Tensor | None = None,
     up: Tensor | None = None,
+    smooth: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> Tensor:
     """Return `[M, O]` of floats `[M, I]`, rounded as by `quantize_group` of each row, and a packed weight.
 
     A low-rank branch, `hidden` fp32 `[M, r]` and `up` `[O, r]`, is added before the result is rounded to its dtype.
+    With `down` fp16 `[r, I]` in place of `hidden`, that is `x @ down.t()`.
     """
     excess = cuda.excess(max(x.numel(), len(x) * len(scale)), len(x)) if x.is_cuda else None
     is_taken = x.dtype in cuda.FLOAT_TYPE and x.numel() > 0
     block = nibbles.block_of(group, Stored(qweight, multiplier), in_features) if is_taken else 0
     bits = _bits(qweight)
     choice = dispatch.choose("linear_a4", device=x.device, bits=bits, reduction=in_features, excess=excess, block=block)
-    weight = choice.image(qweight, multiplier, in_features)
-    return _with_branch(choice, dtype, hidden, up, x, group, weight, scale, bias)
+    if choice.run is cuda.linear_a4:
+        hidden = hidden if down is None else functional.linear(x.float(), down.float())
+        weight = choice.image(qweight, multiplier, in_features)
+        return _with_branch(choice, dtype, hidden, up, x, group, weight, scale, bias, smooth)
+    if down is None:
+        image, x_scale = quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    else:
+        codes, x_scale, hidden = quantize_low_rank(x, down, group, smooth)
+    y: Tensor = linear_a8(codes, x_scale, qweight, scale, multiplier, bias, in_features, dtype, hidden, up)
+    return y
 
 
 @linear_a4.register_fake
@@ -161,6 +195,8 @@ def _(
     dtype: torch.dtype = torch.float32,
     hidden: Tensor | None = None,
     up: Tensor | None = None,
+    smooth: Tensor | None = None,
+    down: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], qweight.shape[0]), dtype=dtype)
 

@@ -30,14 +30,28 @@ _SLACK = 0.2
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # the inverse of anything smaller may be infinite
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
+    """Return `x` in fp32 with each channel multiplied by its factor, or `x` itself if there are none.
+
+    Args:
+        x: images `[N, I, H, W]`, or anything else with channels last; any float dtype.
+        smooth: fp32 `[I]`.
+    """
+    if smooth is None:
+        return x
+    return x.float() * (smooth.view(-1, 1, 1) if x.ndim == 4 else smooth)
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return uint8 codes of a float tensor.
 
     Args:
         x: any shape and float dtype.
         scale: fp32, broadcasts against `x`.
         zero: uint8, the code of real 0; broadcasts against `x`.
+        smooth: fp32 `[I]`, see `smoothed`.
     """
+    x = smoothed(x, smooth)
     return x.float().mul(1 / scale).round_().add_(zero).clamp_(0, 255).to(torch.uint8)
 
 
@@ -58,8 +72,9 @@ def token_scale(x: Tensor) -> Tensor:
     return scale.masked_fill_(scale < _SMALLEST_SCALE, 1.0)
 
 
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes of a float tensor and the scale of each of its rows, fp32 `x.shape[:-1]`."""
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return int8 codes of a float tensor, smoothed, and the scale of each of its rows, fp32 `x.shape[:-1]`."""
+    x = x if smooth is None else x.float() * smooth
     scale = token_scale(x)
     codes = x.float().mul((1 / scale).unsqueeze(-1)).round_().clamp_(-TOKEN_LIMIT, TOKEN_LIMIT)
     return codes.to(torch.int8), scale
@@ -89,12 +104,12 @@ def sample_range(lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero.to(torch.uint8)
 
 
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return uint8 codes of `x` `[N, ...]` in its memory format, and scale fp32 and zero uint8 `[N]` of its samples.
 
-    A sample's range is that of its values and 0, so real 0 has a code of its own.
+    A sample's range is that of its values, smoothed, and 0, so real 0 has a code of its own.
     """
-    values = x.float()
+    values = smoothed(x, smooth).float()
     if x.shape[1:].numel() == 0:
         lowest = highest = torch.zeros(len(x), device=x.device)
     else:
@@ -155,7 +170,7 @@ def group_multipliers(steps: Tensor, below: Tensor, scale: Tensor) -> Tensor:
     return torch.minimum(multipliers, group_limits(below))
 
 
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return an int8 image of `x` and the scale of each leading index: `x ~ image * scale`.
 
     The image is a 4-bit code less its zero, `0..15 - below`, times a multiplier. `group` neighbouring channels share
@@ -164,6 +179,7 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     Args:
         x: `[N, M, I]`, any float dtype.
         group: channels that share a grid.
+        smooth: fp32 `[I]`, see `smoothed`.
 
     Returns:
         The image `[N, M, I]`, -127 to 127, and the scale fp32 `[N]`. Zeros have scale 1.
@@ -173,6 +189,7 @@ def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """
     if x.shape[1:].numel() == 0:
         return x.to(torch.int8), torch.ones(len(x), device=x.device)
+    x = smoothed(x, smooth)
     steps, below = group_grids(in_groups(x, group))
     scale = group_scale(steps, below)
     return group_image(x, group, steps, below, scale).to(torch.int8), scale

@@ -33,10 +33,39 @@ def add_branch_(y: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
     return y.addmm_(hidden, up.float().t())
 
 
-def linear_a4(x: Tensor, group: int, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `[M, O]` of floats `[M, I]`, rounded to 4 bits in groups of channels, with a scale for each row."""
-    image, x_scale = qparams.quantize_group(x.unsqueeze(1), group)
+def linear_a4(
+    x: Tensor,
+    group: int,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    smooth: Tensor | None = None,
+) -> Tensor:
+    """Return `[M, O]` of floats `[M, I]`, smoothed and rounded to 4 bits in groups of channels, by rows."""
+    image, x_scale = qparams.quantize_group(x.unsqueeze(1), group, smooth)
     return linear_a8(image.squeeze(1), x_scale, codes, weight_scale, bias)
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return int8 codes of rows, their scales fp32 `[M]`, and the first half of a low-rank branch, fp32 `[M, r]`.
+
+    Args:
+        x: `[M, I]`, any float dtype; the branch reads it as it is.
+        down: fp16 `[r, I]`.
+        group: of `qparams.quantize_group`, or None for `qparams.quantize_token`.
+        smooth: fp32 `[I]`, for codes alone.
+
+    Source:
+        Li et al. 2024, SVDQuant (section 4.2).
+    """
+    if group is None:
+        codes, scale = qparams.quantize_token(x, smooth)
+    else:
+        image, scale = qparams.quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
 
 
 def conv2d_a8(

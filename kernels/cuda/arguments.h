@@ -59,56 +59,78 @@ struct ConvArguments {
 
 // quantize_static; any grid, each thread takes every so many elements
 struct QuantizeStaticArguments {
-  const void* x;       // [count]
-  uint8* codes;        // [count]
-  const float* scale;  // [1]
-  const uint8* zero;   // [1]
+  const void* x;        // [count]
+  uint8* codes;         // [count]
+  const float* scale;   // [1]
+  const uint8* zero;    // [1]
+  const float* smooth;  // [C], which neighbours are multiplied by, or null
   int64 count;
+  int channels;         // C
   int x_type;
 };
 
 // sample_range, then quantize_sample; both with grid (parts, N)
 struct QuantizeSampleArguments {
-  const void* x;  // [N, count]
-  uint8* codes;   // [N, count]
-  float* scale;   // [N], written
-  uint8* zero;    // [N], written
-  float* ranges;  // [N, parts, 2], scratch: the lowest and the highest value of each part
-  int64 count;    // elements of a sample
+  const void* x;        // [N, count]
+  uint8* codes;         // [N, count]
+  float* scale;         // [N], written
+  uint8* zero;          // [N], written
+  const float* smooth;  // [C], which neighbours are multiplied by, or null
+  float* ranges;        // [N, parts, 2], scratch: the lowest and the highest value of each part
+  int64 count;          // elements of a sample
+  int channels;         // C
   int parts;
   int x_type;
 };
 
 // quantize_token; grid ceil(M / 8): a warp a row
 struct QuantizeTokenArguments {
-  const void* x;  // [M, C]
-  int8* codes;    // [M, K], 0 beyond C
-  float* scale;   // [M], written
+  const void* x;        // [M, C]
+  const float* smooth;  // [C], which rows are multiplied by, or null
+  int8* codes;          // [M, K], 0 beyond C
+  float* scale;         // [M], written
   int rows, channels, depth;
   int x_type;
 };
 
-// group_peak, then quantize_group; both with grid (parts, N)
+// group_peak, then quantize_group; both with grid (parts, N). Or quantize_group_token alone, of samples that are a row:
+// N is 1, there is a scale for each of the rows, no peak and no part; grid ceil(rows / 8): a warp a row
 struct QuantizeGroupArguments {
-  const void* x;  // [N, rows, C]
-  int8* codes;    // [N, rows, K], 0 beyond C
-  float* scale;   // [N], written
-  float* peaks;   // [N, parts], scratch: the outer scale that each part of the rows calls for
+  const void* x;        // [N, rows, C]
+  const float* smooth;  // [C], which rows are multiplied by, or null
+  int8* codes;          // [N, rows, K], 0 beyond C
+  float* scale;         // [N], written
+  float* peaks;         // [N, parts], scratch: the outer scale that each part of the rows calls for
   int rows, channels, depth;
-  int group;      // channels that share a grid, at most C
+  int group;            // channels that share a grid, at most C
   int parts;
   int x_type;
 };
 
 // quantize_nibbles; grid ceil(M / 8): a warp a row
 struct QuantizeNibblesArguments {
-  const void* x;       // [M, C]
+  const void* x;        // [M, C]
+  const float* smooth;  // [C], which rows are multiplied by, or null
   uint8* codes;        // [M, K], see nibbles.py
   uint8* multipliers;  // [C / 128 rounded up, M rounded up to 4, 4]
   float* scale;        // [M], written
   int rows, channels, depth;
   int group;           // channels that share a grid: a multiple of `block`, perhaps more than C
   int block;           // channels that share a correction: 32 or 64
+  int x_type;
+};
+
+// low_rank_token, low_rank_group; grid ceil(M / 32)
+struct LowRankArguments {
+  const void* x;        // [M, C]
+  const float* smooth;  // [C], which rows are multiplied by before they are rounded, or null
+  const uint16* down;   // [rank, C], float16; meets rows that are not smoothed
+  int8* codes;          // [M, K], 0 beyond C
+  float* scale;         // [M], written
+  float* hidden;        // [M, rank], written
+  int rows, channels, depth;
+  int group;            // of low_rank_group: channels that share a grid, at most C
+  int rank;
   int x_type;
 };
 

@@ -44,31 +44,37 @@ class ConvArguments(ctypes.Structure):
 class QuantizeStaticArguments(ctypes.Structure):
     """Of quantize_static."""
 
-    _fields_ = _fields(pointers="x codes scale zero", longs="count", ints="x_type")
+    _fields_ = _fields(pointers="x codes scale zero smooth", longs="count", ints="channels x_type")
 
 
 class QuantizeSampleArguments(ctypes.Structure):
     """Of sample_range and quantize_sample."""
 
-    _fields_ = _fields(pointers="x codes scale zero ranges", longs="count", ints="parts x_type")
+    _fields_ = _fields(pointers="x codes scale zero smooth ranges", longs="count", ints="channels parts x_type")
 
 
 class QuantizeTokenArguments(ctypes.Structure):
     """Of quantize_token."""
 
-    _fields_ = _fields(pointers="x codes scale", ints="rows channels depth x_type")
+    _fields_ = _fields(pointers="x smooth codes scale", ints="rows channels depth x_type")
 
 
 class QuantizeGroupArguments(ctypes.Structure):
     """Of group_peak and quantize_group."""
 
-    _fields_ = _fields(pointers="x codes scale peaks", ints="rows channels depth group parts x_type")
+    _fields_ = _fields(pointers="x smooth codes scale peaks", ints="rows channels depth group parts x_type")
+
+
+class LowRankArguments(ctypes.Structure):
+    """Of low_rank_*."""
+
+    _fields_ = _fields(pointers="x smooth down codes scale hidden", ints="rows channels depth group rank x_type")
 
 
 class QuantizeNibblesArguments(ctypes.Structure):
     """Of quantize_nibbles."""
 
-    _fields_ = _fields(pointers="x codes multipliers scale", ints="rows channels depth group block x_type")
+    _fields_ = _fields(pointers="x smooth codes multipliers scale", ints="rows channels depth group block x_type")
 
 
 class UnpackArguments(ctypes.Structure):

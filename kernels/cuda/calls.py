@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import reference
-from dcomp.kernels.blocked import in_memory_order
+from dcomp.kernels.blocked import in_memory_order, smoothed_where_channels_are_apart
 from dcomp.kernels.cuda import arguments, driver, nibbles, packing
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE
 from dcomp.kernels.cuda.driver import Kernel
@@ -26,6 +26,7 @@ MOST_ROWS_OF_BLOCKS = 65535  # of a grid, along its second axis
 _SAMPLES_OF_LAUNCH = MOST_ROWS_OF_BLOCKS // 16 * 16  # so that each part of samples is aligned
 _MOST_PARTS_OF_KEYS = 16  # each block reads what all of them found
 _RANKS = 8  # of a branch, that a product of a tensor core has
+LOW_RANK_ROWS = 32  # of a block, as in quantize_low_rank.cuh
 _ELEMENTS = 16  # that a thread of a quantizer has at least, if there are so many
 
 
@@ -191,19 +192,21 @@ def _tiles(kernel: Kernel, rows: int, outputs: int) -> tuple[int, int]:
     return -(-outputs // entry.columns), -(-rows // entry.rows)
 
 
-def quantize_static(kernel: Kernel, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def quantize_static(kernel: Kernel, x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return `qparams.quantize_static` for one range, in the memory format of `x`."""
+    x, smooth = smoothed_where_channels_are_apart(x, smooth)
     values, codes = _with_codes(x)
-    tensors = {"x": values, "codes": codes, "scale": scale.contiguous(), "zero": zero.contiguous()}
+    tensors = {"x": values, "codes": codes, "scale": scale.contiguous(), "zero": zero.contiguous(), "smooth": smooth}
     if x.numel():
         blocks = _blocks(kernel, x.numel())
-        sizes = {"count": x.numel(), "x_type": FLOAT_TYPE[x.dtype]}
+        sizes = {"count": x.numel(), "channels": _channels(smooth), "x_type": FLOAT_TYPE[x.dtype]}
         _launch(kernel, (blocks,), arguments.QuantizeStaticArguments, tensors, **sizes)
     return codes
 
 
-def quantize_sample(passes: Sequence[Kernel], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(passes: Sequence[Kernel], x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return `qparams.quantize_sample` of tensors with elements, in the memory format of `x`."""
+    x, smooth = smoothed_where_channels_are_apart(x, smooth)
     values, codes = _with_codes(x)
     samples, count = len(x), x[0].numel()
     scale = torch.empty(samples, device=x.device)
@@ -214,28 +217,33 @@ def quantize_sample(passes: Sequence[Kernel], x: Tensor) -> tuple[Tensor, Tensor
         "codes": codes,
         "scale": scale,
         "zero": zero,
+        "smooth": smooth,
         "ranges": torch.empty(samples, parts, 2, device=x.device),
     }
-    sizes = {"count": count, "parts": parts, "x_type": FLOAT_TYPE[x.dtype]}
+    sizes = {"count": count, "channels": _channels(smooth), "parts": parts, "x_type": FLOAT_TYPE[x.dtype]}
     for kernel in passes:
         _launch(kernel, (parts, samples), arguments.QuantizeSampleArguments, tensors, **sizes)
     return codes, scale, zero
 
 
-def quantize_token(kernel: Kernel, x: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor]:
+def quantize_token(
+    kernel: Kernel, x: Tensor, smooth: Tensor | None = None, depth: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return `qparams.quantize_token` of `[M, C]` with elements; codes are padded with 0 to `depth` channels."""
     rows, channels = x.shape
     codes = torch.empty(rows, depth or channels, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, device=x.device)
-    tensors = {"x": x.contiguous(), "codes": codes, "scale": scale}
+    tensors = {"x": x.contiguous(), "smooth": _factors(smooth), "codes": codes, "scale": scale}
     sizes = {"rows": rows, "channels": channels, "depth": codes.shape[1], "x_type": FLOAT_TYPE[x.dtype]}
     warps = kernel.threads // 32
     _launch(kernel, (-(-rows // warps),), arguments.QuantizeTokenArguments, tensors, **sizes)
     return codes, scale
 
 
-def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return `qparams.quantize_group` of `[N, M, C]` with elements."""
+def quantize_group(
+    passes: Sequence[Kernel], x: Tensor, group: int, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `qparams.quantize_group` of `[N, M, C]` with elements; one pass is enough if M is 1."""
     samples, rows, channels = x.shape
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(samples, device=x.device)
@@ -249,23 +257,38 @@ def quantize_group(passes: Sequence[Kernel], x: Tensor, group: int) -> tuple[Ten
         "parts": parts,
         "x_type": FLOAT_TYPE[x.dtype],
     }
+    smooth = _factors(smooth)
+    if len(passes) == 1:
+        assert rows == 1
+        tensors = {"x": x.contiguous(), "smooth": smooth, "codes": codes, "scale": scale, "peaks": None}
+        grid = (-(-samples // warps),)
+        _launch(passes[0], grid, arguments.QuantizeGroupArguments, tensors, **sizes | {"rows": samples})
+        return codes, scale
     blocks = (values.split(_SAMPLES_OF_LAUNCH) for values in (x.contiguous(), codes, scale))
     for some_x, some_codes, some_scale in zip(*blocks, strict=True):
         peaks = torch.empty(len(some_x), parts, device=x.device)
-        tensors = {"x": some_x, "codes": some_codes, "scale": some_scale, "peaks": peaks}
+        tensors = {"x": some_x, "smooth": smooth, "codes": some_codes, "scale": some_scale, "peaks": peaks}
         for kernel in passes:
             _launch(kernel, (parts, len(some_x)), arguments.QuantizeGroupArguments, tensors, **sizes)
     return codes, scale
 
 
-def quantize_nibbles(kernel: Kernel, x: Tensor, group: int, block: int) -> tuple[NibbleRows, Tensor]:
+def quantize_nibbles(
+    kernel: Kernel, x: Tensor, group: int, block: int, smooth: Tensor | None = None
+) -> tuple[NibbleRows, Tensor]:
     """Return `nibbles.input_rows` of `qparams.quantize_nibbles` of `[M, C]` with elements, and the scale."""
     rows, channels = x.shape
     codes = torch.empty(rows, nibbles.row_bytes(channels, block), dtype=torch.uint8, device=x.device)
     of_stages = (nibbles.stages(channels), -(-rows // 4) * 4, 4)
     multipliers = torch.empty(of_stages, dtype=torch.uint8, device=x.device)
     scale = torch.empty(rows, device=x.device)
-    tensors = {"x": x.contiguous(), "codes": codes, "multipliers": multipliers, "scale": scale}
+    tensors = {
+        "x": x.contiguous(),
+        "smooth": _factors(smooth),
+        "codes": codes,
+        "multipliers": multipliers,
+        "scale": scale,
+    }
     sizes = {
         "rows": rows,
         "channels": channels,
@@ -282,6 +305,34 @@ def quantize_nibbles(kernel: Kernel, x: Tensor, group: int, block: int) -> tuple
 def block_of_kind(kind: str) -> int:
     """Return the channels of a block of a "w4a4" kind."""
     return int(kind.removeprefix("w4a4_group"))
+
+
+def quantize_low_rank(
+    kernel: Kernel, x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank` of `[M, C]` and fp16 `[r, C]`, both with elements."""
+    (rows, channels), rank = x.shape, len(down)
+    codes = torch.empty(rows, channels, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows, device=x.device)
+    hidden = torch.empty(rows, rank, device=x.device)
+    tensors = {
+        "x": x.contiguous(),
+        "smooth": _factors(smooth),
+        "down": down.contiguous(),
+        "codes": codes,
+        "scale": scale,
+        "hidden": hidden,
+    }
+    sizes = {
+        "rows": rows,
+        "channels": channels,
+        "depth": channels,
+        "group": max(1, min(group or 1, channels)),
+        "rank": rank,
+        "x_type": FLOAT_TYPE[x.dtype],
+    }
+    _launch(kernel, (-(-rows // LOW_RANK_ROWS),), arguments.LowRankArguments, tensors, **sizes)
+    return codes, scale, hidden
 
 
 def group_norm_quantize(
@@ -435,6 +486,14 @@ def unpack(kernel: Kernel, weight: Stored, scale: Tensor, in_channels: int, dtyp
     if out.numel():
         _launch(kernel, (_blocks(kernel, out.numel()),), arguments.UnpackArguments, tensors, **sizes)
     return out
+
+
+def _factors(smooth: Tensor | None) -> Tensor | None:
+    return None if smooth is None else smooth.float().contiguous()
+
+
+def _channels(smooth: Tensor | None) -> int:
+    return 1 if smooth is None else len(smooth)
 
 
 def _with_codes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 // All kernels: the one file that is compiled, for the device as for the emulator.
 #include "attention.cuh"
 #include "nibble_products.cuh"
+#include "quantize_low_rank.cuh"
 #include "norm_quantize.cuh"
 #include "products.cuh"
 #include "quantize.cuh"
@@ -69,6 +70,9 @@ using Nibbles128x128 = Tile<128, 128, 64, 32, 3, 1>;  // sums of blocks take reg
   ENTRY(quantize_token, QuantizeToken)                                                  \
   ENTRY(group_peak, GroupPeak)                                                          \
   ENTRY(quantize_group, QuantizeGroup)                                                  \
+  ENTRY(quantize_group_token, QuantizeGroupToken)                                       \
+  ENTRY(low_rank_token, LowRankToken)                                                   \
+  ENTRY(low_rank_group, LowRankGroup)                                                   \
   ENTRY(quantize_nibbles, QuantizeNibbles)                                              \
   ENTRY(unpack_int8, UnpackInt8)                                                        \
   ENTRY(unpack_int4, UnpackInt4)                                                        \

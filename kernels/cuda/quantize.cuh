@@ -2,8 +2,8 @@
 //
 // Each follows the function of its name in kernels/qparams.py to the last bit.
 #pragma once
-#include "codes.cuh"
 #include "reduce.cuh"
+#include "smooth.cuh"
 
 namespace dcomp {
 
@@ -11,23 +11,33 @@ constexpr int kQuantizeThreads = 256;
 constexpr int kQuantizeWarps = kQuantizeThreads / kWarpLanes;
 
 // What all kernels of this file and of norms have in common: blocks whose threads meet in little shared memory, if any.
-template <class Arguments_, int kFloats>
+// As many blocks at a time are asked of the compiler as it makes room for without factors of channels; a multiprocessor
+// that takes fewer threads does not mind.
+template <class Arguments_, int kFloats, int kBlocks_ = 1>
 struct QuantizeKernel {
   using Arguments = Arguments_;
-  static constexpr int kThreads = kQuantizeThreads, kBlocks = 1;
+  static constexpr int kThreads = kQuantizeThreads, kBlocks = kBlocks_;
   static constexpr int kSharedBytes = kFloats * sizeof(float);
 };
 
-struct QuantizeStatic : QuantizeKernel<QuantizeStaticArguments, 0> {
+// Where a thread's fours begin, when `parts` blocks share a sample.
+DCOMP_DEVICE int64 first_of_part() {
+  return (static_cast<int64>(blockIdx.x) * kQuantizeThreads + threadIdx.x) * kFour;
+}
+DCOMP_DEVICE int64 stride_of_parts(int parts) { return static_cast<int64>(parts) * kQuantizeThreads * kFour; }
+
+struct QuantizeStatic : QuantizeKernel<QuantizeStaticArguments, 0, 8> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const float inverse = divide(1.0f, load_global(a.scale)), zero = to_float(load_global(a.zero));
-    with_type(a.x_type, [&](auto type) {
+    with_inputs(a, [&](auto type, auto is_smooth) {
       const Floats<decltype(type)> x(a.x, 0, a.count, kFour);
-      const int64 stride = static_cast<int64>(gridDim.x) * kThreads * kFour;
-      for (int64 at = (static_cast<int64>(blockIdx.x) * kThreads + threadIdx.x) * kFour; at < a.count; at += stride) {
+      const int64 stride = stride_of_parts(gridDim.x);
+      WalkSmooth<decltype(is_smooth)> smooth(a.smooth, a.channels, first_of_part(), stride);
+      for (int64 at = first_of_part(); at < a.count; at += stride) {
         float v[kFour];
         int q[kFour];
         x.load(v, at);
+        smooth.apply(v);
 #pragma unroll
         for (int i = 0; i < kFour; ++i) q[i] = code(v[i], inverse, zero, 0.0f, kSampleSteps);
         store_codes(a.codes, q, at, a.count);
@@ -35,12 +45,6 @@ struct QuantizeStatic : QuantizeKernel<QuantizeStaticArguments, 0> {
     });
   }
 };
-
-// Where a thread's fours of a sample begin, when `parts` blocks share it.
-DCOMP_DEVICE int64 first_of_part() {
-  return (static_cast<int64>(blockIdx.x) * kQuantizeThreads + threadIdx.x) * kFour;
-}
-DCOMP_DEVICE int64 stride_of_parts(int parts) { return static_cast<int64>(parts) * kQuantizeThreads * kFour; }
 
 struct Range {
   float low = 0.0f, high = 0.0f;  // 0 is in every range
@@ -97,11 +101,13 @@ struct SampleRange : QuantizeKernel<QuantizeSampleArguments, 2 * kQuantizeWarps>
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int sample = blockIdx.y;
     Range range;
-    with_type(a.x_type, [&](auto type) {
+    with_inputs(a, [&](auto type, auto is_smooth) {
       const Floats<decltype(type)> x(a.x, sample * a.count, a.count, a.count);
+      WalkSmooth<decltype(is_smooth)> smooth(a.smooth, a.channels, first_of_part(), stride_of_parts(a.parts));
       for (int64 at = first_of_part(); at < a.count; at += stride_of_parts(a.parts)) {
         float v[kFour];
         x.load(v, at);
+        smooth.apply(v);
 #pragma unroll
         for (int i = 0; i < kFour; ++i) range.widen(v[i]);
       }
@@ -118,12 +124,14 @@ struct QuantizeSample : QuantizeKernel<QuantizeSampleArguments, 0> {
     range.load(a.ranges + static_cast<int64>(sample) * a.parts * 2, a.parts);
     const SampleGrid grid(range);
     grid.store(a.scale, a.zero, sample);
-    with_type(a.x_type, [&](auto type) {
+    with_inputs(a, [&](auto type, auto is_smooth) {
       const Floats<decltype(type)> x(a.x, sample * a.count, a.count, a.count);
+      WalkSmooth<decltype(is_smooth)> smooth(a.smooth, a.channels, first_of_part(), stride_of_parts(a.parts));
       for (int64 at = first_of_part(); at < a.count; at += stride_of_parts(a.parts)) {
         float v[kFour];
         int q[kFour];
         x.load(v, at);
+        smooth.apply(v);
 #pragma unroll
         for (int i = 0; i < kFour; ++i) q[i] = grid.code_of(v[i]);
         store_codes(a.codes + sample * a.count, q, at, a.count);
@@ -162,17 +170,27 @@ DCOMP_DEVICE float token_peak(int channels, Values value) {
   return over_lanes<Larger>(peak);
 }
 
+// What a warp does of a row that has a scale of its own; `Arguments` have the fields of quantize_token or more.
+struct TokenRow {
+  template <class Type, class Smooth, class Arguments>
+  static DCOMP_DEVICE void store(const Arguments& a, int row) {
+    const Floats<Type> x(a.x, static_cast<int64>(row) * a.channels, a.channels, a.channels);
+    const RowSmooth<Smooth> smooth(a.smooth, a.channels, a.channels);
+    const auto value = [&](int at, float(&v)[kFour]) {
+      x.load(v, at);
+      smooth.apply(v, at, a.channels);
+    };
+    const float scale = token_scale(token_peak(a.channels, value));
+    if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
+    store_token(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale, value);
+  }
+};
+
 struct QuantizeToken : QuantizeKernel<QuantizeTokenArguments, 0> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int row = blockIdx.x * kQuantizeWarps + threadIdx.x / kWarpLanes;
     if (row >= a.rows) return;  // a whole warp
-    with_type(a.x_type, [&](auto type) {
-      const Floats<decltype(type)> x(a.x, static_cast<int64>(row) * a.channels, a.channels, a.channels);
-      const auto value = [&](int at, float(&v)[kFour]) { x.load(v, at); };
-      const float scale = token_scale(token_peak(a.channels, value));
-      if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
-      store_token(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale, value);
-    });
+    with_inputs(a, [&](auto type, auto is_smooth) { TokenRow::store<decltype(type), decltype(is_smooth)>(a, row); });
   }
 };
 
@@ -201,14 +219,16 @@ struct GroupGrid {
 };
 
 // Walks over the groups of a row: as many neighbouring lanes share a group as have fours of it.
-template <class Type>
+template <class Type, class Smooth>
 struct GroupRow {
   const Floats<Type> x;
+  const RowSmooth<Smooth> smooth;
   const int group, channels, width;  // of the group, of the row, lanes that share a group
 
   template <class Arguments>
   DCOMP_DEVICE GroupRow(const Arguments& a, int64 row)
       : x(a.x, row * a.channels, a.channels, a.channels % kFour == 0 ? a.group : 1),
+        smooth(a.smooth, a.channels, a.group),
         group(a.group),
         channels(a.channels),
         width(lanes(a.group)) {}
@@ -217,6 +237,11 @@ struct GroupRow {
     int width = 1;
     while (width < kWarpLanes && width * kFour < group) width *= 2;
     return width;
+  }
+
+  DCOMP_DEVICE void load(float (&v)[kFour], int at, int end) const {
+    x.load(v, at, end);
+    smooth.apply(v, at, end);
   }
 
   // Calls `work` with a grid and the bounds of its group, as channels.
@@ -229,7 +254,7 @@ struct GroupRow {
       float low = 0.0f, high = 0.0f;
       for (int at = start + lane % width * kFour; at < end; at += width * kFour) {
         float v[kFour];
-        x.load(v, at, end);
+        load(v, at, end);
 #pragma unroll
         for (int i = 0; i < kFour; ++i) {
           low = Smaller::of(v[i], low);
@@ -241,18 +266,42 @@ struct GroupRow {
       work(GroupGrid(low, high), start, end);
     }
   }
+
+  // The outer scale that the row calls for, before zeros get 1; of the groups of this lane.
+  DCOMP_DEVICE float peak() const {
+    float peak = 0.0f;
+    each([&](const GroupGrid& grid, int, int) { peak = Larger::of(divide(grid.step, grid.limit()), peak); });
+    return peak;
+  }
+
+  // Writes the image of the row, and zeros from the channels up to `depth`.
+  DCOMP_DEVICE void store_image(int8* codes, int depth, float scale) const {
+    const int lane = threadIdx.x % kWarpLanes;
+    each([&](const GroupGrid& grid, int start, int end) {
+      const float multiplier = grid.multiplier(scale), inverse = divide(1.0f, multiply(multiplier, scale));
+      for (int at = start + lane % width * kFour; at < end; at += width * kFour) {
+        float v[kFour];
+        int q[kFour];
+        load(v, at, end);
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) {
+          q[i] = code(v[i], inverse, 0.0f, -grid.below, GroupGrid::kSteps - grid.below) * to_int(multiplier);
+        }
+        store_codes(codes, q, at, end);
+      }
+    });
+    for (int at = channels + lane; at < depth; at += kWarpLanes) store_global(codes + at, static_cast<int8>(0));
+  }
 };
 
-struct GroupPeak : QuantizeKernel<QuantizeGroupArguments, kQuantizeWarps> {
+struct GroupPeak : QuantizeKernel<QuantizeGroupArguments, kQuantizeWarps, 6> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int sample = blockIdx.y, warp = threadIdx.x / kWarpLanes;
     float peak = 0.0f;
-    with_type(a.x_type, [&](auto type) {
+    with_inputs(a, [&](auto type, auto is_smooth) {
       for (int row = blockIdx.x * kQuantizeWarps + warp; row < a.rows; row += a.parts * kQuantizeWarps) {
-        const GroupRow<decltype(type)> groups(a, static_cast<int64>(sample) * a.rows + row);
-        groups.each([&](const GroupGrid& grid, int, int) {
-          peak = Larger::of(divide(grid.step, grid.limit()), peak);
-        });
+        const GroupRow<decltype(type), decltype(is_smooth)> groups(a, static_cast<int64>(sample) * a.rows + row);
+        peak = Larger::of(groups.peak(), peak);
       }
     });
     peak = over_block<Larger, kThreads>(peak, reinterpret_cast<float*>(shared_memory()));
@@ -260,7 +309,7 @@ struct GroupPeak : QuantizeKernel<QuantizeGroupArguments, kQuantizeWarps> {
   }
 };
 
-struct QuantizeGroup : QuantizeKernel<QuantizeGroupArguments, 0> {
+struct QuantizeGroup : QuantizeKernel<QuantizeGroupArguments, 0, 5> {
   static DCOMP_DEVICE void run(const Arguments& a) {
     const int sample = blockIdx.y, warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     float peak = 0.0f;
@@ -269,29 +318,32 @@ struct QuantizeGroup : QuantizeKernel<QuantizeGroupArguments, 0> {
     }
     const float scale = usable(over_lanes<Larger>(peak));
     if (blockIdx.x == 0 && threadIdx.x == 0) store_global(a.scale + sample, scale);
-    with_type(a.x_type, [&](auto type) {
+    with_inputs(a, [&](auto type, auto is_smooth) {
       for (int row = blockIdx.x * kQuantizeWarps + warp; row < a.rows; row += a.parts * kQuantizeWarps) {
         const int64 place = static_cast<int64>(sample) * a.rows + row;
-        const GroupRow<decltype(type)> groups(a, place);
-        int8* const codes = a.codes + place * a.depth;
-        groups.each([&](const GroupGrid& grid, int start, int end) {
-          const float multiplier = grid.multiplier(scale), inverse = divide(1.0f, multiply(multiplier, scale));
-          for (int at = start + lane % groups.width * kFour; at < end; at += groups.width * kFour) {
-            float v[kFour];
-            int q[kFour];
-            groups.x.load(v, at, end);
-#pragma unroll
-            for (int i = 0; i < kFour; ++i) {
-              const int whole = code(v[i], inverse, 0.0f, -grid.below, GroupGrid::kSteps - grid.below);
-              q[i] = whole * to_int(multiplier);
-            }
-            store_codes(codes, q, at, end);
-          }
-        });
-        for (int at = a.channels + lane; at < a.depth; at += kWarpLanes) {
-          store_global(codes + at, static_cast<int8>(0));
-        }
+        GroupRow<decltype(type), decltype(is_smooth)>(a, place).store_image(a.codes + place * a.depth, a.depth, scale);
       }
+    });
+  }
+};
+
+// Like TokenRow, of groups; the second reading of a row finds it in the cache.
+struct GroupTokenRow {
+  template <class Type, class Smooth, class Arguments>
+  static DCOMP_DEVICE void store(const Arguments& a, int row) {
+    const GroupRow<Type, Smooth> groups(a, row);
+    const float scale = usable(over_lanes<Larger>(groups.peak()));
+    if (threadIdx.x % kWarpLanes == 0) store_global(a.scale + row, scale);
+    groups.store_image(a.codes + static_cast<int64>(row) * a.depth, a.depth, scale);
+  }
+};
+
+struct QuantizeGroupToken : QuantizeKernel<QuantizeGroupArguments, 0, 6> {
+  static DCOMP_DEVICE void run(const Arguments& a) {
+    const int row = blockIdx.x * kQuantizeWarps + threadIdx.x / kWarpLanes;
+    if (row >= a.rows) return;  // with all of its lanes
+    with_inputs(a, [&](auto type, auto is_smooth) {
+      GroupTokenRow::store<decltype(type), decltype(is_smooth)>(a, row);
     });
   }
 };

@@ -17,13 +17,9 @@ struct QuantizeNibbles : QuantizeKernel<QuantizeNibblesArguments, 0> {
     for (int block = blocks + lane; block < stages * kCorrections; block += kWarpLanes) correct(corrections, block, 0, 0);
     const int units = (a.channels + kUnit - 1) / kUnit;
     for (int unit = units + lane; unit < (units + 3) / kUnitsOfStage * kUnitsOfStage; unit += kWarpLanes) store_multiplier(a, row, unit, 0);
-    with_type(a.x_type, [&](auto type) {
-      const GroupRow<decltype(type)> groups(a, row);
-      float peak = 0.0f;
-      groups.each([&](const GroupGrid& grid, int, int) {
-        peak = Larger::of(divide(grid.step, grid.limit()), peak);
-      });
-      const float scale = usable(over_lanes<Larger>(peak));
+    with_inputs(a, [&](auto type, auto is_smooth) {
+      const GroupRow<decltype(type), decltype(is_smooth)> groups(a, row);
+      const float scale = usable(over_lanes<Larger>(groups.peak()));
       if (lane == 0) store_global(a.scale + row, scale);
       groups.each([&](const GroupGrid& grid, int start, int end) {
         store_group(a, groups, grid, scale, row, start, end, corrections, corrections + stages * kStageBytes);
@@ -42,7 +38,7 @@ struct QuantizeNibbles : QuantizeKernel<QuantizeNibblesArguments, 0> {
       const int at = start + offset;
       const bool is_mine = offset < a.group && at < padded;
       float v[kFour];
-      groups.x.load(v, at, end);
+      groups.load(v, at, end);
       uint32 nibbles = 0;
       int sum = 0;
 #pragma unroll

@@ -38,7 +38,9 @@ _LEAST_BLOCK = {(8, 0): 64, (8, 6): 32, (8, 9): 32}
 _LARGE = "256x128"  # fewest reads of shared memory, which these devices have least of for their products
 _TAKES_LARGE = ((8, 0), (9, 0))
 
-_NORMS = {
+_SEVERAL = {
+    "quantize_group": ("quantize_group", "quantize_group_token"),
+    "quantize_low_rank": ("low_rank_token", "low_rank_group"),
     "group_norm_quantize": ("group_norm_static", "group_norm_sample"),
     "layer_norm_quantize": ("layer_norm_token",),
 }
@@ -58,8 +60,8 @@ def small_kernels(operation: str, bits: int) -> tuple[str, ...]:
         return ("quantize_nibbles", *(f"linear_w4a4_group{block}_{_SMALL}" for block in nibbles.BLOCKS))
     if operation in ("linear_a16", "conv2d_a16"):
         return (f"unpack_int{bits}",)
-    if operation in _NORMS:
-        return _NORMS[operation]
+    if operation in _SEVERAL:
+        return _SEVERAL[operation]
     if operation == "attention":
         return "quantize_token", "key_value_tiles", f"attention_{_HEADS[-1]}"
     return (operation,) if operation in ENTRIES else ()
@@ -204,34 +206,45 @@ def _float_weight(weight: Stored, scale: Tensor, in_channels: int, dtype: torch.
     return calls.unpack(_kernel(name, scale.device), weight, scale, in_channels, dtype)
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return the bytes of `qparams.quantize_static`, in the memory format of `x`."""
     if x.dtype not in FLOAT_TYPE or scale.numel() != 1 or zero.numel() != 1:
-        return qparams.quantize_static(x, scale, zero)
-    return calls.quantize_static(_kernel("quantize_static", x.device), x, scale, zero)
+        return qparams.quantize_static(x, scale, zero, smooth)
+    return calls.quantize_static(_kernel("quantize_static", x.device), x, scale, zero, smooth)
 
 
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_sample(x)
+        return qparams.quantize_sample(x, smooth)
     kernels = self_test.kernels("quantize_sample", index_of(x.device))
-    return calls.quantize_sample(kernels, x)
+    return calls.quantize_sample(kernels, x, smooth)
 
 
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_token(x)
-    return calls.quantize_token(_kernel("quantize_token", x.device), x)
+        return qparams.quantize_token(x, smooth)
+    return calls.quantize_token(_kernel("quantize_token", x.device), x, smooth)
 
 
-def quantize_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_group`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
-        return qparams.quantize_group(x, group)
-    kernels = self_test.kernels("quantize_group", index_of(x.device))
-    return calls.quantize_group(kernels, x, group)
+        return qparams.quantize_group(x, group, smooth)
+    name = "quantize_group_token" if x.shape[1] == 1 else "quantize_group"
+    kernels = self_test.kernels(name, index_of(x.device))
+    return calls.quantize_group(kernels, x, group, smooth)
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`; a row with an infinity may have NaN in all of `hidden`."""
+    if x.dtype not in FLOAT_TYPE or down.dtype != torch.float16 or 0 in (*x.shape, len(down)):
+        return reference.quantize_low_rank(x, down, group, smooth)
+    kernel = _kernel("low_rank_token" if group is None else "low_rank_group", x.device)
+    return calls.quantize_low_rank(kernel, x, down, group, smooth)
 
 
 def group_norm_quantize(
@@ -305,6 +318,7 @@ def linear_a4(
     weight: Stored,
     weight_scale: Tensor,
     bias: Tensor | None,
+    smooth: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     branch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -320,10 +334,10 @@ def linear_a4(
     except UnusableError:
         if branch is None:
             raise
-        y = linear_a4(x, group, weight, weight_scale, bias)
+        y = linear_a4(x, group, weight, weight_scale, bias, smooth)
         return reference.add_branch_(y, *branch).to(dtype)
     packed = _product_weight(weight, x.shape[1], kind, with_sums=False)
-    inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block)
+    inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block, smooth)
     return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers, branch)
 
 
@@ -365,7 +379,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     kernel = _attention_kernel(channels, q.device)
     width = int(kernel.name.split("_")[1])
     rows = q.transpose(1, 2).reshape(-1, channels)
-    codes, q_scale = calls.quantize_token(_kernel("quantize_token", q.device), rows, packing.head_depth(width))
+    codes, q_scale = calls.quantize_token(_kernel("quantize_token", q.device), rows, depth=packing.head_depth(width))
     codes, q_scale = codes.view(samples, queries, heads, -1), q_scale.view(samples, queries, heads)
     passes = self_test.kernels("key_value_tiles", index_of(q.device))
     tiles, v_scale = calls.key_value_tiles(passes, k, v.to(k.dtype), width)

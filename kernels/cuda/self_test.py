@@ -279,24 +279,51 @@ def _operation_and_kind(name: str) -> tuple[str, str]:
 
 def _test_static(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((3, 5, 7), (2, 19, 33, 31), (4, 4099))[case], _DTYPES[case])
-    scale, zero = draw.powers(1), draw.integers((1,), 0, 255, torch.uint8)
-    expected = qparams.quantize_static(x, scale, zero)
-    yield calls.quantize_static(found[-1], *draw.here(x, scale, zero)), expected
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    scale, zero, smooth = draw.powers(1), draw.integers((1,), 0, 255, torch.uint8), _smooth(x, case, draw)
+    expected = qparams.quantize_static(x, scale, zero, smooth)
+    yield calls.quantize_static(found[-1], *draw.here(x, scale, zero, smooth)), expected
 
 
 def _test_sample(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((1, 3, 5, 7), (2, 19, 33, 31), (5, 4099))[case], _DTYPES[case])
-    yield from zip(calls.quantize_sample(found, *draw.here(x)), qparams.quantize_sample(x), strict=True)
+    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    smooth = _smooth(x, case, draw)
+    made = calls.quantize_sample(found, *draw.here(x, smooth))
+    yield from zip(made, qparams.quantize_sample(x, smooth), strict=True)
 
 
 def _test_token(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((5, 7), (37, 320), (18, 1283))[case], _DTYPES[case])
-    yield from zip(calls.quantize_token(found[-1], *draw.here(x)), qparams.quantize_token(x), strict=True)
+    smooth = _smooth(x, case, draw)
+    made = calls.quantize_token(found[-1], *draw.here(x, smooth))
+    yield from zip(made, qparams.quantize_token(x, smooth), strict=True)
 
 
 def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((1, 5, 7), (37, 1, 320), (2, 143, 84))[case], _DTYPES[case])
-    yield from zip(calls.quantize_group(found, next(draw.here(x)), 32), qparams.quantize_group(x, 32), strict=True)
+    if found[-1].name == "quantize_group_token":
+        x = x.flatten(0, 1).unsqueeze(1)
+    smooth = _smooth(x, case, draw)
+    here, smooth_here = draw.here(x, smooth)
+    made = calls.quantize_group(found, here, 32, smooth_here)
+    yield from zip(made, qparams.quantize_group(x, 32, smooth), strict=True)
+
+
+def _test_low_rank(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
+    (rows, channels), rank = ((5, 7), (37, 320), (70, 203))[case], (3, 40, 32)[case]
+    # fp32 inputs need two values of tf32; sums are below 2^24.
+    x = draw.integers((rows, channels), -(2**15) if case == 0 else -127, 127, _DTYPES[case])
+    down = draw.integers((rank, channels), -9, 9, torch.float16)
+    smooth, group = _smooth(x, case, draw), 32 if found[-1].name == "low_rank_group" else None
+    x_here, down_here, smooth_here = draw.here(x, down, smooth)
+    made = calls.quantize_low_rank(found[-1], x_here, down_here, group, smooth_here)
+    yield from zip(made, reference.quantize_low_rank(x, down, group, smooth), strict=True)
+
+
+def _smooth(x: Tensor, case: int, draw: _Draw) -> Tensor | None:
+    """Return factors of the channels of a quantizer's input, in all cases but the first."""
+    return None if case == 0 else draw.floats((x.shape[1 if x.ndim == 4 else -1],), torch.float32)
 
 
 def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -405,6 +432,7 @@ _TESTS: dict[str, Callable[[tuple[Kernel, ...], int, _Draw], _Pairs]] = {
     "quantize_token": _test_token,
     "quantize_group": _test_group,
     "quantize_nibbles": _test_nibbles,
+    "low_rank": _test_low_rank,
     "group_norm": _test_group_norm,
     "layer_norm": _test_layer_norm,
     "key_value": _test_tiles,

@@ -91,27 +91,29 @@ inline void multiply_nibbles(Lanes lanes, int halves) {
   machine.counts.products += 1;
 }
 
-// in: four registers of a, two of b, four sums, all bits of fp32; each sum is rounded once.
+inline float tf32_of(uint32_t bits) {
+  if (bits & 0x1FFF) fail("a value of tf32 has more digits");
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// in: four registers of a, two of b, four sums. Products and their sum with one of these are rounded once.
 inline void multiply_add_tf32(Lanes lanes) {
   float a[16][8], b[8][8];
-  const auto tf32 = [](uint32_t bits) {
-    float value;
-    bits &= 0xFFFFE000u;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-  };
   for (int lane = 0; lane < kWarp; ++lane) {
     const uint32_t* in = lanes[lane].operands.in;
-    for (int r = 0; r < 4; ++r) a[lane / 4 + r % 2 * 8][lane % 4 + r / 2 * 4] = tf32(in[r]);
-    for (int r = 0; r < 2; ++r) b[lane / 4][lane % 4 + r * 4] = tf32(in[4 + r]);
+    for (int r = 0; r < 4; ++r) a[lane / 4 + r % 2 * 8][lane % 4 + r / 2 * 4] = tf32_of(in[r]);
+    for (int r = 0; r < 2; ++r) b[lane / 4][lane % 4 + r * 4] = tf32_of(in[4 + r]);
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     Operands& operands = lanes[lane].operands;
     for (int i = 0; i < 4; ++i) {
+      const float *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
       float value;
       memcpy(&value, &operands.in[6 + i], sizeof value);
       double sum = value;
-      for (int k = 0; k < 8; ++k) sum += double{a[lane / 4 + i / 2 * 8][k]} * b[lane % 4 * 2 + i % 2][k];
+      for (int k = 0; k < 8; ++k) sum += static_cast<double>(row[k]) * column[k];
       value = static_cast<float>(sum);
       memcpy(&operands.out[i], &value, sizeof value);
     }

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "norm.h"
 #include "quantize.h"
+#include "quantize_group.h"
 #if defined(__AVX2__) && !defined(__AMX_INT8__)
 #include "matmul_avx2.h"
 #else
@@ -30,25 +31,66 @@ void with_values(Float kind, const void* x, What what) {
   }
 }
 
-void token_rows(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
-                int64_t channels) {
-  with_values(kind, x, [=](const auto* from) {
-    for (int64_t row = first; row < last; ++row) {
-      quantize_token(from + row * channels, codes + row * channels, scale + row, channels);
+// Calls what(x) for the values of a row.
+template <class What>
+void with_row(const Inputs& inputs, int64_t row, What what) {
+  with_values(inputs.kind, inputs.x, [&](const auto* from) {
+    from += row * inputs.channels;
+    if (inputs.smooth) {
+      what(smoothed(from, inputs.smooth));
+    } else {
+      what(from);
     }
   });
 }
 
-void range(Float kind, const void* x, int64_t first, int64_t last, float* low, float* high) {
-  with_values(kind, x, [=](const auto* from) {
-    const Range found = range_of(from + first, last - first);
-    *low = found.low;
-    *high = found.high;
+// Calls what(x, place, count) for stretches of the values from `first` to `last`, wherever these are in rows.
+template <class What>
+void with_stretches(const Inputs& inputs, int64_t first, int64_t last, What what) {
+  with_values(inputs.kind, inputs.x, [&](const auto* from) {
+    if (!inputs.smooth) return what(from + first, first, last - first);
+    for (int64_t place = first; place < last; place += kSmoothedAtOnce) {
+      const int64_t count = last - place < kSmoothedAtOnce ? last - place : kSmoothedAtOnce;
+      what(smoothed(from + place, inputs.smooth + place % inputs.channels), place, count);
+    }
   });
 }
 
-void codes(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero) {
-  with_values(kind, x, [=](const auto* from) { quantize_static(from + first, codes + first, last - first, scale, zero); });
+void token_rows(const Inputs& inputs, int8_t* codes, float* scale, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    with_row(inputs, row, [&](auto x) {
+      quantize_token(x, codes + row * inputs.channels, scale + row, inputs.channels);
+    });
+  }
+}
+
+void range(const Inputs& inputs, int64_t first, int64_t last, float* low, float* high) {
+  Range found{0.0f, 0.0f};
+  with_stretches(inputs, first, last, [&](auto x, int64_t, int64_t count) {
+    const Range part = range_of(x, count);
+    found.join(part.low, part.high);
+  });
+  *low = found.low;
+  *high = found.high;
+}
+
+void codes(const Inputs& inputs, uint8_t* codes, int64_t first, int64_t last, float scale, float zero) {
+  with_stretches(inputs, first, last, [=](auto x, int64_t place, int64_t count) {
+    quantize_static(x, codes + place, count, scale, zero);
+  });
+}
+
+float grids(const Inputs& inputs, int64_t row, int64_t group, float* step, float* below) {
+  float peak;
+  with_row(inputs, row, [&](auto x) { peak = group_grids(x, inputs.channels, group, step, below); });
+  return peak;
+}
+
+void image(const Inputs& inputs, int8_t* image, int64_t row, int64_t group, const float* step, const float* below,
+           float scale) {
+  with_row(inputs, row, [&](auto x) {
+    write_group_image(x, image + row * inputs.channels, inputs.channels, group, step, below, scale);
+  });
 }
 
 void rescale_rows(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
@@ -140,7 +182,7 @@ constexpr Attention kAttention = {};
 
 }  // namespace
 
-extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows,
+extern const Kernels kernels = {token_rows, range, codes, rescale_rows, unpack_rows, {grids, image},
                                 {moments, normal_range, normal_codes, normal_tokens},
                                 {strip_bytes, pack_strip, multiply}, kAttention};
 

@@ -7,6 +7,8 @@ namespace dcomp {
 enum class Float : int { kFloat32, kBFloat16 };
 
 constexpr int64_t kWidestHead = 256;  // channels of a head of attention
+constexpr int64_t kMostLanes = 16;    // floats of the widest vectors
+constexpr float kSmallestScale = 1.17549435e-38f;  // the inverse of anything smaller may be infinite
 
 // One head of attention: matrices [rows, width] whose rows are `stride` values from each other.
 struct AttentionHead {
@@ -83,15 +85,33 @@ struct Norm {
                  const LayerNorm& norm, const float* gain, const float* shift, float* scratch);
 };
 
+// Float inputs, and what each channel is multiplied by, which may be missing: [channels], or, for values that are taken
+// from anywhere in rows of channels, repeated to `channels + kSmoothedAtOnce`.
+struct Inputs {
+  Float kind;
+  const void* x;
+  const float* smooth;
+  int64_t channels;
+};
+
+constexpr int64_t kSmoothedAtOnce = 1024;
+
+// How an instruction set makes images of groups, a row at a time; see `quantize_group.h`.
+struct Groups {
+  float (*grids)(const Inputs& inputs, int64_t row, int64_t group, float* step, float* below);
+  void (*image)(const Inputs& inputs, int8_t* image, int64_t row, int64_t group, const float* step, const float* below,
+                float scale);
+};
+
 struct Kernels {
-  void (*token_rows)(Float kind, const void* x, int8_t* codes, float* scale, int64_t first, int64_t last,
-                     int64_t channels);
-  void (*range)(Float kind, const void* x, int64_t first, int64_t last, float* low, float* high);
-  void (*codes)(Float kind, const void* x, uint8_t* codes, int64_t first, int64_t last, float scale, float zero);
+  void (*token_rows)(const Inputs& inputs, int8_t* codes, float* scale, int64_t first, int64_t last);
+  void (*range)(const Inputs& inputs, int64_t first, int64_t last, float* low, float* high);
+  void (*codes)(const Inputs& inputs, uint8_t* codes, int64_t first, int64_t last, float scale, float zero);
   void (*rescale_rows)(const int32_t* sums, float* out, const float* x_scale, int64_t rows_of_scale,
                        const float* weight_scale, const float* bias, int64_t first, int64_t last, int64_t channels);
   void (*unpack_rows)(const uint8_t* packed, const int8_t* multiplier, int8_t* codes, int64_t first, int64_t last,
                       int64_t channels, int64_t groups, int64_t group);
+  Groups groups;
   Norm norm;
   Matmul matmul;
   Attention attention;

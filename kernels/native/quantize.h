@@ -1,18 +1,23 @@
 // Quantization of activations, and what becomes of integer sums: kernels over rows of raw memory.
 //
-// The rules are those of `qparams.py`. `T` is float or BFloat16.
+// The rules are those of `qparams.py`. `Values` point to float or BFloat16, or are `Smoothed`.
 #pragma once
 #include "simd.h"
 
 namespace dcomp::DCOMP_ISA {
 
 constexpr float kTokenLimit = 127.0f;
-constexpr float kSmallestScale = 1.17549435e-38f;  // the inverse of anything smaller may be infinite
 // Whatever is beyond this is beyond all codes, and within it rounding is exact.
 constexpr float kFarBeyondCodes = 1 << 20;
 
 struct Range {
   float low, high;
+
+  // NaN stays NaN.
+  void join(float other_low, float other_high) {
+    low = other_low < low || other_low != other_low ? other_low : low;
+    high = other_high > high || other_high != other_high ? other_high : high;
+  }
 };
 
 // The smaller and the larger values of each lane.
@@ -27,18 +32,14 @@ struct Extremes {
   // Those of all lanes, and 0.
   Range range() const {
     Range all{0.0f, 0.0f};
-    for (int64_t k = 0; k < kLanes; ++k) {
-      const float lane_low = low[k], lane_high = high[k];
-      all.low = lane_low < all.low || lane_low != lane_low ? lane_low : all.low;
-      all.high = lane_high > all.high || lane_high != lane_high ? lane_high : all.high;
-    }
+    for (int64_t k = 0; k < kLanes; ++k) all.join(low[k], high[k]);
     return all;
   }
 };
 
 // The smallest and the largest of `count` values and 0; NaN if there is one.
-template <class T>
-Range range_of(const T* x, int64_t count) {
+template <class Values>
+Range range_of(Values x, int64_t count) {
   Extremes first{}, second{};  // two, because one would wait for itself
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
@@ -51,29 +52,35 @@ Range range_of(const T* x, int64_t count) {
   return first.range();
 }
 
-// The largest magnitude of `count` values; NaN if there is one, whose bits are larger than those of all others.
-template <class T>
-float largest_magnitude(const T* x, int64_t count) {
-  const auto magnitude = [](Floats v) {
-    Ints bits;
-    memcpy(&bits, &v, sizeof bits);
-    return bits & 0x7FFFFFFF;
-  };
-  Ints first{}, second{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    first = larger(first, magnitude(load(x + i)));
-    second = larger(second, magnitude(load(x + i + kLanes)));
-  }
-  for (; i < count; i += kLanes) {
-    first = larger(first, magnitude(count - i < kLanes ? load_some(x + i, count - i) : load(x + i)));
-  }
-  first = larger(first, second);
+// The bits of magnitudes; those of NaN are larger than those of all others.
+inline Ints magnitude_bits(Floats v) {
+  Ints bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits & 0x7FFFFFFF;
+}
+
+// The largest of all lanes, from bits of magnitudes.
+inline float largest_of(Ints magnitudes) {
   int32_t bits = 0;
-  for (int64_t k = 0; k < kLanes; ++k) bits = first[k] > bits ? first[k] : bits;
+  for (int64_t k = 0; k < kLanes; ++k) bits = magnitudes[k] > bits ? magnitudes[k] : bits;
   float found;
   memcpy(&found, &bits, sizeof found);
   return found;
+}
+
+// The largest magnitude of `count` values; NaN if there is one.
+template <class Values>
+float largest_magnitude(Values x, int64_t count) {
+  Ints first{}, second{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    first = larger(first, magnitude_bits(load(x + i)));
+    second = larger(second, magnitude_bits(load(x + i + kLanes)));
+  }
+  for (; i < count; i += kLanes) {
+    first = larger(first, magnitude_bits(count - i < kLanes ? load_some(x + i, count - i) : load(x + i)));
+  }
+  return largest_of(larger(first, second));
 }
 
 // clamp(rint(v * inverse) + zero, low, high); the bytes of uint8 codes are made as well as those of int8 ones
@@ -88,8 +95,8 @@ struct CodesOf {
   }
 };
 
-template <class T>
-void write_codes(const T* x, int8_t* codes, int64_t count, const CodesOf& code) {
+template <class Values, class Code>
+void write_codes(Values x, int8_t* codes, int64_t count, const Code& code) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = code(load(x + i));
@@ -102,8 +109,8 @@ void write_codes(const T* x, int8_t* codes, int64_t count, const CodesOf& code) 
 }
 
 // int8 codes of a row and its scale
-template <class T>
-void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
+template <class Values>
+void quantize_token(Values x, int8_t* codes, float* scale, int64_t channels) {
   float found = largest_magnitude(x, channels) / kTokenLimit;
   if (found < kSmallestScale) found = 1.0f;
   *scale = found;
@@ -111,8 +118,8 @@ void quantize_token(const T* x, int8_t* codes, float* scale, int64_t channels) {
 }
 
 // uint8 codes within a given range
-template <class T>
-void quantize_static(const T* x, uint8_t* codes, int64_t count, float scale, float zero) {
+template <class Values>
+void quantize_static(Values x, uint8_t* codes, int64_t count, float scale, float zero) {
   write_codes(x, reinterpret_cast<int8_t*>(codes), count, CodesOf(1.0f / scale, zero, 0.0f, 255.0f));
 }
 

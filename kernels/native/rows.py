@@ -10,6 +10,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dcomp.kernels import blocked, onednn, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
@@ -71,6 +72,8 @@ def _is_right() -> bool:
     codes, scale, zero = quantize_sample(x)
     expected = qparams.quantize_sample(x)
     right = all(map(torch.equal, (codes, scale, zero, *quantize_token(x)), (*expected, *qparams.quantize_token(x))))
+    tokens = x.unsqueeze(1)
+    right = right and all(map(torch.equal, quantize_group(tokens, 12), qparams.quantize_group(tokens, 12)))
     packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
     multiplier = torch.tensor([[1, -15], [15, 2], [7, 7], [-1, 3]], dtype=torch.int8)
     image = packing.int8_image(packed, multiplier, 128)
@@ -80,39 +83,63 @@ def _is_right() -> bool:
     return right and torch.equal(found, reference.linear_a8(x, scale[:2], image, scale, None))
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return the bytes of `qparams.quantize_static` for one range, in the memory format of `x`."""
+    x, smooth = blocked.smoothed_where_channels_are_apart(x, smooth)
     values = _dense(x)
     if values is None or scale.numel() != 1 or zero.numel() != 1:
-        return blocked.quantize_static(x, scale, zero)
+        return blocked.quantize_static(x, scale, zero, smooth)
     codes = torch.empty_like(x, dtype=torch.uint8)
     out = _dense(codes)
     assert out is not None
-    torch.ops.dcomp_native.quantize_static(values.view(1, -1), scale.view(1), zero.view(1), out)
+    torch.ops.dcomp_native.quantize_static(values.view(1, -1), smooth, scale.view(1), zero.view(1), out)
     return codes
 
 
-def quantize_sample(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_sample`, in the memory format of `x`."""
+    x, smooth = blocked.smoothed_where_channels_are_apart(x, smooth)
     values = _dense(x)
     if values is None or x.numel() == 0:
-        return blocked.quantize_sample(x)
+        return blocked.quantize_sample(x, smooth)
     codes, found = torch.empty_like(x, dtype=torch.uint8), torch.empty(2, len(x))
     samples, out = values.view(len(x), -1), _dense(codes)
     assert out is not None
-    torch.ops.dcomp_native.range(samples, found)
+    torch.ops.dcomp_native.range(samples, smooth, found)
     scale, zero = qparams.sample_range(found[0], found[1])
-    torch.ops.dcomp_native.quantize_static(samples, scale, zero, out)
+    torch.ops.dcomp_native.quantize_static(samples, smooth, scale, zero, out)
     return codes, scale, zero
 
 
-def quantize_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     if x.dtype not in _DTYPES or x.shape[-1] == 0:
-        return blocked.quantize_token(x)
+        return blocked.quantize_token(x, smooth)
     codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
-    torch.ops.dcomp_native.quantize_token(x.contiguous(), codes, scale)
+    torch.ops.dcomp_native.quantize_token(x.contiguous(), _vector(smooth), codes, scale)
     return codes, scale
+
+
+def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the bytes of `qparams.quantize_group`."""
+    if x.dtype not in _DTYPES or x.numel() == 0:
+        return blocked.quantize_group(x, group, smooth)
+    image, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
+    group = max(1, min(group, x.shape[-1]))
+    torch.ops.dcomp_native.quantize_group(x.contiguous(), _vector(smooth), group, image, scale)
+    return image, scale
+
+
+def quantize_low_rank(
+    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
+    if group is None:
+        codes, scale = quantize_token(x, smooth)
+    else:
+        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
+        codes = image.squeeze(1)
+    return codes, scale, functional.linear(x.float(), down.float())
 
 
 def group_norm_quantize(

@@ -54,6 +54,30 @@ inline Floats load_some(const T* p, int64_t count) {
   return load(padded);
 }
 
+// Values that are multiplied by the factor of their channel as they are loaded.
+template <class T>
+struct Smoothed {
+  const T* x;
+  const float* factor;
+
+  Smoothed operator+(int64_t count) const { return {x + count, factor + count}; }
+};
+
+template <class T>
+inline Smoothed<T> smoothed(const T* x, const float* factor) {
+  return {x, factor};
+}
+
+template <class T>
+inline Floats load(Smoothed<T> p) {
+  return load(p.x) * load(p.factor);
+}
+
+template <class T>
+inline Floats load_some(Smoothed<T> p, int64_t count) {
+  return load_some(p.x, count) * load_some(p.factor, count);
+}
+
 inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
 // The low bytes of all values.

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dcomp.compress.attention import attend_by_kernels
-from dcomp.compress.scheme import QScheme
+from dcomp.compress.scheme import Granularity, QScheme
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.cuda import driver
@@ -20,7 +21,7 @@ from tests.support.emulated_gpu import layers_on_the_emulated_gpu
 from tests.support.schemes import quantized_form, schemes
 
 FOUR_BITS = {block: ["quantize_nibbles", f"linear_w4a4_group{block}_64x64"] for block in (32, 64)}
-OF_INT8 = ["group_peak", "quantize_group", "linear_w4a8_64x64"]
+OF_INT8 = ["quantize_group_token", "linear_w4a8_64x64"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -92,7 +93,8 @@ def test_4_bit_inputs_meet_4_bit_weights_in_groups_that_suit(
     monkeypatch.setattr(driver, "launch", lambda kernel, *rest: (names.append(kernel.name), launch(kernel, *rest)))
     chosen, distance = run(layer, scheme, x)
     assert distance < bound(torch.float32)
-    assert chosen == [("linear_a4", "cuda")]
+    parts = [("quantize_group", "cuda"), ("linear_a8", "cuda")] if kernels is OF_INT8 else []
+    assert chosen == [("linear_a4", "cuda"), *parts]
     assert names == kernels
 
 
@@ -175,3 +177,43 @@ def test_attention_that_no_kernel_takes_is_torchs() -> None:
     with layers_on_the_emulated_gpu() as chosen, dispatch.use_backend("cuda"):
         model.attn(torch.randn(1, 20, 32))
     assert [row for operation, row in chosen if operation == "attention"] == ["cuda"]  # asked for alone
+
+
+@pytest.mark.parametrize(
+    ("layer", "granularity", "bits", "quantizer"),
+    [
+        (nn.Linear(40, 24), "token", 8, "quantize_token"),
+        (nn.Linear(40, 24), "token", 4, "quantize_group_token"),
+        (nn.Conv2d(40, 24, 3), "tensor", 8, "quantize_static"),
+        (nn.Conv2d(40, 24, 3), "sample", 8, "quantize_sample"),
+        (nn.Conv2d(40, 24, 3), "sample", 4, "quantize_group"),
+    ],
+)
+@pytest.mark.parametrize("rotate", [False, True])
+def test_smoothing_is_left_to_the_quantizer_where_nothing_comes_between(
+    layer: nn.Module, granularity: Granularity, bits: int, quantizer: str, rotate: bool
+) -> None:
+    inputs = {"input_bits": bits, "input_granularity": granularity, "input_group": 8 if bits == 4 else None}
+    scheme = QScheme(4, 8, **inputs, smooth=True, rotate=rotate)
+    x = torch.randn(2, 3, 40) if isinstance(layer, nn.Linear) else torch.randn(2, 40, 5, 6)
+    x = x if x.ndim == 3 else x.contiguous(memory_format=torch.channels_last)
+    with mock.patch.object(driver, "launch", wraps=driver.launch) as launch:
+        _, distance = run(layer, scheme, x)
+    assert distance < bound(torch.float32)
+    arguments = [call.args[2] for call in launch.mock_calls if call.args[0].name == quantizer]
+    assert bool(arguments[-1].smooth) != rotate  # self-tests come first
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_rows_are_read_once_for_codes_and_for_the_branch(bits: int, smooth: bool) -> None:
+    inputs = {"input_bits": bits, "input_granularity": "token", "input_group": 8 if bits == 4 else None}
+    scheme = QScheme(4, 8, **inputs, smooth=smooth, rank=3)
+    chosen, distance = run(nn.Linear(40, 24), scheme, torch.randn(2, 3, 40))
+    assert distance < bound(torch.float32)
+    operation = [("linear_a4", "cuda")] * (bits == 4)
+    assert chosen == [*operation, ("quantize_low_rank", "cuda"), ("linear_a8", "cuda")]
+    rotated = replace(scheme, rotate=True)
+    chosen, _ = run(nn.Linear(40, 24), rotated, torch.randn(2, 3, 40))
+    quantizer = "quantize_token" if bits == 8 else "quantize_group"
+    assert chosen == [*operation, (quantizer, "cuda"), ("linear_a8", "cuda")]

@@ -56,6 +56,15 @@ def _all_calls():
         (ops.quantize_sample, (torch.randn(2, 3, 4, 5),)),
         (ops.quantize_sample, (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),)),
         (ops.quantize_group, (torch.randn(2, 3, 21), 8)),
+        (ops.quantize_group, (torch.randn(2, 3, 21), 8, torch.rand(21))),
+        (ops.quantize_token, (torch.randn(4, 5), torch.rand(5))),
+        (ops.quantize_sample, (torch.randn(2, 3, 4, 5), torch.rand(3))),
+        (
+            ops.quantize_static,
+            (torch.randn(2, 3, 4, 5), torch.tensor([0.1]), torch.tensor([9], dtype=torch.uint8), torch.rand(3)),
+        ),
+        (ops.quantize_low_rank, (torch.randn(4, 21), torch.randn(3, 21).half())),
+        (ops.quantize_low_rank, (torch.randn(4, 21).to(torch.bfloat16), torch.randn(3, 21).half(), 8, torch.rand(21))),
         (ops.conv2d_a8, _conv(8, samples=2)),
         (ops.layer_norm_quantize, (torch.randn(2, 3, 8), *torch.randn(2, 8), *torch.randn(2, 2, 8), 1e-5)),
         (ops.layer_norm_quantize, (torch.randn(2, 3, 8), None, None, None, None, 1e-5)),
@@ -109,6 +118,11 @@ def test_all_rows_give_the_same_result(bits, operation, make):
         (ops.quantize_sample, (torch.randn(3, 4, 5, 6).contiguous(memory_format=torch.channels_last),)),
         (ops.quantize_token, (torch.randn(3, 40),)),
         (ops.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8)),
+        (ops.quantize_sample, (torch.randn(3, 4, 5, 6), torch.rand(4))),
+        (ops.quantize_token, (torch.randn(3, 40), torch.rand(40))),
+        (ops.quantize_group, (torch.randn(3, 4, 21).to(torch.bfloat16), 8, torch.rand(21))),
+        (ops.quantize_low_rank, (torch.randn(3, 40), torch.randn(5, 40).half(), None, torch.rand(40))),
+        (ops.quantize_low_rank, (torch.randn(3, 40), torch.randn(5, 40).half(), 16)),
     ],
 )
 def test_all_rows_give_the_same_codes_and_scales(operation, arguments):
@@ -213,7 +227,7 @@ def test_every_operation_and_format_is_explained_for_every_device():
     lines = dispatch.explain()
     assert {line["operation"] for line in lines} == set(dispatch.OPERATIONS)
     assert {(line["format"]) for line in lines} == {"any", "W8A4", "W4A4", "W8A8", "W4A8", "W8A16", "W4A16"}
-    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 34
+    assert len({(line["operation"], line["format"], line["device"]) for line in lines}) == len(lines) == 36
     assert all(line["reason"] for line in lines)
     unfit = loaded.defect(0)
     for line in lines:

@@ -64,7 +64,7 @@ def test_a_gpu_is_told_with_its_kernels(monkeypatch: pytest.MonkeyPatch, capsys:
     assert {"linear_w8a8_64x64", "conv_w4a8_64x64", "quantize_token"} <= set(device["tested_kernels"])
     assert device["unusable_kernels"] == {}
     rows = [row for row in report["kernels"] if row["device"] == "cuda:0"]
-    assert len(rows) == 17
+    assert len(rows) == 18
     assert {row["row"] for row in rows if row["operation"] != "attention"} == {"cuda"}
     console.print_doctor(report)
     said = capsys.readouterr().out

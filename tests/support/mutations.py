@@ -15,9 +15,10 @@ class Mutation:
 
 
 PRODUCTS, QUANTIZE, CODES, REDUCE = "products.cuh", "quantize.cuh", "codes.cuh", "reduce.cuh"
-UNPACK, NORM = "unpack.cuh", "norm_quantize.cuh"
+UNPACK, NORM, SMOOTH = "unpack.cuh", "norm_quantize.cuh", "smooth.cuh"
 ATTENTION, TILES = "attention.cuh", "key_value_tiles.cuh"
 NIBBLES, QUANTIZE_NIBBLES, LOW_RANK = "nibble_products.cuh", "quantize_nibbles.cuh", "low_rank.cuh"
+QUANTIZE_LOW_RANK = "quantize_low_rank.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -185,8 +186,8 @@ MUTATIONS = [
         "blocks overlap no more",
         "static",
         QUANTIZE,
-        "gridDim.x) * kThreads * kFour;",
-        "gridDim.x) * kThreads * kFour * 2;",
+        "stride_of_parts(gridDim.x);",
+        "stride_of_parts(gridDim.x) * 2;",
     ),
     Mutation("NaN lost", "token", REDUCE, "a > b || a != a ? a : b", "a > b ? a : b"),
     Mutation("no barrier between warps", "sample", REDUCE, "  barrier();\n", ""),
@@ -216,7 +217,11 @@ MUTATIONS = [
     Mutation("a subnormal scale", "token", CODES, "return scale < kSmallestScale ? 1.0f : scale;", "return scale;"),
     Mutation("codes of -128", "token", CODES, "kTokenLimit = 127.0f", "kTokenLimit = 128.0f"),
     Mutation(
-        "no padding of rows", "group", QUANTIZE, "          store_global(codes + at, static_cast<int8>(0));\n", ""
+        "no padding of rows",
+        "group",
+        QUANTIZE,
+        "at < depth; at += kWarpLanes) store_global(",
+        "false; at += kWarpLanes) store_global(",
     ),
     Mutation("a group's reach forgotten", "group", QUANTIZE, "    step = multiply(step, kReach);\n", ""),
     Mutation("no slack of multipliers", "group", QUANTIZE, "add(divide(step, scale), -kSlack)", "divide(step, scale)"),
@@ -333,7 +338,11 @@ MUTATIONS = [
         "to_float(sum))",
     ),
     Mutation(
-        "the scale of a lane", "quantize nibbles", QUANTIZE_NIBBLES, "usable(over_lanes<Larger>(peak))", "usable(peak)"
+        "the scale of a lane",
+        "quantize nibbles",
+        QUANTIZE_NIBBLES,
+        "usable(over_lanes<Larger>(groups.peak()))",
+        "usable(groups.peak())",
     ),
     Mutation("a lower part of eight bits", "quantize nibbles", QUANTIZE_NIBBLES, "(sum & 127)", "(sum & 255)"),
     Mutation(
@@ -374,6 +383,102 @@ MUTATIONS = [
     ),
     Mutation(
         "a branch without what it is added to", "low rank", PRODUCTS, "columns[j][k].scaled(output, pair[k])", "0.0f"
+    ),
+    Mutation(
+        "warps beyond the rows of groups",
+        "group token",
+        QUANTIZE,
+        "    if (row >= a.rows) return;  // with all of its lanes\n",
+        "",
+    ),
+    Mutation(
+        "the scale of a lane's groups",
+        "group token",
+        QUANTIZE,
+        "usable(over_lanes<Larger>(groups.peak()))",
+        "usable(groups.peak())",
+    ),
+    Mutation(
+        "the scale of the first row",
+        "group token",
+        QUANTIZE,
+        "store_global(a.scale + row, scale);\n    groups",
+        "store_global(a.scale, scale);\n    groups",
+    ),
+    Mutation("factors of the pixel before", "smooth", SMOOTH, "      channel += ahead;\n", ""),
+    Mutation("all threads at the first channel", "smooth", SMOOTH, "static_cast<int>(first % channels)", "0"),
+    Mutation("no factors of the next pixel", "smooth", SMOOTH, "      if (factors.aligned) {", "      if (true) {"),
+    Mutation(
+        "pixels of a channel", "smooth", SMOOTH, "while (c >= channels) c -= channels;", "if (c >= channels) c = 0;"
+    ),
+    Mutation(
+        "groups of odd length smoothed in fours",
+        "smooth",
+        SMOOTH,
+        "factors(smooth, 0, channels, row) {}",
+        "factors(smooth, 0, channels, channels) {}",
+    ),
+    Mutation(
+        "a range before smoothing",
+        "smooth",
+        QUANTIZE,
+        "        smooth.apply(v);\n#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
+        "#pragma unroll\n        for (int i = 0; i < kFour; ++i) range.widen(v[i]);",
+    ),
+    Mutation(
+        "one value of tf32 for fp32",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "add_products(sums[i], rest, down, k);",
+        "",
+    ),
+    Mutation(
+        "more digits than tf32 has",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "to_bits(value) & 0xFFFFE000u",
+        "to_bits(value)",
+    ),
+    Mutation(
+        "no zeros beyond rows and ranks",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "row < rows ? channels : 0",
+        "channels",
+    ),
+    Mutation(
+        "rows of the two halves swapped",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "{x[i][0][k], x[i][1][k], x[i][0][k + 1], x[i][1][k + 1]}",
+        "{x[i][0][k], x[i][0][k + 1], x[i][1][k], x[i][1][k + 1]}",
+    ),
+    Mutation(
+        "channels of the next product",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "to_bits(down[i][k + 1])",
+        "to_bits(down[i][(k + 2) % 4])",
+    ),
+    Mutation(
+        "all warps at the same channels", "quantize low rank", QUANTIZE_LOW_RANK, "int at = warp * 16;", "int at = 0;"
+    ),
+    Mutation("one warp's sums", "quantize low rank", QUANTIZE_LOW_RANK, "other < kQuantizeWarps", "other < 1"),
+    Mutation("sums overwritten", "quantize low rank", QUANTIZE_LOW_RANK, "barrier();  // all sums", "// all sums"),
+    Mutation(
+        "columns of the first block",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "const int column = first + i / 4",
+        "const int column = i / 4",
+    ),
+    Mutation("rows beyond the last one", "quantize low rank", QUANTIZE_LOW_RANK, "row < a.rows && column", "column"),
+    Mutation(
+        "columns beyond the rank",
+        "quantize low rank",
+        QUANTIZE_LOW_RANK,
+        "row < a.rows && column < a.rank",
+        "row < a.rows",
     ),
     Mutation("nibbles swapped", "unpack", UNPACK, "((byte & 15) ^ 8)", "((byte >> 4) ^ 8)"),
     Mutation("multiplier of another group", "unpack", UNPACK, "channel / a.group)", "0)"),

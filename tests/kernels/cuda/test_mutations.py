@@ -182,6 +182,46 @@ def check_group(emulator: Emulator) -> bool:
     return good
 
 
+def check_group_token(emulator: Emulator) -> bool:
+    good = True
+    for x, group in ((floats(17, 1, 320), 64), (floats(9, 1, 45, dtype=torch.bfloat16), 6), (floats(1, 1, 96), 32)):
+        codes, scale = quantizers.quantize_group(emulator, x, group, parts=1)
+        good &= all_right((codes, scale), qparams.quantize_group(x, group))
+    return good
+
+
+def check_smooth(emulator: Emulator) -> bool:
+    given = torch.tensor([0.5]), torch.tensor([101], dtype=torch.uint8)
+    good = True
+    for x in (floats(70, 1, 45), floats(30, 1, 96, dtype=torch.bfloat16), floats(400, 1, 1), floats(3, 1, 1300)):
+        smooth = floats(x.shape[-1]).abs() + 0.1
+        flat, rows = x.flatten().view(1, *x.shape[::2]), x[:, 0]
+        found = quantizers.quantize_static(emulator, x, *given, smooth=smooth)
+        good &= right(found, qparams.quantize_static(x, *given, smooth))
+        good &= all_right(quantizers.quantize_sample(emulator, flat, 2, smooth), qparams.quantize_sample(flat, smooth))
+        good &= all_right(
+            quantizers.quantize_token(emulator, rows, smooth=smooth), qparams.quantize_token(rows, smooth)
+        )
+        found = quantizers.quantize_group(emulator, x, 6, parts=1, smooth=smooth)
+        good &= all_right(found, qparams.quantize_group(x, 6, smooth))
+    return good
+
+
+def check_quantize_low_rank(emulator: Emulator) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    good = True
+    emulator.counts()
+    for rows, channels, rank, dtype in ((37, 203, 40, torch.float32), (20, 96, 5, torch.bfloat16)):
+        x = integers(generator, -127, 127, rows, channels).to(dtype)
+        x = x * 517 if dtype == torch.float32 else x
+        down, smooth = integers(generator, -3, 3, rank, channels).half(), floats(channels).abs() + 0.1
+        found = quantizers.quantize_low_rank(emulator, x, down, None, smooth)
+        good &= all_right(found, reference.quantize_low_rank(x, down, None, smooth))
+        found = quantizers.quantize_low_rank(emulator, x, down, 32)
+        good &= all_right(found, reference.quantize_low_rank(x, down, 32))
+    return good and without_conflicts(emulator)
+
+
 def check_unpack(emulator: Emulator) -> bool:
     generator = torch.Generator().manual_seed(0)
     codes = integers(generator, -8, 7, 5, 3, 12)
@@ -269,6 +309,13 @@ CHECKS: dict[str, tuple[Check, str]] = {
     "sample": (check_sample, "sample_range, SampleRange; quantize_sample, QuantizeSample"),
     "token": (check_token, "quantize_token, QuantizeToken"),
     "group": (check_group, "group_peak, GroupPeak; quantize_group, QuantizeGroup"),
+    "group token": (check_group_token, "quantize_group_token, QuantizeGroupToken"),
+    "smooth": (
+        check_smooth,
+        "quantize_static, QuantizeStatic; sample_range, SampleRange; quantize_sample, QuantizeSample; "
+        "quantize_token, QuantizeToken; quantize_group_token, QuantizeGroupToken",
+    ),
+    "quantize low rank": (check_quantize_low_rank, "low_rank_token, LowRankToken; low_rank_group, LowRankGroup"),
     "unpack": (check_unpack, "unpack_int8, UnpackInt8; unpack_int4, UnpackInt4"),
     "group norm": (
         check_group_norm,

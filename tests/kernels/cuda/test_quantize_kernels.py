@@ -92,6 +92,44 @@ def test_groups_are_equal(dtype, shape, group, seed):
     assert torch.equal(padded, torch.nn.functional.pad(codes, (0, depth - shape[-1])))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 1, 320), (19, 1, 96), (1, 1, 45), (9, 1, 2)])
+@pytest.mark.parametrize("group", [2, 14, 32, 128, 256])
+def test_groups_of_single_rows_take_one_launch(dtype, shape, group, seed):
+    x = values(seed, *shape, dtype=dtype)
+    x[0] = x[0].abs()
+    x[-1] = 0
+    emulator().counts()
+    codes, scale = quantizers.quantize_group(emulator(), x, group, parts=1)
+    assert emulator().counts()["launches"] == 1
+    assert same((codes, scale), qparams.quantize_group(x, group))
+    depth = -(-shape[-1] // 16) * 16
+    padded, _ = quantizers.quantize_group(emulator(), x, group, depth, parts=1)
+    assert torch.equal(padded, torch.nn.functional.pad(codes, (0, depth - shape[-1])))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 3, 45, 64, 320])
+def test_channels_are_smoothed_while_they_are_read(dtype, channels, seed):
+    x = values(seed, 3, 35, channels, dtype=dtype)
+    smooth = torch.randn(channels, generator=torch.Generator().manual_seed(seed)).exp()
+    given = torch.tensor([0.013]), torch.tensor([120], dtype=torch.uint8)
+    codes = quantizers.quantize_static(emulator(), x, *given, smooth=smooth)
+    assert torch.equal(codes, qparams.quantize_static(x, *given, smooth))
+    for parts in (1, 3):
+        assert same(quantizers.quantize_sample(emulator(), x, parts, smooth), qparams.quantize_sample(x, smooth))
+    rows = x.flatten(0, 1)
+    depth = -(-channels // 16) * 16
+    codes, scale = quantizers.quantize_token(emulator(), rows, depth, smooth)
+    assert same((codes[:, :channels], scale), qparams.quantize_token(rows, smooth))
+    assert not codes[:, channels:].any()
+    for group in (6, 32):
+        found = quantizers.quantize_group(emulator(), x, group, smooth=smooth)
+        assert same(found, qparams.quantize_group(x, group, smooth))
+        found = quantizers.quantize_group(emulator(), rows.unsqueeze(1), group, parts=1, smooth=smooth)
+        assert same(found, qparams.quantize_group(rows.unsqueeze(1), group, smooth))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_floats_are_quantized_equally(data):
@@ -101,7 +139,9 @@ def test_any_floats_are_quantized_equally(data):
     emulator().seed(1)
     assert same(quantizers.quantize_token(emulator(), x), qparams.quantize_token(x))
     assert same(quantizers.quantize_sample(emulator(), x), qparams.quantize_sample(x))
-    assert same(quantizers.quantize_group(emulator(), x.unsqueeze(1), 8), qparams.quantize_group(x.unsqueeze(1), 8))
+    for parts in (1, 2):
+        found = quantizers.quantize_group(emulator(), x.unsqueeze(1), 8, parts=parts)
+        assert same(found, qparams.quantize_group(x.unsqueeze(1), 8))
 
 
 BROKEN = [torch.nan, torch.inf, -torch.inf]
@@ -117,6 +157,8 @@ def test_broken_values_give_what_the_processor_gives(bad, place, seed):
     assert same([quantizers.quantize_static(emulator(), x, *given)], [native.quantize_static(x, *given)])
     assert same(quantizers.quantize_token(emulator(), x), native.quantize_token(x))
     assert same(quantizers.quantize_sample(emulator(), x), native.quantize_sample(x))
+    for rows, parts in ((x.unsqueeze(1), 1), (x.unsqueeze(0), 2)):
+        assert same(quantizers.quantize_group(emulator(), rows, 16, parts=parts), native.quantize_group(rows, 16))
 
 
 @pytest.mark.parametrize("bad", BROKEN)

@@ -123,6 +123,25 @@ def test_codes_are_those_of_the_definitions(dtype: torch.dtype, shape: tuple[int
         assert all(map(torch.equal, found, qparams.quantize_group(tokens.unsqueeze(0), group)))
 
 
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "rows"])
+@pytest.mark.parametrize("channels", [5, 64])
+def test_channels_are_smoothed_in_any_layout(layout: str, channels: int) -> None:
+    x, smooth = floats(2, channels, 7, 9, dtype=torch.bfloat16), floats(channels).exp()
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "rows":
+        x = x.movedim(1, -1).flatten(1, 2)
+    given = torch.tensor([0.013]), torch.tensor([119], dtype=torch.uint8)
+    assert torch.equal(rows.quantize_static(x, *given, smooth), qparams.quantize_static(x, *given, smooth))
+    assert all(map(torch.equal, rows.quantize_sample(x, smooth), qparams.quantize_sample(x, smooth)))
+    if layout == "rows":
+        tokens = x.flatten(0, 1)
+        assert all(map(torch.equal, rows.quantize_token(tokens, smooth), qparams.quantize_token(tokens, smooth)))
+        for samples in (x, tokens.unsqueeze(1)):
+            found = rows.quantize_group(samples, 32, smooth)
+            assert all(map(torch.equal, found, qparams.quantize_group(samples, 32, smooth)))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float_inputs_meet_the_dequantized_weight(form: str, dtype: torch.dtype) -> None:

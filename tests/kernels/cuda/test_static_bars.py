@@ -76,6 +76,12 @@ OF_ATTENTION = {"IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LD
 CORRECTIONS = {"linear_w4a4_group64": {"IMMA.16832.S8.S8"}, "linear_w4a4_group32": {"IMMA.16832.S8.S8"}}
 
 
+def test_branches_are_multiplied_in_tf32():
+    found = facts(86, ["low_rank_token"])
+    assert_bars(86, found)
+    assert "HMMA.1688.F32.TF32" in found["low_rank_token"].opcodes
+
+
 def test_one_architecture_keeps_the_bars():
     found = facts(86, [*(f"{stem}{LARGE}" for stem in OPCODES), "attention_64"])
     assert_bars(86, found)

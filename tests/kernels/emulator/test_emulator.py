@@ -323,13 +323,16 @@ def test_products_of_tf32_have_the_fragments_of_the_ptx_isa(probes):
         # a0: (row, k), a1: (row + 8, k), a2: (row, k + 4), a3: (row + 8, k + 4); b0: (k, row), b1: (k + 4, row)
         of_a = [a[row, k], a[row + 8, k], a[row, k + 4], a[row + 8, k + 4]]
         registers[lane] = torch.stack([*of_a, b[row, k], b[row, k + 4]])
-    bits = registers.view(torch.int32) | 0x1FFF  # digits that tf32 has not are not seen
+    bits = registers.view(torch.int32)
     out = run(probes, "Tf32", bits, words=128).view(torch.float32).view(32, 4)
     sums = a @ b.t()
     for lane in range(32):
         row, column = lane // 4, lane % 4 * 2
         expected = sums[[row, row, row + 8, row + 8], [column, column + 1, column, column + 1]]
         assert torch.equal(out[lane], expected + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    bits[7, 2] |= 1
+    with pytest.raises(EmulatorError, match="tf32 has more digits"):
+        run(probes, "Tf32", bits, words=128)
 
 
 def test_signed_halves_meet_unsigned_bytes(probes):

@@ -38,6 +38,28 @@ def test_tokens(seed: int, count: int, channels: int, dtype: torch.dtype) -> Non
             assert torch.equal(found, expected)
 
 
+@given(
+    st.integers(0, 2**16), st.integers(1, 4), st.integers(1, 5), st.integers(1, 150), st.integers(1, 160),
+    st.sampled_from(DTYPES), st.booleans(),
+)  # fmt: skip
+def test_images_of_groups(
+    seed: int, samples: int, count: int, channels: int, group: int, dtype: torch.dtype, positive: bool
+) -> None:
+    x = values(seed, samples, count, channels, dtype=dtype)
+    x[seed % samples] = x[seed % samples].abs() if positive else 0
+    for given_x in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        for found, expected in zip(rows.quantize_group(given_x, group), qparams.quantize_group(x, group), strict=True):
+            assert torch.equal(found, expected)
+
+
+@given(st.integers(0, 2**16), st.integers(1, 20), st.integers(1, 9))
+def test_any_bits_make_the_images_of_the_definition(seed: int, channels: int, group: int) -> None:
+    bits = torch.randint(-(2**31), 2**31, (3, 2, channels), generator=torch.Generator().manual_seed(seed))
+    x = bits.to(torch.int32).view(torch.float32).nan_to_num(nan=1e-42)
+    for found, expected in zip(rows.quantize_group(x, group), qparams.quantize_group(x, group), strict=True):
+        assert torch.equal(found, expected)
+
+
 @given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 20), sizes, st.sampled_from(DTYPES), st.booleans())
 def test_samples_and_static_ranges(
     seed: int, count: int, channels: int, width: int, dtype: torch.dtype, last: bool
@@ -61,6 +83,9 @@ def test_large_inputs_are_cut_for_threads_where_it_changes_nothing(dtype: torch.
     x = values(2, 3001, 67, dtype=dtype)
     for found, expected in zip(rows.quantize_token(x), qparams.quantize_token(x), strict=True):
         assert torch.equal(found, expected)
+    for tokens in (x.unsqueeze(1), x.unsqueeze(0)):
+        for found, expected in zip(rows.quantize_group(tokens, 16), qparams.quantize_group(tokens, 16), strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
@@ -76,6 +101,12 @@ def test_what_is_not_finite_spoils_its_token_or_sample_alone(wrong: float, place
     sample_codes, sample_scale, _ = qparams.quantize_sample(x)
     torch.testing.assert_close(scale, sample_scale, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(codes[::2], sample_codes[::2])
+    for count in (1, 2):
+        samples = x.unsqueeze(1).repeat(1, count, 1)
+        codes, scale = rows.quantize_group(samples, 16)
+        group_codes, group_scale = qparams.quantize_group(samples, 16)
+        torch.testing.assert_close(scale, group_scale, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(codes[::2], group_codes[::2])
 
 
 @pytest.mark.parametrize(
@@ -86,6 +117,42 @@ def test_extremes(x: torch.Tensor) -> None:
         assert torch.equal(found, expected)
     for found, expected in zip(rows.quantize_sample(x), qparams.quantize_sample(x), strict=True):
         assert torch.equal(found, expected)
+    for samples in (x.unsqueeze(1), x.unsqueeze(0)):
+        for found, expected in zip(rows.quantize_group(samples, 4), qparams.quantize_group(samples, 4), strict=True):
+            assert torch.equal(found, expected)
+
+
+@given(
+    st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 40), st.integers(1, 130), st.sampled_from(DTYPES),
+    st.sampled_from(["rows", "channels first", "channels last"]),
+)  # fmt: skip
+def test_channels_are_smoothed_while_they_are_read(
+    seed: int, samples: int, pixels: int, channels: int, dtype: torch.dtype, layout: str
+) -> None:
+    x = values(seed, samples, pixels, channels, dtype=dtype)
+    smooth = torch.randn(channels, generator=torch.Generator().manual_seed(seed)).exp()
+    expected = [qparams.quantize_token(x.float() * smooth), qparams.quantize_group(x.float() * smooth, 24)]
+    found: list[Any] = [rows.quantize_token(x.flatten(0, 1), smooth), rows.quantize_group(x, 24, smooth)]
+    assert torch.equal(found[0][0].view(x.shape), expected[0][0])
+    assert torch.equal(found[0][1].view(x.shape[:-1]), expected[0][1])
+    assert all(map(torch.equal, found[1], expected[1]))
+    wide = smooth
+    if layout != "rows":
+        x, wide = x.unsqueeze(1).movedim(-1, 1), smooth.view(-1, 1, 1)
+        x = x.contiguous() if layout == "channels first" else x.contiguous(memory_format=torch.channels_last)
+    scale, zero = torch.tensor([0.03]), torch.tensor([seed % 256], dtype=torch.uint8)
+    codes = rows.quantize_static(x, scale, zero, smooth)
+    assert torch.equal(codes, qparams.quantize_static(x.float() * wide, scale, zero))
+    assert codes.stride() == x.stride()
+    assert all(map(torch.equal, rows.quantize_sample(x, smooth), qparams.quantize_sample(x.float() * wide)))
+
+
+def test_large_images_are_smoothed_in_any_stretch() -> None:
+    x = values(4, 2, 37, 65, 67, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    smooth = torch.rand(37) + 0.5
+    assert all(map(torch.equal, rows.quantize_sample(x, smooth), qparams.quantize_sample(x, smooth)))
+    scale, zero = torch.tensor([0.03]), torch.tensor([99], dtype=torch.uint8)
+    assert torch.equal(rows.quantize_static(x, scale, zero, smooth), qparams.quantize_static(x, scale, zero, smooth))
 
 
 def spread_values(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:

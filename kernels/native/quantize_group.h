@@ -1,0 +1,100 @@
+// Grids of groups of channels: `quantize_group` of qparams.py, a row at a time.
+//
+// Steps, and how many of them lie below 0, are arrays with a value for each group and zeros up to `kMostLanes`.
+#pragma once
+#include "quantize.h"
+
+namespace dcomp::DCOMP_ISA {
+
+constexpr float kCodeSteps = 15.0f, kReach = 0.97f, kSlack = 0.2f;
+
+// What `choose` leaves of all lanes, from those that lie `distance` apart on.
+template <int64_t distance = kLanes / 2, class Choose>
+float over_lanes(Floats v, Choose choose) {
+  Ints places{};
+  for (int64_t i = 0; i < kLanes; ++i) places[i] = static_cast<int32_t>(i ^ distance);
+  v = choose(__builtin_shuffle(v, places), v);
+  if constexpr (distance > 1) {
+    return over_lanes<distance / 2>(v, choose);
+  } else {
+    return v[0];
+  }
+}
+
+// The smallest and the largest of `count` values and 0; if there is NaN, the largest is that.
+template <class Values>
+Range range_of_group(Values x, int64_t count) {
+  Floats low{}, high{};
+  Ints broken{};
+  const auto add = [&](Floats v) {
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    broken |= v != v;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) add(load(x + i));
+  if (i < count) add(load_some(x + i, count - i));
+  high = broken ? broadcast(__builtin_nanf("")) : high;
+  return {over_lanes(low, [](Floats a, Floats b) { return a < b ? a : b; }),
+          over_lanes(high, [](Floats a, Floats b) { return larger(a, b); })};
+}
+
+// The largest multiplier with which all codes of a group stay within 127.
+inline Floats group_limits(Floats below) {
+  const Floats above = kCodeSteps - below;
+  return to_floats(to_ints(kTokenLimit / (below > above ? below : above)));
+}
+
+// Writes the grids of a row, and returns the outer scale that it calls for, before zeros get 1; NaN if it has one.
+template <class Values>
+float group_grids(Values x, int64_t channels, int64_t group, float* step, float* below) {
+  for (int64_t start = 0, g = 0; start < channels; start += group, ++g) {
+    const Range range = range_of_group(x + start, group < channels - start ? group : channels - start);
+    step[g] = range.high;
+    below[g] = range.low;
+  }
+  Ints peak{};  // bits of NaN are larger than those of all others
+  for (int64_t g = 0; g * group < channels; g += kLanes) {
+    const Floats high = load(step + g), low = load(below + g);
+    // Divided first: the width of a range of finite values may be infinite.
+    const Floats steps = high / kCodeSteps - low / kCodeSteps;
+    Floats count = round_to_even(-low / larger(steps, broadcast(kSmallestScale)));
+    count = count == count ? clamp(count, broadcast(0.0f), broadcast(kCodeSteps)) : broadcast(0.0f);
+    store(step + g, steps * kReach);
+    store(below + g, count);
+    peak = larger(peak, magnitude_bits(steps * kReach / group_limits(count)));
+  }
+  return largest_of(peak);
+}
+
+// clamp(rint(v * inverse), -below, 15 - below) * multiplier: finite values are hardly beyond, so that rounding is exact
+struct ImageOf {
+  Floats inverse, low, high, multiplier;
+
+  ImageOf(float inverse, float below, float multiplier)
+      : inverse(broadcast(inverse)),
+        low(broadcast(-below)),
+        high(broadcast(kCodeSteps - below)),
+        multiplier(broadcast(multiplier)) {}
+
+  Bytes operator()(Floats v) const {
+    return to_bytes(to_ints(clamp(round_to_even(v * inverse), low, high) * multiplier));
+  }
+};
+
+template <class Values>
+void write_group_image(Values x, int8_t* image, int64_t channels, int64_t group, const float* step,
+                       const float* below, float scale) {
+  for (int64_t first = 0; first * group < channels; first += kLanes) {
+    const Floats wanted = load(step + first) / scale - kSlack, whole = to_floats(to_ints(wanted));
+    const Floats multiplier =
+        clamp(whole < wanted ? whole + 1.0f : whole, broadcast(1.0f), group_limits(load(below + first)));
+    const Floats inverse = 1.0f / (multiplier * scale);
+    for (int64_t k = 0; k < kLanes && (first + k) * group < channels; ++k) {
+      const int64_t start = (first + k) * group, count = group < channels - start ? group : channels - start;
+      write_codes(x + start, image + start, count, ImageOf(inverse[k], below[first + k], multiplier[k]));
+    }
+  }
+}
+
+}  // namespace dcomp::DCOMP_ISA
