@@ -157,8 +157,9 @@ const char* emulator_count_names() {
 
 // Size of an argument struct, then name and offset of each field; null if there is none of this name.
 const char* emulator_layout(const char* structure) {
-  const auto found = emulator::layouts.find(structure);
-  return found == emulator::layouts.end() ? nullptr : found->second.c_str();
+  static std::string text;
+  text = emulator::layout(structure);
+  return text.empty() ? nullptr : text.c_str();
 }
 
 }  // extern "C"
