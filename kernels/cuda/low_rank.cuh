@@ -1,9 +1,9 @@
 // The low-rank branch of a linear layer, added to the values of a tile: out += hidden @ up^T.
 //
-// `up` is float16, which tf32 holds exactly. `hidden` is cut into two numbers of tf32, which leave less than 2^-20 of it
-// out, so two products on tensor cores are about as good as one in fp32, whatever its range. Fragments come from global memory,
-// where all warps of a block find the same ones: a lane takes the neighbours 2 t and 2 t + 1 of each 8 for the k that
-// the tensor core calls t and t + 4, on both sides.
+// `up` is float16, which tf32 holds exactly. `hidden` is cut into two numbers of tf32, which leave less than 2^-20 of
+// it out, so two products on tensor cores are about as good as one in fp32, whatever its range. Fragments come from
+// global memory, where all warps of a block find the same ones: a lane takes the neighbours 2 t and 2 t + 1 of each 8
+// for the k that the tensor core calls t and t + 4, on both sides.
 #pragma once
 #include "float_types.cuh"
 

@@ -3,8 +3,8 @@
 //
 // An input is (code - zero) * m and a weight q * w, with a zero and multipliers for each block of 32 or 64 channels. A
 // tensor core sums code * q over a block; two sums at a time are then multiplied by m * w and added up. What the zeros
-// take away, sum of (m * zero) * (w * sum of q) over blocks, is a small product of its own, of int8 numbers that rows of
-// inputs and weights begin with. nibbles.py says how rows lie in memory and why no w is negative.
+// take away, sum of (m * zero) * (w * sum of q) over blocks, is a small product of its own, of int8 numbers that rows
+// of inputs and weights begin with. nibbles.py says how rows lie in memory and why no w is negative.
 //
 // A stage is 64 bytes of a row: 128 channels, or corrections of 16 blocks.
 #pragma once

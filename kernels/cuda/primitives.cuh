@@ -93,10 +93,11 @@ DCOMP_DEVICE void multiply_add_f16(float (&sums)[4], const uint32 (&a)[4], const
 
 // sums = a (16x64, 0 to 15) * b (64x8, -8 to 7). Only tensor cores of compute capability 8.0 to 8.9 have it.
 DCOMP_DEVICE void multiply_u4(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
-               "%10, %10};"
-               : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
+  asm volatile(
+      "mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
 }
 
 // The same of half the depth: a is 16x32, its upper rows in the first register, b is 32x8.

@@ -14,9 +14,13 @@ struct QuantizeNibbles : QuantizeKernel<QuantizeNibblesArguments, 0> {
     const int blocks = (a.channels + a.block - 1) / a.block;
     const int stages = (blocks + kCorrections - 1) / kCorrections;
     uint8* const corrections = a.codes + static_cast<int64>(row) * a.depth;
-    for (int block = blocks + lane; block < stages * kCorrections; block += kWarpLanes) correct(corrections, block, 0, 0);
+    for (int block = blocks + lane; block < stages * kCorrections; block += kWarpLanes) {
+      correct(corrections, block, 0, 0);
+    }
     const int units = (a.channels + kUnit - 1) / kUnit;
-    for (int unit = units + lane; unit < (units + 3) / kUnitsOfStage * kUnitsOfStage; unit += kWarpLanes) store_multiplier(a, row, unit, 0);
+    for (int unit = units + lane; unit < (units + 3) / kUnitsOfStage * kUnitsOfStage; unit += kWarpLanes) {
+      store_multiplier(a, row, unit, 0);
+    }
     with_inputs(a, [&](auto type, auto is_smooth) {
       const GroupRow<decltype(type), decltype(is_smooth)> groups(a, row);
       const float scale = usable(over_lanes<Larger>(groups.peak()));
@@ -28,8 +32,8 @@ struct QuantizeNibbles : QuantizeKernel<QuantizeNibblesArguments, 0> {
   }
 
   template <class Row>
-  static DCOMP_DEVICE void store_group(const Arguments& a, const Row& groups, const GroupGrid& grid, float scale, int row,
-                                       int start, int end, uint8* corrections, uint8* codes) {
+  static DCOMP_DEVICE void store_group(const Arguments& a, const Row& groups, const GroupGrid& grid, float scale,
+                                       int row, int start, int end, uint8* corrections, uint8* codes) {
     const int lane = threadIdx.x % kWarpLanes, width = groups.width;
     const float multiplier = grid.multiplier(scale), inverse = divide(1.0f, multiply(multiplier, scale));
     const int whole = to_int(multiplier), zero = to_int(grid.below);
@@ -62,9 +66,11 @@ struct QuantizeNibbles : QuantizeKernel<QuantizeNibblesArguments, 0> {
     store_global(a.multipliers + word * kUnitsOfStage + unit % kUnitsOfStage, static_cast<uint8>(multiplier));
   }
 
-  // What a block is corrected by: the upper part of its sum in the first half of a stage, the lower 7 bits in the second.
+  // What a block is corrected by: the upper part of its sum in the first half of a stage, the lower 7 bits in the
+  // second.
   static DCOMP_DEVICE void correct(uint8* corrections, int block, int zero, int sum) {
-    uint16* const to = reinterpret_cast<uint16*>(corrections + block / kCorrections * kStageBytes) + block % kCorrections;
+    uint8* const stage = corrections + block / kCorrections * kStageBytes;
+    uint16* const to = reinterpret_cast<uint16*>(stage) + block % kCorrections;
     store_global(to, static_cast<uint16>(zero | sum >> 7 << 8));
     store_global(to + kCorrections, static_cast<uint16>(zero | (sum & 127) << 8));
   }

@@ -28,8 +28,8 @@ struct Place {
   {#structure, "", sizeof(structure)}, DCOMP_EACH(DCOMP_FIELD, structure, __VA_ARGS__)
 
 inline constexpr Place places[] = {
-    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, x_multipliers, weight_multipliers, hidden,
-                 up, rows, outputs, depth, out_type, corrections, rank)
+    DCOMP_LAYOUT(LinearArguments, x, weight, x_scale, weight_scale, bias, out, x_multipliers, weight_multipliers,
+                 hidden, up, rows, outputs, depth, out_type, corrections, rank)
     DCOMP_LAYOUT(ConvArguments, x, padding, weight, weight_sum, x_scale, x_zero, weight_scale, bias, out, rows, outputs,
                  depth, out_type, height, width, channels, out_pixels, out_width, scale_rows, kernel_width, stride_y,
                  stride_x, padding_y, padding_x, dilation_y, dilation_x, channels_inverse, kernel_width_inverse)
@@ -37,7 +37,8 @@ inline constexpr Place places[] = {
     DCOMP_LAYOUT(QuantizeSampleArguments, x, codes, scale, zero, smooth, ranges, count, channels, parts, x_type)
     DCOMP_LAYOUT(QuantizeTokenArguments, x, smooth, codes, scale, rows, channels, depth, x_type)
     DCOMP_LAYOUT(QuantizeGroupArguments, x, smooth, codes, scale, peaks, rows, channels, depth, group, parts, x_type)
-    DCOMP_LAYOUT(QuantizeNibblesArguments, x, smooth, codes, multipliers, scale, rows, channels, depth, group, block, x_type)
+    DCOMP_LAYOUT(QuantizeNibblesArguments, x, smooth, codes, multipliers, scale, rows, channels, depth, group, block,
+                 x_type)
     DCOMP_LAYOUT(LowRankArguments, x, smooth, down, codes, scale, hidden, rows, channels, depth, group, rank, x_type)
     DCOMP_LAYOUT(UnpackArguments, qweight, multiplier, scale, out, rows, taps, channels, groups, group, out_type)
     DCOMP_LAYOUT(GroupNormArguments, x, weight, bias, moments, ranges, codes, scale, zero, pixels, channels, groups,

@@ -1,8 +1,8 @@
 // Products of 8-bit integers where there are neither tiles nor VNNI: exact, unlike the saturating sums of others.
 //
-// Rows and weights of 8 bits are widened to 16 bits. Weights of 4 bits whose groups are whole blocks of 32 channels stay
-// narrow and meet their multipliers in sums, which is twice as fast; rows are unsigned then, signed codes shifted by
-// 128. See `products_avx2.h`.
+// Rows and weights of 8 bits are widened to 16 bits. Weights of 4 bits whose groups are whole blocks of 32 channels
+// stay narrow and meet their multipliers in sums, which is twice as fast; rows are unsigned then, signed codes shifted
+// by 128. See `products_avx2.h`.
 #pragma once
 #include <immintrin.h>
 

@@ -53,8 +53,8 @@ void for_normalized(const T* x, int64_t rows, int64_t channels, const float* fac
     }
     if (c < channels) {
       const int64_t rest = channels - c;
-      take(normalized<with_silu>(load_some(x + place + c, rest), load_some(factor + c, rest), load_some(added + c, rest)),
-           place + c, rest);
+      const Floats factors = load_some(factor + c, rest), addends = load_some(added + c, rest);
+      take(normalized<with_silu>(load_some(x + place + c, rest), factors, addends), place + c, rest);
     }
   }
 }
