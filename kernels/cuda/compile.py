@@ -66,13 +66,18 @@ def entries() -> dict[str, str]:
     return dict(_ENTRY.findall((_SOURCES / _MAIN).read_text()))
 
 
+# Kernels that run one after the other.
+_SEQUENCES = (
+    ("sample_range", "quantize_sample"),
+    ("group_peak", "quantize_group"),
+    ("key_value_moments", "key_value_tiles"),
+    ("group_norm_moments", "group_norm_range", "group_norm_static", "group_norm_sample"),
+)
+
+
 def part_of(kernel: str) -> tuple[str, ...]:
-    """Return the kernels that are compiled together with one: products each alone, all others at once."""
-    return (kernel,) if _is_product(kernel) else tuple(name for name in entries() if not _is_product(name))
-
-
-def _is_product(kernel: str) -> bool:
-    return kernel.startswith(("linear", "conv", "attention"))
+    """Return the kernels that are compiled together with one: what goes before or after it, and no other."""
+    return next((sequence for sequence in _SEQUENCES if kernel in sequence), (kernel,))
 
 
 def image(target: Target, part: tuple[str, ...]) -> Image:
@@ -91,9 +96,8 @@ def image(target: Target, part: tuple[str, ...]) -> Image:
     def compiled() -> bytes:
         return compiler.compile(program, architecture, target.isa)
 
-    name = part[0] if len(part) == 1 else "cuda"
     try:
-        file = build_cache.folder() / f"{name}-{architecture}-{key}{'.ptx' if target.isa else '.cubin'}"
+        file = build_cache.folder() / f"{part[-1]}-{architecture}-{key}{'.ptx' if target.isa else '.cubin'}"
     except BuildError as error:
         return Image(compiled(), architecture, remark=str(error))
     code = _read(file)

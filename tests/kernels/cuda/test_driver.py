@@ -166,10 +166,10 @@ def test_code_is_loaded_once_for_each_device(nvrtc: FakeNvrtc) -> None:
                 module, image = loaded.module("quantize_token", index)
                 assert module.device == index
                 assert image.architecture == "sm_86"
-        assert loaded.module("unpack_int8", 0)[0] is loaded.module("quantize_token", 0)[0]
+        assert loaded.module("sample_range", 0)[0] is loaded.module("quantize_sample", 0)[0]
         assert loaded.module("linear_w8a8_64x64", 0)[0] is not loaded.module("quantize_token", 0)[0]
-    assert len(fake.loaded) == 3
-    assert nvrtc.compiled == 2
+    assert len(fake.loaded) == 4
+    assert nvrtc.compiled == 3
 
 
 @pytest.mark.parametrize("code", [200, 209, 218, 222, 223])
