@@ -62,7 +62,7 @@ def onnxruntime_denoiser(denoiser: nn.Module, args: Arguments, folder: Path) -> 
             return next(self._feeds, None)
 
     given, made = folder / "float.onnx", folder / "int8.onnx"
-    torch.onnx.export(Prediction(denoiser), args, given, input_names=names, output_names=["y"], dynamo=False)
+    torch.onnx.export(Prediction(denoiser), args, str(given), input_names=names, output_names=["y"], dynamo=False)
     quantize_static(
         given,
         made,
