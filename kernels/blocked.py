@@ -4,6 +4,8 @@ Results are those of `qparams` and `reference`. Temporaries of a block stay in t
 memory of a large tensor costs more than the arithmetic on it.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -80,18 +82,6 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
     return image, scale
 
 
-def quantize_low_rank(
-    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
-    if group is None:
-        codes, scale = quantize_token(x, smooth)
-    else:
-        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
-        codes = image.squeeze(1)
-    return codes, scale, functional.linear(x.float(), down.float())
-
-
 def group_norm_quantize(
     x: Tensor, norm: GroupNorm, scale: Tensor | None, zero: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +119,9 @@ def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Ten
         rounded = torch.mul(block, (1 / scales).unsqueeze(-1), out=scratch[: len(block)]).round_()
         codes[start : start + rows] = rounded
     return codes, scale
+
+
+quantize_low_rank = functools.partial(reference.quantize_low_rank, by_token=quantize_token, by_group=quantize_group)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor | None:

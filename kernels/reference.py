@@ -5,7 +5,7 @@ does not depend on an order and equals int64 arithmetic. Runs on every device. W
 `[O, *taps, I]`, outputs are fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,12 @@ def linear_a4(
 
 
 def quantize_low_rank(
-    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
+    x: Tensor,
+    down: Tensor,
+    group: int | None = None,
+    smooth: Tensor | None = None,
+    by_token: Callable[..., tuple[Tensor, Tensor]] = qparams.quantize_token,
+    by_group: Callable[..., tuple[Tensor, Tensor]] = qparams.quantize_group,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return int8 codes of rows, their scales fp32 `[M]`, and the first half of a low-rank branch, fp32 `[M, r]`.
 
@@ -56,14 +61,16 @@ def quantize_low_rank(
         down: fp16 `[r, I]`.
         group: of `qparams.quantize_group`, or None for `qparams.quantize_token`.
         smooth: fp32 `[I]`, for codes alone.
+        by_token: the quantizer of a row of the table, as `qparams.quantize_token`.
+        by_group: likewise, as `qparams.quantize_group`.
 
     Source:
         Li et al. 2024, SVDQuant (section 4.2).
     """
     if group is None:
-        codes, scale = qparams.quantize_token(x, smooth)
+        codes, scale = by_token(x, smooth)
     else:
-        image, scale = qparams.quantize_group(x.unsqueeze(1), group, smooth)
+        image, scale = by_group(x.unsqueeze(1), group, smooth)
         codes = image.squeeze(1)
     return codes, scale, functional.linear(x.float(), down.float())
 

@@ -334,13 +334,18 @@ struct Product {
     }
   };
 
-  static DCOMP_DEVICE void write(const Arguments& a, const Sums& sums, int row, int column, int lane) {
-    Column columns[Tile::kColumnTiles][2];
+  static DCOMP_DEVICE void load_columns(Column (&columns)[Tile::kColumnTiles][2], const Arguments& a, int column,
+                                        int lane) {
 #pragma unroll
     for (int j = 0; j < Tile::kColumnTiles; ++j) {
       columns[j][0].load(a, column_of(column, j, lane));
       columns[j][1].load(a, column_of(column, j, lane) + 1);
     }
+  }
+
+  static DCOMP_DEVICE void write(const Arguments& a, const Sums& sums, int row, int column, int lane) {
+    Column columns[Tile::kColumnTiles][2];
+    load_columns(columns, a, column, lane);
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
       const int m = row + i * 8 + lane / 4;
@@ -361,11 +366,7 @@ struct Product {
   // Sums become values, in the same registers, and the branch is added to these.
   static DCOMP_DEVICE void write_with_branch(const Arguments& a, Sums& sums, int row, int column, int lane) {
     Column columns[Tile::kColumnTiles][2];
-#pragma unroll
-    for (int j = 0; j < Tile::kColumnTiles; ++j) {
-      columns[j][0].load(a, column_of(column, j, lane));
-      columns[j][1].load(a, column_of(column, j, lane) + 1);
-    }
+    load_columns(columns, a, column, lane);
 #pragma unroll
     for (int i = 0; i < Tile::kRowTiles * 2; ++i) {
       const int m = row + i * 8 + lane / 4;

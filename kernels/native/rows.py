@@ -10,7 +10,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dcomp.kernels import blocked, onednn, packing, qparams, reference
 from dcomp.kernels.build_cache import BuildError
@@ -130,16 +129,7 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
     return image, scale
 
 
-def quantize_low_rank(
-    x: Tensor, down: Tensor, group: int | None = None, smooth: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `reference.quantize_low_rank`: the quantizer, and one matrix product."""
-    if group is None:
-        codes, scale = quantize_token(x, smooth)
-    else:
-        image, scale = quantize_group(x.unsqueeze(1), group, smooth)
-        codes = image.squeeze(1)
-    return codes, scale, functional.linear(x.float(), down.float())
+quantize_low_rank = functools.partial(reference.quantize_low_rank, by_token=quantize_token, by_group=quantize_group)
 
 
 def group_norm_quantize(
