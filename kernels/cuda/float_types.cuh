@@ -19,6 +19,9 @@ struct Float16 {
   static DCOMP_DEVICE float widen(uint16 bits) { return from_float16(bits); }
 };
 
+// The part of a value that tf32 holds.
+DCOMP_DEVICE uint32 to_tf32(float value) { return to_bits(value) & 0xFFFFE000u; }
+
 // Calls `work` with an object of the type that `type` names, whose loops then do not ask again.
 template <class Work>
 DCOMP_DEVICE void with_type(int type, Work work) {

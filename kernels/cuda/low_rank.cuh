@@ -11,8 +11,7 @@ namespace dcomp {
 
 template <class Tile>
 struct LowRankBranch {
-  static constexpr int kDepth = 8;                  // of a product
-  static constexpr uint32 kOfTf32 = 0xFFFFE000u;  // bits of fp32 that tf32 has
+  static constexpr int kDepth = 8;  // of a product
 
   // Values are bits of fp32.
   static DCOMP_DEVICE void add(const LinearArguments& a, int (&values)[Tile::kRowTiles][Tile::kColumnTiles][4], int row,
@@ -38,9 +37,10 @@ struct LowRankBranch {
           const Words<2> both = load_global(reinterpret_cast<const Words<2>*>(a.hidden + at));
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            const uint32 bits = both.word[t] & kOfTf32;
+            const float value = from_bits(both.word[t]);
+            const uint32 bits = to_tf32(value);
             upper[t * 2 + half] = bits;
-            lower[t * 2 + half] = to_bits(dcomp::add(from_bits(both.word[t]), -from_bits(bits))) & kOfTf32;
+            lower[t * 2 + half] = to_tf32(dcomp::add(value, -from_bits(bits)));
           }
         }
 #pragma unroll

@@ -65,15 +65,6 @@ DCOMP_DEVICE void multiply_add_s8(int (&sums)[4], const uint32 (&a)[4], const ui
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// sums += a (16x8, tf32) * b (8x8, tf32); the low 13 bits of each value are 0
-DCOMP_DEVICE void multiply_add_tf32(float (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // sums += a (16x32, uint8) * b (32x8, int8)
 DCOMP_DEVICE void multiply_add_u8(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
   asm volatile(
@@ -107,7 +98,7 @@ DCOMP_DEVICE void multiply_u4(int (&sums)[4], const uint32 (&a)[2], uint32 b) {
                : "r"(a[0]), "r"(a[1]), "r"(b), "r"(0));
 }
 
-// sums += a (16x8, tf32) * b (8x8, tf32); sums are bits of fp32.
+// sums += a (16x8, tf32) * b (8x8, tf32); sums are bits of fp32, and the low 13 bits of each value are 0.
 DCOMP_DEVICE void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "

@@ -12,9 +12,6 @@ constexpr int kLowRankColumns = 32;  // of hidden that a block finds at once
 constexpr int kLowRankSums = kLowRankRows * kLowRankColumns;
 constexpr int kRowTiles = kLowRankRows / 16, kColumnTiles = kLowRankColumns / 8;
 
-// The part of a value that tf32 holds.
-DCOMP_DEVICE uint32 to_tf32(float value) { return to_bits(value) & 0xFFFFE000u; }
-
 template <class RowCodes>
 struct LowRank : QuantizeKernel<LowRankArguments, kQuantizeWarps * kLowRankSums, 2> {
   static DCOMP_DEVICE void run(const LowRankArguments& a) {
@@ -33,7 +30,7 @@ struct LowRank : QuantizeKernel<LowRankArguments, kQuantizeWarps * kLowRankSums,
   template <class Type>
   static DCOMP_DEVICE void multiply_rows(const LowRankArguments& a, int first_row, int first) {
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
-    float sums[kRowTiles][kColumnTiles][4] = {};
+    int sums[kRowTiles][kColumnTiles][4] = {};  // bits of fp32
     // A lane holds four neighbours of a row for two products of eight channels; which eight these are does not matter.
     for (int at = warp * 16; at < a.channels; at += kQuantizeWarps * 16) {
       const int channel = at + lane % 4 * kFour;
@@ -64,7 +61,7 @@ struct LowRank : QuantizeKernel<LowRankArguments, kQuantizeWarps * kLowRankSums,
     store_sums(a, sums, first_row, first);
   }
 
-  static DCOMP_DEVICE void add_products(float (&sums)[kColumnTiles][4], const float (&x)[4],
+  static DCOMP_DEVICE void add_products(int (&sums)[kColumnTiles][4], const float (&x)[4],
                                         const float (&down)[kColumnTiles][kFour], int k) {
     const uint32 left[4] = {to_tf32(x[0]), to_tf32(x[1]), to_tf32(x[2]), to_tf32(x[3])};
 #pragma unroll
@@ -81,14 +78,14 @@ struct LowRank : QuantizeKernel<LowRankArguments, kQuantizeWarps * kLowRankSums,
     values.load(v, at, row < rows ? channels : 0);
   }
 
-  static DCOMP_DEVICE void store_sums(const LowRankArguments& a, const float (&sums)[kRowTiles][kColumnTiles][4],
+  static DCOMP_DEVICE void store_sums(const LowRankArguments& a, const int (&sums)[kRowTiles][kColumnTiles][4],
                                       int first_row, int first) {
     float* const shared = reinterpret_cast<float*>(shared_memory());
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     barrier();  // all sums of the columns before are read
 #pragma unroll
     for (int i = 0; i < kLowRankSums / kWarpLanes; ++i) {
-      const float sum = sums[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4];
+      const float sum = from_bits(sums[i / 4 / kColumnTiles][i / 4 % kColumnTiles][i % 4]);
       store_shared(shared + warp * kLowRankSums + i * kWarpLanes + lane, sum);
     }
     barrier();

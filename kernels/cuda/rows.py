@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from dcomp.kernels import qparams, reference
-from dcomp.kernels.cuda import calls, driver, loaded, nibbles, packing, self_test
+from dcomp.kernels.cuda import driver, loaded, nibbles, packing, self_test
 from dcomp.kernels.cuda.arguments import FLOAT_TYPE as FLOAT_TYPE
-from dcomp.kernels.cuda.calls import MOST_ROWS_OF_BLOCKS, ProductWeight
+from dcomp.kernels.cuda.calls import attention as attention_calls
+from dcomp.kernels.cuda.calls import norms, products, quantizers
+from dcomp.kernels.cuda.calls.launch import MOST_ROWS_OF_BLOCKS
+from dcomp.kernels.cuda.calls.products import ProductWeight
+from dcomp.kernels.cuda.calls.unpack import unpack
 from dcomp.kernels.cuda.driver import Kernel
 from dcomp.kernels.cuda.driver import index_of as index_of
 from dcomp.kernels.cuda.self_test import UnusableError
@@ -174,7 +178,7 @@ def _product(
     operation: str, weight: Stored, in_channels: int, rows: int, device: torch.device, branch: str = ""
 ) -> tuple[Kernel, ProductWeight]:
     """Return the kernel for a product, and the weight as it takes it."""
-    for kind in calls.kinds_of(weight):
+    for kind in products.kinds_of(weight):
         try:
             kernel = _product_kernel(operation, kind + branch, rows, len(weight.qweight), device)
         except UnusableError as error:
@@ -190,10 +194,10 @@ def _product_weight(weight: Stored, in_channels: int, kind: str, *, with_sums: b
     made_for_call = kind == "w8a8" and weight.multiplier is not None  # an image of all of an int4 weight is large
     # What is made while a graph is recorded belongs to the graph.
     if made_for_call or not all(map(Packs.can_keep, (qweight, *rest))) or driver.is_capturing():
-        return calls.product_weight(weight, in_channels, kind, with_sums=with_sums)
+        return products.product_weight(weight, in_channels, kind, with_sums=with_sums)
 
     def make() -> ProductWeight:
-        made = calls.product_weight(weight, in_channels, kind, with_sums=with_sums)
+        made = products.product_weight(weight, in_channels, kind, with_sums=with_sums)
         driver.wait(index_of(qweight.device))  # other streams may use it next
         return dataclasses.replace(made, data=None) if made.data is qweight else made
 
@@ -203,14 +207,14 @@ def _product_weight(weight: Stored, in_channels: int, kind: str, *, with_sums: b
 
 def _float_weight(weight: Stored, scale: Tensor, in_channels: int, dtype: torch.dtype) -> Tensor:
     name = "unpack_int8" if weight.multiplier is None else "unpack_int4"
-    return calls.unpack(_kernel(name, scale.device), weight, scale, in_channels, dtype)
+    return unpack(_kernel(name, scale.device), weight, scale, in_channels, dtype)
 
 
 def quantize_static(x: Tensor, scale: Tensor, zero: Tensor, smooth: Tensor | None = None) -> Tensor:
     """Return the bytes of `qparams.quantize_static`, in the memory format of `x`."""
     if x.dtype not in FLOAT_TYPE or scale.numel() != 1 or zero.numel() != 1:
         return qparams.quantize_static(x, scale, zero, smooth)
-    return calls.quantize_static(_kernel("quantize_static", x.device), x, scale, zero, smooth)
+    return quantizers.quantize_static(_kernel("quantize_static", x.device), x, scale, zero, smooth)
 
 
 def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,14 +222,14 @@ def quantize_sample(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Te
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
         return qparams.quantize_sample(x, smooth)
     kernels = self_test.kernels("quantize_sample", index_of(x.device))
-    return calls.quantize_sample(kernels, x, smooth)
+    return quantizers.quantize_sample(kernels, x, smooth)
 
 
 def quantize_token(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the bytes of `qparams.quantize_token` for `x` `[M, I]`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
         return qparams.quantize_token(x, smooth)
-    return calls.quantize_token(_kernel("quantize_token", x.device), x, smooth)
+    return quantizers.quantize_token(_kernel("quantize_token", x.device), x, smooth)
 
 
 def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -234,7 +238,7 @@ def quantize_group(x: Tensor, group: int, smooth: Tensor | None = None) -> tuple
         return qparams.quantize_group(x, group, smooth)
     name = "quantize_group_token" if x.shape[1] == 1 else "quantize_group"
     kernels = self_test.kernels(name, index_of(x.device))
-    return calls.quantize_group(kernels, x, group, smooth)
+    return quantizers.quantize_group(kernels, x, group, smooth)
 
 
 def quantize_low_rank(
@@ -244,7 +248,7 @@ def quantize_low_rank(
     if x.dtype not in FLOAT_TYPE or down.dtype != torch.float16 or 0 in (*x.shape, len(down)):
         return reference.quantize_low_rank(x, down, group, smooth)
     kernel = _kernel("low_rank_token" if group is None else "low_rank_group", x.device)
-    return calls.quantize_low_rank(kernel, x, down, group, smooth)
+    return quantizers.quantize_low_rank(kernel, x, down, group, smooth)
 
 
 def group_norm_quantize(
@@ -255,14 +259,14 @@ def group_norm_quantize(
     if not is_taken:
         return reference.group_norm_quantize(x, norm, scale, zero)
     name = "group_norm_sample" if scale is None or zero is None else "group_norm_static"
-    return calls.group_norm_quantize(self_test.kernels(name, index_of(x.device)), x, norm, scale, zero)
+    return norms.group_norm_quantize(self_test.kernels(name, index_of(x.device)), x, norm, scale, zero)
 
 
 def layer_norm_quantize(x: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
     """Return `reference.layer_norm_quantize`."""
     if x.dtype not in FLOAT_TYPE or x.numel() == 0:
         return reference.layer_norm_quantize(x, norm)
-    return calls.layer_norm_quantize(_kernel("layer_norm_token", x.device), x, norm)
+    return norms.layer_norm_quantize(_kernel("layer_norm_token", x.device), x, norm)
 
 
 def linear_a8(
@@ -282,7 +286,7 @@ def linear_a8(
             raise
         y = linear_a8(q, x_scale, weight, weight_scale, bias)
         return reference.add_branch_(y, *branch).to(dtype)
-    return calls.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype, branch=branch)
+    return products.linear(kernel, q, x_scale, packed, weight_scale, bias, dtype, branch=branch)
 
 
 def can_add(up: Tensor) -> bool:
@@ -309,7 +313,7 @@ def conv2d_a8(
     taps, shape = (height, width), (stride, padding, dilation)
     out_height, out_width = reference.output_size(q.shape[2:], taps, *shape)
     kernel, packed = _product("conv", weight, q.shape[1], len(q) * out_height * out_width, q.device)
-    return calls.conv2d(kernel, q, x_scale, x_zero, packed, weight_scale, bias, taps, *shape, dtype)
+    return products.conv2d(kernel, q, x_scale, x_zero, packed, weight_scale, bias, taps, *shape, dtype)
 
 
 def linear_a4(
@@ -337,8 +341,8 @@ def linear_a4(
         y = linear_a4(x, group, weight, weight_scale, bias, smooth)
         return reference.add_branch_(y, *branch).to(dtype)
     packed = _product_weight(weight, x.shape[1], kind, with_sums=False)
-    inputs, x_scale = calls.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block, smooth)
-    return calls.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers, branch)
+    inputs, x_scale = quantizers.quantize_nibbles(_kernel("quantize_nibbles", x.device), x, group, block, smooth)
+    return products.linear(kernel, inputs.data, x_scale, packed, weight_scale, bias, dtype, inputs.multipliers, branch)
 
 
 def linear_a16(x: Tensor, weight: Stored, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -379,11 +383,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     kernel = _attention_kernel(channels, q.device)
     width = int(kernel.name.split("_")[1])
     rows = q.transpose(1, 2).reshape(-1, channels)
-    codes, q_scale = calls.quantize_token(_kernel("quantize_token", q.device), rows, depth=packing.head_depth(width))
+    quantize = _kernel("quantize_token", q.device)
+    codes, q_scale = quantizers.quantize_token(quantize, rows, depth=packing.head_depth(width))
     codes, q_scale = codes.view(samples, queries, heads, -1), q_scale.view(samples, queries, heads)
     passes = self_test.kernels("key_value_tiles", index_of(q.device))
-    tiles, v_scale = calls.key_value_tiles(passes, k, v.to(k.dtype), width)
-    return calls.attention(kernel, codes, q_scale, tiles, v_scale, channels, scale, q.dtype)
+    tiles, v_scale = attention_calls.key_value_tiles(passes, k, v.to(k.dtype), width)
+    return attention_calls.attention(kernel, codes, q_scale, tiles, v_scale, channels, scale, q.dtype)
 
 
 def _attention_kernel(channels: int, device: torch.device) -> Kernel:

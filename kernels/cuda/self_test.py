@@ -20,7 +20,10 @@ from torch.nn import functional
 
 from dcomp.kernels import build_cache, qparams, reference
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, loaded, nibbles, packing
+from dcomp.kernels.cuda import driver, loaded, nibbles, packing
+from dcomp.kernels.cuda.calls import attention as attention_calls
+from dcomp.kernels.cuda.calls import norms, products, quantizers
+from dcomp.kernels.cuda.calls.unpack import unpack
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.driver import DriverError, Kernel
 from dcomp.kernels.cuda.tiles import ENTRIES, LOW_RANK
@@ -224,10 +227,10 @@ def _test_linear(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
     stored = draw.weight(kind, (outputs, channels))
     expected = _expected(q, x_scale, int8_image(*stored, channels), scale, bias, branch).to(_DTYPES[case])
-    weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
+    weight = products.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
     q, x_scale, scale, bias = draw.here(q, x_scale, scale, bias)
     given = (q, x_scale, weight, scale, bias, _DTYPES[case])
-    yield calls.linear(found[-1], *given, branch=_here(draw, branch)), expected
+    yield products.linear(found[-1], *given, branch=_here(draw, branch)), expected
 
 
 def _drawn_branch(kernel: Kernel, draw: _Draw, rows: int, outputs: int) -> tuple[Tensor, Tensor] | None:
@@ -265,9 +268,9 @@ def _test_conv(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     stored = draw.weight(kind, (outputs, *taps, image[1]))
     codes = int8_image(*stored, image[1])
     expected = reference.conv2d_a8(q, x_scale, x_zero, codes, scale, bias, *shape, 1).to(_DTYPES[case])
-    weight = calls.product_weight(Stored(*draw.here(*stored)), image[1], kind, with_sums=True)
+    weight = products.product_weight(Stored(*draw.here(*stored)), image[1], kind, with_sums=True)
     q, x_scale, x_zero, scale, bias = draw.here(q, x_scale, x_zero, scale, bias)
-    made = calls.conv2d(found[-1], q, x_scale, x_zero, weight, scale, bias, taps, *shape, dtype=_DTYPES[case])
+    made = products.conv2d(found[-1], q, x_scale, x_zero, weight, scale, bias, taps, *shape, dtype=_DTYPES[case])
     yield made, expected
 
 
@@ -282,21 +285,21 @@ def _test_static(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     scale, zero, smooth = draw.powers(1), draw.integers((1,), 0, 255, torch.uint8), _smooth(x, case, draw)
     expected = qparams.quantize_static(x, scale, zero, smooth)
-    yield calls.quantize_static(found[-1], *draw.here(x, scale, zero, smooth)), expected
+    yield quantizers.quantize_static(found[-1], *draw.here(x, scale, zero, smooth)), expected
 
 
 def _test_sample(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((1, 3, 5, 7), (2, 19, 33, 31), (5, 4099))[case], _DTYPES[case])
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     smooth = _smooth(x, case, draw)
-    made = calls.quantize_sample(found, *draw.here(x, smooth))
+    made = quantizers.quantize_sample(found, *draw.here(x, smooth))
     yield from zip(made, qparams.quantize_sample(x, smooth), strict=True)
 
 
 def _test_token(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(((5, 7), (37, 320), (18, 1283))[case], _DTYPES[case])
     smooth = _smooth(x, case, draw)
-    made = calls.quantize_token(found[-1], *draw.here(x, smooth))
+    made = quantizers.quantize_token(found[-1], *draw.here(x, smooth))
     yield from zip(made, qparams.quantize_token(x, smooth), strict=True)
 
 
@@ -306,7 +309,7 @@ def _test_group(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
         x = x.flatten(0, 1).unsqueeze(1)
     smooth = _smooth(x, case, draw)
     here, smooth_here = draw.here(x, smooth)
-    made = calls.quantize_group(found, here, 32, smooth_here)
+    made = quantizers.quantize_group(found, here, 32, smooth_here)
     yield from zip(made, qparams.quantize_group(x, 32, smooth), strict=True)
 
 
@@ -317,7 +320,7 @@ def _test_low_rank(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     down = draw.integers((rank, channels), -9, 9, torch.float16)
     smooth, group = _smooth(x, case, draw), 32 if found[-1].name == "low_rank_group" else None
     x_here, down_here, smooth_here = draw.here(x, down, smooth)
-    made = calls.quantize_low_rank(found[-1], x_here, down_here, group, smooth_here)
+    made = quantizers.quantize_low_rank(found[-1], x_here, down_here, group, smooth_here)
     yield from zip(made, reference.quantize_low_rank(x, down, group, smooth), strict=True)
 
 
@@ -331,7 +334,7 @@ def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     x = draw.floats(shape, _DTYPES[case])
     codes, zeros, multipliers, expected_scale = qparams.quantize_nibbles(x, group)
     expected = nibbles.input_rows(codes, zeros, multipliers, group, block)
-    made, scale = calls.quantize_nibbles(found[-1], next(draw.here(x)), group, block)
+    made, scale = quantizers.quantize_nibbles(found[-1], next(draw.here(x)), group, block)
     yield made.data, expected.data
     yield made.multipliers[:, : len(x)], expected.multipliers[:, : len(x)]
     yield scale, expected_scale
@@ -339,7 +342,7 @@ def _test_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
 
 def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     entry, (_, kind) = ENTRIES[found[-1].name], _operation_and_kind(found[-1].name)
-    block = calls.block_of_kind(kind)
+    block = products.block_of_kind(kind)
     rows, outputs = ((5, 7), (entry.rows + 37, entry.columns + 19), (33, entry.columns))[case]
     channels = (40, 17 * block + 96, 512)[case]
     x, stored = draw.floats((rows, channels), torch.float32), draw.weight("w4a8", (outputs, channels), group=64)
@@ -349,11 +352,11 @@ def _test_linear_nibbles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _
     x_scale, scale, bias = draw.scales(rows, outputs, has_bias=case > 0, uniform=branch is not None)
     weight_image = int8_image(*stored, channels)
     expected = _expected(image.squeeze(1), x_scale, weight_image, scale, bias, branch).to(_DTYPES[case])
-    weight = calls.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
+    weight = products.product_weight(Stored(*draw.here(*stored)), channels, kind, with_sums=False)
     inputs = nibbles.input_rows(codes, zeros, multipliers, block, block)
     x_scale, scale, bias = draw.here(x_scale, scale, bias)
     given = (inputs.data, x_scale, weight, scale, bias, _DTYPES[case], inputs.multipliers)
-    yield calls.linear(found[-1], *given, _here(draw, branch)), expected
+    yield products.linear(found[-1], *given, _here(draw, branch)), expected
 
 
 def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -362,7 +365,7 @@ def _test_unpack(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     scale = draw.powers(shape[0])
     expected = qparams.dequantize_weight(int8_image(*stored, shape[-1]), scale).to(_DTYPES[case])
     weight = Stored(*draw.here(*stored))
-    yield calls.unpack(found[-1], weight, next(draw.here(scale)), shape[-1], _DTYPES[case]), expected
+    yield unpack(found[-1], weight, next(draw.here(scale)), shape[-1], _DTYPES[case]), expected
 
 
 def _test_group_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -375,7 +378,7 @@ def _test_group_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pair
     expected, *_ = reference.group_norm_quantize(x, norm, scale, zero)
     x, weight, bias, scale, zero = draw.here(x, weight, bias, scale, zero)
     norm = norm._replace(weight=weight, bias=bias)
-    codes, *_ = calls.group_norm_quantize(found, x, norm, scale, zero)
+    codes, *_ = norms.group_norm_quantize(found, x, norm, scale, zero)
     yield _near(codes, expected), torch.tensor(True)
 
 
@@ -386,7 +389,7 @@ def _test_layer_norm(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pair
     gain, shift = (None, None) if case == 1 else (draw.powers(samples, channels), draw.powers(samples, channels))
     expected, _ = reference.layer_norm_quantize(x, LayerNorm(weight, bias, gain, shift, 1e-5))
     x, weight, bias, gain, shift = draw.here(x, weight, bias, gain, shift)
-    codes, _ = calls.layer_norm_quantize(found[-1], x, LayerNorm(weight, bias, gain, shift, 1e-5))
+    codes, _ = norms.layer_norm_quantize(found[-1], x, LayerNorm(weight, bias, gain, shift, 1e-5))
     yield _near(codes, expected), torch.tensor(True)
 
 
@@ -397,7 +400,7 @@ def _test_tiles(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
     codes, scale = packing.quantize_keys(k, k.float().mean(2, keepdim=True))
     expected = packing.pack_tiles(codes, scale, v, packing.value_scale(v), width)
     k, v = draw.here(k, v)
-    yield from zip(calls.key_value_tiles(found, k, v, width), expected, strict=True)
+    yield from zip(attention_calls.key_value_tiles(found, k, v, width), expected, strict=True)
 
 
 def _test_attention(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs:
@@ -413,7 +416,7 @@ def _test_attention(found: tuple[Kernel, ...], case: int, draw: _Draw) -> _Pairs
     tiles, v_scale = packing.pack_tiles(codes, ones, v, packing.value_scale(v), width)
     q = functional.pad(q, (0, packing.head_depth(width) - channels))
     q, ones, tiles, v_scale = draw.here(q, torch.ones(samples, queries, heads), tiles, v_scale)
-    made = calls.attention(found[-1], q, ones, tiles, v_scale, channels, scale, _DTYPES[case])
+    made = attention_calls.attention(found[-1], q, ones, tiles, v_scale, channels, scale, _DTYPES[case])
     yield made.float().round(), expected.float()  # a device's powers of two need not be exact
 
 

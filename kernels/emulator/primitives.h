@@ -75,13 +75,6 @@ inline void multiply_add_tf32(int (&sums)[4], const uint32 (&a)[4], const uint32
   multiply_add(Operation::kMultiplyAddTf32, sums, a, b);
 }
 
-inline void multiply_add_tf32(float (&sums)[4], const uint32 (&a)[4], const uint32 (&b)[2]) {
-  int bits[4];
-  memcpy(bits, sums, sizeof bits);
-  multiply_add(Operation::kMultiplyAddTf32, bits, a, b);
-  memcpy(sums, bits, sizeof bits);
-}
-
 inline float shuffle_xor(float value, int mask) {
   Operands& o = operands();
   memcpy(&o.in[0], &value, 4);

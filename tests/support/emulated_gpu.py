@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcomp.kernels import dispatch
-from dcomp.kernels.cuda import calls, driver, loaded
+from dcomp.kernels.cuda import driver, loaded
+from dcomp.kernels.cuda.calls import launch
 from dcomp.kernels.cuda.compile import Image
 from tests.support.emulated import emulator
 
@@ -33,7 +34,7 @@ def emulated_gpu() -> Iterator[None]:
         driver.use(library),
         mock.patch.object(loaded.compiler, "nvrtc"),
         mock.patch.object(loaded.compiler, "image", return_value=Image(b"", "sm_86")),
-        mock.patch.object(calls, "_address", allowed),
+        mock.patch.object(launch, "_address", allowed),
     ):
         yield
     library.emulator_forget()

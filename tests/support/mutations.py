@@ -19,6 +19,7 @@ UNPACK, NORM, SMOOTH = "unpack.cuh", "norm_quantize.cuh", "smooth.cuh"
 ATTENTION, TILES = "attention.cuh", "key_value_tiles.cuh"
 NIBBLES, QUANTIZE_NIBBLES, LOW_RANK = "nibble_products.cuh", "quantize_nibbles.cuh", "low_rank.cuh"
 QUANTIZE_LOW_RANK = "quantize_low_rank.cuh"
+FLOAT_TYPES = "float_types.cuh"
 MUTATIONS = [
     Mutation("no barrier", "linear w8", PRODUCTS, "      barrier();  // all copies", "      // all copies"),
     Mutation("waits for a group too few", "linear w8", PRODUCTS, "wait<kStages - 2>", "wait<kStages - 1>"),
@@ -373,7 +374,9 @@ MUTATIONS = [
         "          multiply_add_tf32(values[i][j], lower, up[j]);\n",
         "",
     ),
-    Mutation("digits that tf32 has not", "low rank", LOW_RANK, "both.word[t] & kOfTf32;", "both.word[t];"),
+    Mutation(
+        "digits that tf32 has not", "low rank", LOW_RANK, "uint32 bits = to_tf32(value);", "uint32 bits = both.word[t];"
+    ),
     Mutation("every other rank", "low rank", LOW_RANK, "k < a.rank; k += kDepth", "k < a.rank; k += 2 * kDepth"),
     Mutation("up of other columns", "low rank", LOW_RANK, "column + j * 8 + lane / 4", "column + j * 8 + lane % 8"),
     Mutation("hidden of rows beyond the last", "low rank", LOW_RANK, "(m < a.rows ? m : 0)", "(m)"),
@@ -435,7 +438,7 @@ MUTATIONS = [
     Mutation(
         "more digits than tf32 has",
         "quantize low rank",
-        QUANTIZE_LOW_RANK,
+        FLOAT_TYPES,
         "to_bits(value) & 0xFFFFE000u",
         "to_bits(value)",
     ),

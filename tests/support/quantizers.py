@@ -11,7 +11,7 @@ from dcomp.kernels.cuda.arguments import (
     QuantizeTokenArguments,
     UnpackArguments,
 )
-from dcomp.kernels.cuda.calls import LOW_RANK_ROWS
+from dcomp.kernels.cuda.calls.quantizers import LOW_RANK_ROWS
 from tests.support.emulated import Emulator, type_of, untouched
 
 WARPS = 8  # of a block, a row each

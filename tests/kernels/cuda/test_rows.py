@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dcomp.kernels import dispatch, qparams, reference
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, rows, self_test
+from dcomp.kernels.cuda import driver, rows, self_test
+from dcomp.kernels.cuda.calls import quantizers
 from dcomp.kernels.cuda.self_test import UnusableError
 from dcomp.kernels.packing import Stored, int8_image
 from tests.support.emulated_gpu import emulated_gpu
@@ -200,7 +201,7 @@ def test_doubles_are_quantized_by_the_definitions() -> None:
 
 
 def test_more_tokens_than_a_grid_can_hold_are_launched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_SAMPLES_OF_LAUNCH", 16)
+    monkeypatch.setattr(quantizers, "_SAMPLES_OF_LAUNCH", 16)
     x = floats(37, 1, 40)
     assert all(map(torch.equal, rows.quantize_group(x, 32), qparams.quantize_group(x, 32)))
 

@@ -14,7 +14,8 @@ import torch
 
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
-from dcomp.kernels.cuda import calls, driver, loaded, rows, self_test
+from dcomp.kernels.cuda import driver, loaded, rows, self_test
+from dcomp.kernels.cuda.calls import launch
 from dcomp.kernels.cuda.arguments import LinearArguments
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.tiles import ENTRIES
@@ -227,7 +228,7 @@ def test_memory_that_a_kernel_must_not_touch_is_watched(monkeypatch: pytest.Monk
         fresh.emulator_allow(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes - 1))
         return tensor.data_ptr()
 
-    monkeypatch.setattr(calls, "_address", one_less)
+    monkeypatch.setattr(launch, "_address", one_less)
     with driver.use(fresh), pytest.warns(UserWarning, match="outside all buffers"):
         assert self_test.defect("quantize_token", 0) is not None
     fresh.emulator_forget()
