@@ -6,9 +6,35 @@
 #include "kernels.h"
 #include "quantize.h"
 
+#include <type_traits>
+
 namespace dcomp::DCOMP_ISA {
 
 constexpr int64_t kRowsOfSums = 64;  // that float32 sums before they are added to float64
+constexpr int64_t kRowsOfStep = 8;   // that are added while their sums are in registers
+
+// Adds x - shift and its square for each channel of a few rows to `sums`.
+template <int64_t kRows, class T>
+void add_rows(const T* x, int64_t channels, const float* shift, float* sums) {
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    Floats sum = load(sums + c), squares = load(sums + channels + c);
+    for (int64_t row = 0; row < kRows; ++row) {
+      const Floats v = load(x + row * channels + c) - load(shift + c);
+      sum += v;
+      squares += v * v;
+    }
+    store(sums + c, sum);
+    store(sums + channels + c, squares);
+  }
+  for (; c < channels; ++c) {
+    for (int64_t row = 0; row < kRows; ++row) {
+      const float v = load_some(x + row * channels + c, 1)[0] - shift[c];
+      sums[c] += v;
+      sums[channels + c] += v * v;
+    }
+  }
+}
 
 // Sums of x - shift and of its square for each channel, over rows [rows, channels]; `scratch` holds 2 * channels.
 template <class T>
@@ -16,54 +42,63 @@ void add_moments(const T* x, int64_t rows, int64_t channels, const float* shift,
   for (int64_t first = 0; first < rows; first += kRowsOfSums) {
     const int64_t last = first + kRowsOfSums < rows ? first + kRowsOfSums : rows;
     memset(scratch, 0, 2 * channels * sizeof(float));
-    for (int64_t row = first; row < last; ++row) {
-      const T* line = x + row * channels;
-      int64_t c = 0;
-      for (; c + kLanes <= channels; c += kLanes) {
-        const Floats v = load(line + c) - load(shift + c);
-        store(scratch + c, load(scratch + c) + v);
-        store(scratch + channels + c, load(scratch + channels + c) + v * v);
-      }
-      for (; c < channels; ++c) {
-        const float v = load_some(line + c, 1)[0] - shift[c];
-        scratch[c] += v;
-        scratch[channels + c] += v * v;
-      }
+    int64_t row = first;
+    for (; row + kRowsOfStep <= last; row += kRowsOfStep) {
+      add_rows<kRowsOfStep>(x + row * channels, channels, shift, scratch);
     }
+    for (; row < last; ++row) add_rows<1>(x + row * channels, channels, shift, scratch);
     for (int64_t i = 0; i < 2 * channels; ++i) sums[i] += scratch[i];
   }
 }
 
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLeastOfSilu = -1.27846454f;  // where it is
+
 inline Floats silu(Floats v) { return v / (1.0f + exp(-v)); }
 
-// What becomes of values of one channel each: v * factor + added, through SiLU if it is wanted.
-template <bool with_silu>
-Floats normalized(Floats v, Floats factor, Floats added) {
-  v = v * factor + added;
-  return with_silu ? silu(v) : v;
-}
-
 // Calls take(values, place, count) for all of x [rows, channels], normalized by channel.
-template <bool with_silu, class T, class Take>
+template <class T, class Take>
 void for_normalized(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added, Take take) {
   for (int64_t place = 0; place < rows * channels; place += channels) {
     int64_t c = 0;
     for (; c + kLanes <= channels; c += kLanes) {
-      take(normalized<with_silu>(load(x + place + c), load(factor + c), load(added + c)), place + c, kLanes);
+      take(load(x + place + c) * load(factor + c) + load(added + c), place + c, kLanes);
     }
     if (c < channels) {
       const int64_t rest = channels - c;
-      const Floats factors = load_some(factor + c, rest), addends = load_some(added + c, rest);
-      take(normalized<with_silu>(load_some(x + place + c, rest), factors, addends), place + c, rest);
+      const Floats v = load_some(x + place + c, rest) * load_some(factor + c, rest) + load_some(added + c, rest);
+      take(v, place + c, rest);
     }
   }
 }
 
+// The extremes of SiLU from those of its inputs: it falls up to one place and rises from there, and is below 0 before it.
+struct ExtremesOfSilu {
+  Extremes rising{};  // and 0
+  Floats falling = broadcast(-kInfinity);  // the last one
+
+  void add(Floats v) {
+    const Ints falls = v < kLeastOfSilu;
+    const Floats last = falls ? v : broadcast(-kInfinity);
+    falling = last > falling ? last : falling;
+    rising.add(falls ? Floats{} : v);
+  }
+
+  Range range() const {
+    Extremes found{};
+    found.strange = rising.strange;
+    found.add(silu(rising.low));
+    found.add(silu(rising.high));
+    found.add(falling > -kInfinity ? silu(falling) : Floats{});
+    return found.range();
+  }
+};
+
 // The smallest and the largest normalized value, and 0; NaN if there is one.
 template <bool with_silu, class T>
 Range normalized_range(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added) {
-  Extremes found{};  // lanes beyond the last channel are 0
-  for_normalized<with_silu>(x, rows, channels, factor, added, [&](Floats v, int64_t, int64_t) { found.add(v); });
+  std::conditional_t<with_silu, ExtremesOfSilu, Extremes> found{};  // lanes beyond the last channel are 0
+  for_normalized(x, rows, channels, factor, added, [&](Floats v, int64_t, int64_t) { found.add(v); });
   return found.range();
 }
 
@@ -72,8 +107,8 @@ template <bool with_silu, class T>
 void normalized_codes(const T* x, uint8_t* codes, int64_t rows, int64_t channels, const float* factor,
                       const float* added, float scale, float zero) {
   const CodesOf code(1.0f / scale, zero, 0.0f, 255.0f);
-  for_normalized<with_silu>(x, rows, channels, factor, added, [&](Floats v, int64_t place, int64_t count) {
-    const Bytes bytes = code(v);
+  for_normalized(x, rows, channels, factor, added, [=](Floats v, int64_t place, int64_t count) {
+    const Bytes bytes = code(with_silu ? silu(v) : v);
     memcpy(codes + place, &bytes, count);
   });
 }

@@ -20,19 +20,28 @@ struct Range {
   }
 };
 
-// The smaller and the larger values of each lane.
+// The smaller and the larger values of each lane, and 0; what is no number is kept beside, where it costs least.
 struct Extremes {
   Floats low, high;
+  Ints strange;
 
   void add(Floats v) {
-    low = smaller(v, low);
-    high = larger(v, high);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    strange |= v != v;
   }
 
-  // Those of all lanes, and 0.
+  void join(const Extremes& other) {
+    add(other.low);
+    add(other.high);
+    strange |= other.strange;
+  }
+
+  // Those of all lanes.
   Range range() const {
     Range all{0.0f, 0.0f};
-    for (int64_t k = 0; k < kLanes; ++k) all.join(low[k], high[k]);
+    for (int64_t k = 0; k < kLanes; ++k) all.join(strange[k] ? __builtin_nanf("") : low[k], high[k]);
+    if (all.low != all.low) all.high = all.low;
     return all;
   }
 };
@@ -47,8 +56,7 @@ Range range_of(Values x, int64_t count) {
     second.add(load(x + i + kLanes));
   }
   for (; i < count; i += kLanes) first.add(count - i < kLanes ? load_some(x + i, count - i) : load(x + i));
-  first.add(second.low);
-  first.add(second.high);
+  first.join(second);
   return first.range();
 }
 
@@ -96,7 +104,7 @@ struct CodesOf {
 };
 
 template <class Values, class Code>
-void write_codes(Values x, int8_t* codes, int64_t count, const Code& code) {
+void write_codes(Values x, int8_t* codes, int64_t count, Code code) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = code(load(x + i));
