@@ -6,8 +6,6 @@
 #include "kernels.h"
 #include "quantize.h"
 
-#include <type_traits>
-
 namespace dcomp::DCOMP_ISA {
 
 constexpr int64_t kRowsOfSums = 64;  // that float32 sums before they are added to float64
@@ -56,20 +54,25 @@ constexpr float kLeastOfSilu = -1.27846454f;  // where it is
 
 inline Floats silu(Floats v) { return v / (1.0f + exp(-v)); }
 
-// Calls take(values, place, count) for all of x [rows, channels], normalized by channel.
-template <class T, class Take>
-void for_normalized(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added, Take take) {
-  for (int64_t place = 0; place < rows * channels; place += channels) {
-    int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) {
-      take(load(x + place + c) * load(factor + c) + load(added + c), place + c, kLanes);
-    }
-    if (c < channels) {
-      const int64_t rest = channels - c;
-      const Floats v = load_some(x + place + c, rest) * load_some(factor + c, rest) + load_some(added + c, rest);
-      take(v, place + c, rest);
-    }
-  }
+// Values of one channel each that are normalized as they are loaded: x * factor + added, through SiLU if it is wanted.
+template <bool with_silu, class T>
+struct Normalized {
+  const T* x;
+  const float *factor, *added;
+
+  Normalized operator+(int64_t count) const { return {x + count, factor + count, added + count}; }
+};
+
+template <bool with_silu, class T>
+Floats load(Normalized<with_silu, T> p) {
+  const Floats v = multiply_add(load(p.x), load(p.factor), load(p.added));
+  return with_silu ? silu(v) : v;
+}
+
+template <bool with_silu, class T>
+Floats load_some(Normalized<with_silu, T> p, int64_t count) {
+  const Floats v = multiply_add(load_some(p.x, count), load_some(p.factor, count), load_some(p.added, count));
+  return with_silu ? silu(v) : v;  // of 0 it is 0
 }
 
 // The extremes of SiLU from those of its inputs: it falls up to one place and rises from there, and is below 0 before it.
@@ -97,8 +100,13 @@ struct ExtremesOfSilu {
 // The smallest and the largest normalized value, and 0; NaN if there is one.
 template <bool with_silu, class T>
 Range normalized_range(const T* x, int64_t rows, int64_t channels, const float* factor, const float* added) {
-  std::conditional_t<with_silu, ExtremesOfSilu, Extremes> found{};  // lanes beyond the last channel are 0
-  for_normalized(x, rows, channels, factor, added, [&](Floats v, int64_t, int64_t) { found.add(v); });
+  std::conditional_t<with_silu, ExtremesOfSilu, Extremes> found{};
+  for (int64_t place = 0; place < rows * channels; place += channels) {
+    const Normalized<false, T> row{x + place, factor, added};
+    int64_t c = 0;
+    for (; c + kLanes <= channels; c += kLanes) found.add(load(row + c));
+    if (c < channels) found.add(load_some(row + c, channels - c));
+  }
   return found.range();
 }
 
@@ -106,11 +114,9 @@ Range normalized_range(const T* x, int64_t rows, int64_t channels, const float* 
 template <bool with_silu, class T>
 void normalized_codes(const T* x, uint8_t* codes, int64_t rows, int64_t channels, const float* factor,
                       const float* added, float scale, float zero) {
-  const CodesOf code(1.0f / scale, zero, 0.0f, 255.0f);
-  for_normalized(x, rows, channels, factor, added, [=](Floats v, int64_t place, int64_t count) {
-    const Bytes bytes = code(with_silu ? silu(v) : v);
-    memcpy(codes + place, &bytes, count);
-  });
+  for (int64_t place = 0; place < rows * channels; place += channels) {
+    quantize_static(Normalized<with_silu, T>{x + place, factor, added}, codes + place, channels, scale, zero);
+  }
 }
 
 // The sum of what `of` makes of `count` values; lanes beyond the last one hold `beyond`, of which it must make 0.

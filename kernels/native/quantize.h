@@ -7,8 +7,8 @@
 namespace dcomp::DCOMP_ISA {
 
 constexpr float kTokenLimit = 127.0f;
-// Whatever is beyond this is beyond all codes, and within it rounding is exact.
-constexpr float kFarBeyondCodes = 1 << 20;
+// Whatever is beyond this is beyond all codes; within it rounding is exact, and 16 bits hold it with any zero.
+constexpr float kFarBeyondCodes = 1 << 14;
 
 struct Range {
   float low, high;
@@ -91,27 +91,41 @@ float largest_magnitude(Values x, int64_t count) {
   return largest_of(larger(first, second));
 }
 
-// clamp(rint(v * inverse) + zero, low, high); the bytes of uint8 codes are made as well as those of int8 ones
+// clamp(rint(v * inverse) + zero, low, high), of uint8 or int8 codes
 struct CodesOf {
-  Floats inverse, zero, low, high, far = broadcast(kFarBeyondCodes);
+  float inverse, zero, low, high;
 
-  CodesOf(float inverse, float zero, float low, float high)
-      : inverse(broadcast(inverse)), zero(broadcast(zero)), low(broadcast(low)), high(broadcast(high)) {}
+  Floats before_rounding(Floats v) const {
+    return clamp(v * inverse, broadcast(-kFarBeyondCodes), broadcast(kFarBeyondCodes));
+  }
 
-  Bytes operator()(Floats v) const {
-    return to_bytes(to_ints(clamp(round_to_even(clamp(v * inverse, -far, far)) + zero, low, high)));
+  template <class Whole>
+  Whole after_rounding(Whole v) const {
+    return clamp(v + broadcast<Whole>(zero), broadcast<Whole>(low), broadcast<Whole>(high));
   }
 };
+
+template <class Code>
+Bytes bytes_of(const Code& code, Floats v) {
+  return to_bytes(to_ints(code.after_rounding(round_to_even(code.before_rounding(v)))));
+}
 
 template <class Values, class Code>
 void write_codes(Values x, int8_t* codes, int64_t count, Code code) {
   int64_t i = 0;
+#ifdef DCOMP_HAS_SHORTS
+  const auto shorts = [=](int64_t at) {
+    const Floats first = code.before_rounding(load(x + at)), second = code.before_rounding(load(x + at + kLanes));
+    return code.after_rounding(to_nearest_shorts(first, second));
+  };
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) store_bytes(codes + i, shorts(i), shorts(i + 2 * kLanes));
+#endif
   for (; i + kLanes <= count; i += kLanes) {
-    const Bytes bytes = code(load(x + i));
+    const Bytes bytes = bytes_of(code, load(x + i));
     memcpy(codes + i, &bytes, sizeof bytes);
   }
   if (i < count) {
-    const Bytes bytes = code(load_some(x + i, count - i));
+    const Bytes bytes = bytes_of(code, load_some(x + i, count - i));
     memcpy(codes + i, &bytes, count - i);
   }
 }
@@ -122,13 +136,13 @@ void quantize_token(Values x, int8_t* codes, float* scale, int64_t channels) {
   float found = largest_magnitude(x, channels) / kTokenLimit;
   if (found < kSmallestScale) found = 1.0f;
   *scale = found;
-  write_codes(x, codes, channels, CodesOf(1.0f / found, 0.0f, -kTokenLimit, kTokenLimit));
+  write_codes(x, codes, channels, CodesOf{1.0f / found, 0.0f, -kTokenLimit, kTokenLimit});
 }
 
 // uint8 codes within a given range
 template <class Values>
 void quantize_static(Values x, uint8_t* codes, int64_t count, float scale, float zero) {
-  write_codes(x, reinterpret_cast<int8_t*>(codes), count, CodesOf(1.0f / scale, zero, 0.0f, 255.0f));
+  write_codes(x, reinterpret_cast<int8_t*>(codes), count, CodesOf{1.0f / scale, zero, 0.0f, 255.0f});
 }
 
 // out = bias + (sums * weight_scale) * x_scale for one row; `sums` may be the memory of `out`

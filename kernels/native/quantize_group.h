@@ -24,18 +24,12 @@ float over_lanes(Floats v, Choose choose) {
 // The smallest and the largest of `count` values and 0; if there is NaN, the largest is that.
 template <class Values>
 Range range_of_group(Values x, int64_t count) {
-  Floats low{}, high{};
-  Ints broken{};
-  const auto add = [&](Floats v) {
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-    broken |= v != v;
-  };
+  Extremes found{};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) add(load(x + i));
-  if (i < count) add(load_some(x + i, count - i));
-  high = broken ? broadcast(__builtin_nanf("")) : high;
-  return {over_lanes(low, [](Floats a, Floats b) { return a < b ? a : b; }),
+  for (; i + kLanes <= count; i += kLanes) found.add(load(x + i));
+  if (i < count) found.add(load_some(x + i, count - i));
+  const Floats high = found.strange ? broadcast(__builtin_nanf("")) : found.high;
+  return {over_lanes(found.low, [](Floats a, Floats b) { return a < b ? a : b; }),
           over_lanes(high, [](Floats a, Floats b) { return larger(a, b); })};
 }
 
@@ -69,16 +63,13 @@ float group_grids(Values x, int64_t channels, int64_t group, float* step, float*
 
 // clamp(rint(v * inverse), -below, 15 - below) * multiplier: finite values are hardly beyond, so that rounding is exact
 struct ImageOf {
-  Floats inverse, low, high, multiplier;
+  float inverse, below, multiplier;
 
-  ImageOf(float inverse, float below, float multiplier)
-      : inverse(broadcast(inverse)),
-        low(broadcast(-below)),
-        high(broadcast(kCodeSteps - below)),
-        multiplier(broadcast(multiplier)) {}
+  Floats before_rounding(Floats v) const { return v * inverse; }
 
-  Bytes operator()(Floats v) const {
-    return to_bytes(to_ints(clamp(round_to_even(v * inverse), low, high) * multiplier));
+  template <class Whole>
+  Whole after_rounding(Whole v) const {
+    return clamp(v, broadcast<Whole>(-below), broadcast<Whole>(kCodeSteps - below)) * broadcast<Whole>(multiplier);
   }
 };
 
@@ -92,7 +83,7 @@ void write_group_image(Values x, int8_t* image, int64_t channels, int64_t group,
     const Floats inverse = 1.0f / (multiplier * scale);
     for (int64_t k = 0; k < kLanes && (first + k) * group < channels; ++k) {
       const int64_t start = (first + k) * group, count = group < channels - start ? group : channels - start;
-      write_codes(x + start, image + start, count, ImageOf(inverse[k], below[first + k], multiplier[k]));
+      write_codes(x + start, image + start, count, ImageOf{inverse[k], below[first + k], multiplier[k]});
     }
   }
 }

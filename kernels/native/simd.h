@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -95,14 +96,18 @@ inline Bytes to_bytes(Ints v) {
 #endif
 }
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+template <class Vector = Floats>
+inline Vector broadcast(float value) {
+  return Vector{} + static_cast<std::remove_reference_t<decltype(Vector{}[0])>>(value);
+}
 
 // NaN stays NaN, as in torch's amax and amin.
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return (a < b) | (a != a) ? a : b; }
 
-inline Floats clamp(Floats v, Floats low, Floats high) {
+template <class Vector>
+inline Vector clamp(Vector v, Vector low, Vector high) {
   v = v < low ? low : v;
   return v > high ? high : v;
 }
@@ -110,6 +115,23 @@ inline Floats clamp(Floats v, Floats low, Floats high) {
 inline Floats round_to_even(Floats v) { return (v + kRound) - kRound; }
 
 inline Ints to_ints(Floats v) { return __builtin_convertvector(v, Ints); }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define DCOMP_HAS_SHORTS  // with which bytes are made of four vectors at once; AVX-512 makes them of one
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+
+// Whole numbers nearest to values of small magnitude, ties to even; each half of the register holds half of both.
+inline Shorts to_nearest_shorts(Floats first, Floats second) {
+  return (Shorts)_mm256_packs_epi32(_mm256_cvtps_epi32((__m256)first), _mm256_cvtps_epi32((__m256)second));
+}
+
+// The low bytes of four vectors that two calls of `to_nearest_shorts` have joined.
+inline void store_bytes(int8_t* to, Shorts first, Shorts second) {
+  const __m256i bytes = _mm256_packus_epi16((__m256i)(first & 255), (__m256i)(second & 255));
+  const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, places));
+}
+#endif
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
