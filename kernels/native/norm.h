@@ -75,7 +75,7 @@ Floats load_some(Normalized<with_silu, T> p, int64_t count) {
   return with_silu ? silu(v) : v;  // of 0 it is 0
 }
 
-// The extremes of SiLU from those of its inputs: it falls up to one place and rises from there, and is below 0 before it.
+// The extremes of SiLU from those of its inputs: it falls up to one place and rises from there, below 0 up to it.
 struct ExtremesOfSilu {
   Extremes rising{};  // and 0
   Floats falling = broadcast(-kInfinity);  // the last one

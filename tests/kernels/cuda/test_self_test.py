@@ -15,8 +15,8 @@ import torch
 from dcomp.kernels import dispatch
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.cuda import driver, loaded, rows, self_test
-from dcomp.kernels.cuda.calls import launch
 from dcomp.kernels.cuda.arguments import LinearArguments
+from dcomp.kernels.cuda.calls import launch
 from dcomp.kernels.cuda.compile import Image
 from dcomp.kernels.cuda.tiles import ENTRIES
 from tests.support.emulated import emulator
