@@ -227,7 +227,8 @@ inline void softmax_block(float* scores, BFloat16* weights, int64_t keys, int64_
     const __m512 shift = _mm512_set1_ps(now), factor = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < padded; key += kLanes) {
-      const __m512 p = power_of_two(_mm512_fmsub_ps(_mm512_loadu_ps(s + key), factor, shift));
+      // Rounded as `high` is: an exact product may be far beyond it where scores are large.
+      const __m512 p = power_of_two(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + key), factor), shift));
       sum = _mm512_add_ps(sum, p);
       store_halves(weights + row * kKeys + key, p);
     }
