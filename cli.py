@@ -770,15 +770,21 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Explain a checkpoint: layers with scheme, error and reason, worst first; what stayed in float and why."""
-    from dcomp.recipes import console, screens
-    from dcomp.recipes.error_curves import draw_error_curves
+    from dcomp.recipes import console
     from dcomp.recipes.inspect import inspect as read
 
     report = read(out)
     if plot:
+        from dcomp.recipes.error_curves import draw_error_curves
+
         draw_error_curves(report, plot)
         console.say(f"Picture: {plot}")
-    console.print_json(report.to_dict()) if json else screens.print_inspection(report, layers, worst)
+    if json:
+        console.print_json(report.to_dict())
+        return
+    from dcomp.recipes import screens
+
+    screens.print_inspection(report, layers, worst)
 
 
 @app.command()

@@ -47,7 +47,7 @@ def run_demo(
 
     Args:
         output: folder that receives `emoji-sd-w4a8/` and `report/`.
-        quick: few samples and steps; checks that everything works, not how good it is.
+        quick: few samples and steps, nearest codes; checks that everything works, not how good it is.
         fresh: throw away the work of an interrupted run.
         on_plan: called with the plan before weights are touched.
         progress: see `run_recipe`.
@@ -59,7 +59,8 @@ def run_demo(
     values: dict[str, Any] = {"calibration.guidance": GUIDANCE, "calibration.samples": 32}
     values |= {f"stages.0.{key}": value for key, value in QUALITIES["fast"].items()}
     if quick:
-        values |= {"calibration.samples": 4, "calibration.steps": 6, "stages.0.rows": 32}
+        values |= {"calibration.samples": 4, "calibration.steps": 6}
+        values |= {"stages.0.rows": 32, "stages.0.rounding": "nearest"}
     recipe = load_recipe("w4a8", (), values)
     compressed = output / "emoji-sd-w4a8"
     run_recipe(model, recipe, compressed, fresh=fresh, overwrite=True, on_plan=on_plan, progress=progress)

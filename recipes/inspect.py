@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from dcomp.calibrate.model_files import check_model_folder
-from dcomp.compress.loader import DcompQuantizationConfig
 from dcomp.compress.manifest import MANIFEST, check_manifest
 from dcomp.compress.scheme import QScheme
 from dcomp.recipes.plan_summary import summaries
@@ -129,6 +128,10 @@ def inspect(folder: str | Path) -> Inspection:
         check_model_folder(folder, match_weights=False)  # says it better when there is no model at all
     manifest = check_manifest(folder, deep=False)
     model = check_model_folder(folder, match_weights=False)
+    from dcomp.compress.loader import (
+        DcompQuantizationConfig,
+    )  # diffusers with it: seconds, which bad news can do without
+
     section = model.denoiser.config.get("quantization_config") or {}
     ours = DcompQuantizationConfig.from_dict(section) if section.get("quant_method") == "dcomp" else None
     schemes = {name: ours.schemes[key] for name, key in ours.layers.items()} if ours else {}

@@ -16,6 +16,7 @@ import torch
 
 from dcomp import DcompError
 from dcomp.calibrate.pipeline import Generation, open_pipeline
+from dcomp.recipes.peak_resident import peak_resident
 
 STEPS = 2
 
@@ -75,19 +76,4 @@ def _child() -> None:
     pipeline = open_pipeline(job["model"], scheduler=job["scheduler"], device=job["device"])
     settings, prompts = Generation(**job["settings"]), job["prompts"]
     pipeline.run(prompts, range(len(prompts)), replace(settings, steps=min(settings.steps, STEPS)))
-    print(json.dumps({"peak": _peak_resident(), "imports": imports}))
-
-
-def _peak_resident() -> int:
-    # Not getrusage on Linux: its ru_maxrss starts at the parent's peak, which exec() does not reset. VmHWM does.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    print(json.dumps({"peak": peak_resident(), "imports": imports}))

@@ -1,6 +1,9 @@
 """The program as people meet it: exit codes, screens, JSON, and what is left on the disk."""
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +22,7 @@ import dcomp
 from dcomp import DcompError, cli
 from dcomp.calibrate.prompts import MAX_TEXT_BYTES
 from dcomp.compress.manifest import check_manifest
-from dcomp.recipes import console
+from dcomp.recipes import console, peak_memory
 from tests.support import hostile
 from tests.support.checkpoints import checked_in_a_fork, file_hashes
 from tests.support.tiny import save_tiny_pipeline
@@ -91,12 +94,29 @@ def program(*arguments: object, cwd: Path, **options: Any) -> "subprocess.Popen[
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = Path(sys.executable).parent / "dcomp"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        return subprocess.Popen([script, *map(str, arguments)], cwd=cwd, env=environment, **(pipes | options))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return subprocess.Popen([script, *map(str, arguments)], cwd=cwd, env=environment, **(pipes | options))
+
+
+def forked(*arguments: object, cwd: Path) -> "multiprocessing.context.ForkProcess":
+    """Start `main` in a fork, which has everything imported; its screens are files beside the working folder."""
+
+    def child() -> None:
+        os.chdir(cwd)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            file = cwd.with_suffix(f".{name}").open("w", buffering=1)
+            os.dup2(file.fileno(), number)
+            setattr(sys, name, file)
+        console._stdout.cache_clear()
+        console._stderr.cache_clear()
+        # A shell lets what it starts in the background ignore Ctrl-C, and that is inherited.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["dcomp", *map(str, arguments)]
+        with checked_in_a_fork():
+            cli.main()
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 def left_in(folder: Path) -> list[str]:
@@ -599,8 +619,18 @@ def test_doctor_tells_of_the_layers_of_a_checkpoint(checkpoint: Path, run: Run) 
     assert_one_screen(*run("doctor", "--explain", "*conv*"), code_wanted=2, words="needs a checkpoint")
 
 
-@pytest.mark.slow
-def test_bench_speaks_json(models: dict[str, Path], checkpoint: Path, run: Run) -> None:
+def measured_here(_: list[str], *, input: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Do in this process what `measure_peak` asks of a fresh one, which imports for ten seconds."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(sys, "stdin", io.StringIO(input))
+        peak_memory._child()
+    return subprocess.CompletedProcess([], 0, out.getvalue(), "")
+
+
+def test_bench_speaks_json(
+    models: dict[str, Path], checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peak_memory.subprocess, "run", measured_here)
     data = read_json(run("bench", checkpoint, "--against", models[UNET], "--repeats", "3", "--json"))
     assert set(data) == documented("bench")
     assert 0 < data["speedup_min"] <= data["speedup"] <= data["speedup_max"]
@@ -642,39 +672,42 @@ LONG = ["--samples", "24", "--steps", "3", "--batch-size", "2", "--set", "calibr
 def test_a_run_that_is_killed_and_then_interrupted_goes_on_and_gives_the_same_bytes(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
+    def screen(folder: Path, name: str = "stderr") -> str:
+        return folder.with_suffix(f".{name}").read_text()
+
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     for folder in (whole, ended):
         folder.mkdir()
     arguments = ["quantize", models[UNET], "-o", "out", *LONG]
-    process = program(*arguments, cwd=whole)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
+    process = forked(*arguments, cwd=whole)
+    process.join()
+    assert process.exitcode == 0, screen(whole)
 
     work, finished = ended / ".out.dcomp-work", dict[Path, int]()
     for how in (signal.SIGKILL, signal.SIGINT):
-        process = program(*arguments, cwd=ended)
+        process = forked(*arguments, cwd=ended)
         deadline = time.monotonic() + 120
         while len(list(work.rglob("chunk-*.safetensors"))) <= len(finished):
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), screen(ended)
             assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(how)
-        _, err = process.communicate()
+            time.sleep(0.01)
+        os.kill(process.pid or 0, how)
+        process.join()
         assert left_in(ended) == [".out.dcomp-work"]
         if how is signal.SIGINT:
-            assert process.returncode == 130
-            assert "Traceback" not in err
-            assert "the same command goes on with it" in err
-            assert ".out.dcomp-work" in err
+            assert process.exitcode == 130
+            assert "Traceback" not in screen(ended)
+            assert "the same command goes on with it" in screen(ended)
+            assert ".out.dcomp-work" in screen(ended)
         else:
-            assert process.returncode == -signal.SIGKILL
+            assert process.exitcode == -signal.SIGKILL
         now = {file: file.stat().st_mtime_ns for file in work.rglob("chunk-*.safetensors")}
         assert finished.items() <= now.items()  # what was done is not done again
         assert len(finished) < len(now) < 12
         finished = now
-    process = program(*arguments, cwd=ended)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
+    process = forked(*arguments, cwd=ended)
+    process.join()
+    assert process.exitcode == 0, screen(ended)
     assert left_in(ended) == ["out"]
-    assert out.splitlines()[-1] == 'import dcomp; pipe = dcomp.load("out")'
+    assert screen(ended, "stdout").splitlines()[-1] == 'import dcomp; pipe = dcomp.load("out")'
     assert file_hashes(ended / "out") == file_hashes(whole / "out")

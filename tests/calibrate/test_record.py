@@ -1,10 +1,9 @@
 import inspect
 import itertools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -154,23 +153,18 @@ def test_an_interrupted_recording_goes_on_where_it_stopped(interrupted_at: int, 
     assert files(tmp_path / "part") == files(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def test_a_killed_recording_is_resumed_by_another_process(opened: Opener, tmp_path: Path) -> None:
-    code = """
-import os, signal, sys
-from pathlib import Path
-from dcomp.calibrate.pipeline import Generation, open_pipeline
-from dcomp.calibrate.record import record_calibration_set
-def kill(done, total):
-    if done == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-settings = Generation(steps=6, batch_size=2, height=16, width=16)
-record_calibration_set(open_pipeline(sys.argv[1]), sys.argv[3:], settings, sys.argv[2], progress=kill)
-"""
     part = tmp_path / "part"
-    command = [sys.executable, "-P", "-c", code, str(opened(SD).source), str(part), *PROMPTS["text"]]
-    done = subprocess.run(command, check=False, capture_output=True, env={"OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL
+
+    def kill(done: int, total: int) -> None:
+        if done == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=lambda: record(opened(SD), part, progress=kill))
+    opened(SD)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert sorted(files(part)) == ["calibration.json", "chunk-00000.safetensors"]
     assert record(opened(SD), part).hash == record(opened(SD), tmp_path / "whole").hash
 

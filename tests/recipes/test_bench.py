@@ -60,9 +60,9 @@ def test_pipeline_against_itself_has_ratios_of_one_where_nothing_is_timed(model:
 
 def test_peak_of_a_process_does_not_include_its_parents() -> None:
     ballast = torch.ones(1 << 28)  # 1 GiB: exec() keeps the parent's peak in getrusage
-    program = "from dcomp.recipes.peak_memory import _peak_resident; print(_peak_resident())"
+    program = "from dcomp.recipes.peak_resident import peak_resident; print(peak_resident())"
     peak = int(subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, check=True).stdout)
-    assert 1 << 25 < peak < ballast.nbytes
+    assert 1 << 22 < peak < ballast.nbytes
 
 
 @pytest.mark.slow
@@ -71,10 +71,15 @@ def test_peak_memory_of_a_pipeline_is_above_that_of_the_imports(model: Path) -> 
     assert 0 < peak.imports < peak.peak
 
 
-@pytest.mark.slow
-def test_process_that_fails_is_reported_with_its_last_line(tmp_path: Path) -> None:
-    with pytest.raises(PeakMemoryError, match="does not exist"):
-        measure_peak(tmp_path / "nothing", ["a"], Generation(steps=1))
+def test_process_that_fails_is_reported_with_its_last_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Traceback of' >&2\necho 'Error: no memory' >&2\nexit 1\n")
+    python.chmod(0o700)
+    monkeypatch.setattr("dcomp.recipes.peak_memory.sys.executable", str(python))
+    with pytest.raises(PeakMemoryError, match="failed: Error: no memory"):
+        measure_peak(model, ["a"], Generation(steps=1))
 
 
 def test_single_shots_are_refused(model: Path) -> None:

@@ -89,13 +89,10 @@ def test_the_best_of_the_choices_is_written(pruned: RunResult) -> None:
     assert set(pruned.to_dict()["pruning"]) == set(found.to_dict())
 
 
-def test_the_same_again_is_the_same(pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
-    run_recipe(tiny_model(TEXT), recipe_of(TEXT, parameters=0.25), tmp_path / "again")
-    assert file_hashes(tmp_path / "again") == file_hashes(pruned.output)
-
-
 @pytest.mark.parametrize("text", sweep(["errors of cuts", "trajectories", "writing and checking"], ["errors of cuts"]))
-def test_an_interrupted_run_goes_on(text: str, pruned: RunResult, tiny_model: Models, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes_as_another(
+    text: str, pruned: RunResult, tiny_model: Models, tmp_path: Path
+) -> None:
     recipe, seen = recipe_of(TEXT, parameters=0.25), list[str]()
 
     def stop(now: str, done: int, total: int) -> None:
@@ -305,7 +302,7 @@ def test_an_edited_manifest_is_noticed(pruned: RunResult, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_guidance_that_was_learned_is_not_asked_of_the_pipeline_again(tiny_model: Models, tmp_path: Path) -> None:
-    recover: dict[str, Any] = {"recover": "full", "recover_iterations": 30, "recover_guidance": True}
+    recover: dict[str, Any] = {"recover": "full", "recover_iterations": 12, "recover_guidance": True}
     short: dict[str, Any] = {"kind": "quantize", "preset": "w8a8", "rows": 8, "tune": 0, "rounding": "nearest"}
     recipe = recipe_of(TEXT, short, parameters=0.1, method="magnitude", **recover)
     calibration = recipe.calibration.model_copy(update={"samples": 4, "guidance": 3.0})

@@ -16,7 +16,7 @@ from dcomp.recipes.generate import generate
 from dcomp.recipes.schedule import ScheduleResult, search_schedule
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("time_goes_by_products")]
-STEPS, SAMPLES = 16, 2
+STEPS, SAMPLES = 10, 2
 OPTIONS: dict[str, Any] = {"budgets": ("1.5x",), "steps": STEPS, "guidance": 4.0, "samples": SAMPLES}
 
 

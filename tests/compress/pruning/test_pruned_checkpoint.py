@@ -1,10 +1,11 @@
 """Pruned denoisers in folders: with plain diffusers where a config can say what is left, else through dcomp."""
 
+import ast
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,41 @@ def values(denoiser: nn.Module, name: str) -> torch.Tensor:
     return call_denoiser(denoiser, *denoiser_inputs(name))
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
+# Each line is a program that runs in a fork; what it ends with is answered by another line.
+PLAIN = """
+import os, sys, traceback
+import torch, diffusers
+from diffusers import DiffusionPipeline
+for line in sys.stdin:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        problem = ""
+        try:
+            exec(eval(line))
+        except BaseException:
+            problem = traceback.format_exc()
+        os.write(writer, repr(problem).encode())
+        os._exit(0)
+    os.close(writer)
+    print(open(reader).read(), flush=True)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], str]]:
+    """Run a program where diffusers is imported and dcomp is not; gives its traceback, empty if it has none."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-P", "-c", PLAIN], **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def call(code: str) -> str:
+            print(repr(code), file=process.stdin, flush=True)
+            return str(ast.literal_eval(process.stdout.readline()))
+
+        yield call
+        process.stdin.close()
 
 
 @pytest.mark.parametrize("name", sweep(NAMES, FEW_NAMES))
@@ -87,13 +121,10 @@ def test_a_pruned_model_is_quantized_like_any_other(name: str, tmp_path: Path) -
     assert torch.equal(values(opened, name), values(pipeline.denoiser, name))
 
 
-def test_diffusers_alone_refuses_what_no_config_says(tmp_path: Path) -> None:
+def test_diffusers_alone_refuses_what_no_config_says(run: Callable[[str], str], tmp_path: Path) -> None:
     write_checkpoint(pruned("DiTTransformer2DModel", tmp_path / "source"), tmp_path / "out", FIELDS)
-    done = run(
-        f"import diffusers; diffusers.DiTTransformer2DModel.from_pretrained({str(tmp_path / 'out/transformer')!r})"
-    )
-    assert done.returncode
-    assert "Unknown quantization type, got dcomp" in done.stderr
+    problem = run(f"diffusers.DiTTransformer2DModel.from_pretrained({str(tmp_path / 'out/transformer')!r})")
+    assert "Unknown quantization type, got dcomp" in problem
 
 
 def test_saving_again_keeps_the_cuts(tmp_path: Path) -> None:
@@ -106,7 +137,7 @@ def test_saving_again_keeps_the_cuts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sweep(TRANSFORMER_NAMES, ["SD3Transformer2DModel"]))
-def test_blocks_are_gone_for_plain_diffusers_too(name: str, tmp_path: Path) -> None:
+def test_blocks_are_gone_for_plain_diffusers_too(name: str, run: Callable[[str], str], tmp_path: Path) -> None:
     pipeline = open_pipeline(save_tiny_pipeline(name, tmp_path / "source"))
     units = find_units(pipeline.denoiser)
     last = [part.name for part in units.parts.values() if part.kind == "block"][-1]
@@ -115,15 +146,14 @@ def test_blocks_are_gone_for_plain_diffusers_too(name: str, tmp_path: Path) -> N
     folder = tmp_path / "out" / "transformer"
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     torch.save(denoiser_inputs(name), tmp_path / "call.pt")
-    done = run(
-        "import sys, torch, diffusers\n"
+    problem = run(
         f"args, kwargs = torch.load({str(tmp_path / 'call.pt')!r})\n"
         f"model = diffusers.{name}.from_pretrained({str(folder)!r}).eval()\n"
         "with torch.no_grad(): made = model(*args, **kwargs)[0]\n"
         f"torch.save(made, {str(tmp_path / 'made.pt')!r})\n"
         "assert not any(module.startswith('dcomp') for module in sys.modules)\n"
     )
-    assert done.returncode == 0, done.stderr
+    assert problem == ""
     assert torch.equal(torch.load(tmp_path / "made.pt"), values(pipeline.denoiser, name))
     load(tmp_path / "out")
 
