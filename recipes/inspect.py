@@ -128,9 +128,8 @@ def inspect(folder: str | Path) -> Inspection:
         check_model_folder(folder, match_weights=False)  # says it better when there is no model at all
     manifest = check_manifest(folder, deep=False)
     model = check_model_folder(folder, match_weights=False)
-    from dcomp.compress.loader import (
-        DcompQuantizationConfig,
-    )  # diffusers with it: seconds, which bad news can do without
+    # With diffusers, which takes seconds; bad news does without.
+    from dcomp.compress.loader import DcompQuantizationConfig
 
     section = model.denoiser.config.get("quantization_config") or {}
     ours = DcompQuantizationConfig.from_dict(section) if section.get("quant_method") == "dcomp" else None
