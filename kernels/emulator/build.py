@@ -41,15 +41,15 @@ def library_file(folder: Path, *, kernels: Path = KERNELS, entries: Sequence[str
     """
     cxx = compiler()
     listed = " ".join(f"ENTRY({entry})" for entry in entries)
-    source = str(kernels / "emulator" / "driver.cpp")
-    command = [*cxx, *_OPTIONS, optimize, *([f"-DDCOMP_ENTRIES(ENTRY)={listed}"] if entries else []), source]
+    command = [*cxx, *_OPTIONS, optimize, *([f"-DDCOMP_ENTRIES(ENTRY)={listed}"] if entries else [])]
     digest = hashlib.sha256(repr((run([*cxx, "--version"]), command)).encode())
     for name in FOLDERS:
         for file in sorted((kernels / name).glob("*.[ch]*")):
             digest.update(file.name.encode() + file.read_bytes())
+    source = str(kernels / "emulator" / "driver.cpp")  # copies of it elsewhere make the same library
     library = folder / f"emulator-{digest.hexdigest()[:16]}.so"
     if not library.is_file():
         with build_cache.locked(library):
             if not library.is_file():
-                build_cache.write(library, lambda unfinished: run([*command, "-o", str(unfinished)]))
+                build_cache.write(library, lambda unfinished: run([*command, source, "-o", str(unfinished)]))
     return library

@@ -2,10 +2,12 @@
 
 import ctypes
 import functools
+import os
 import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -105,3 +107,9 @@ def untouched(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def type_of(tensor: Tensor) -> int:
     """Return the number that kernels know a float type by."""
     return FLOAT_TYPE[tensor.dtype]
+
+
+def of_all_workers(factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the workers of a run of tests share."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder

@@ -76,15 +76,13 @@ OF_ATTENTION = {"IMMA.16832.S8.S8", "HMMA.16816.F32", "LDGSTS.E.BYPASS.128", "LD
 CORRECTIONS = {"linear_w4a4_group64": {"IMMA.16832.S8.S8"}, "linear_w4a4_group32": {"IMMA.16832.S8.S8"}}
 
 
-def test_branches_are_multiplied_in_tf32():
-    found = facts(86, ["low_rank_token"])
-    assert_bars(86, found)
-    assert "HMMA.1688.F32.TF32" in found["low_rank_token"].opcodes
+FIRST = [*(f"{stem}{LARGE}" for stem in OPCODES), "attention_64", "low_rank_token"]
 
 
 def test_one_architecture_keeps_the_bars():
-    found = facts(86, [*(f"{stem}{LARGE}" for stem in OPCODES), "attention_64"])
+    found = facts(86, FIRST)
     assert_bars(86, found)
+    assert "HMMA.1688.F32.TF32" in found["low_rank_token"].opcodes
     assert found["attention_64"].opcodes >= OF_ATTENTION
     for stem, opcodes in OPCODES.items():
         assert opcodes <= found[f"{stem}{LARGE}"].opcodes
@@ -100,7 +98,9 @@ def test_one_architecture_keeps_the_bars():
 def test_all_architectures_keep_the_bars(architecture):
     """Of the tiles that are used most; the script compiles all of them, which takes minutes."""
     names = [name for name in static_bars.kernels_of(architecture) if name not in PRODUCTS or LARGE in name]
-    assert_bars(architecture, facts(architecture, names))
+    apart = FIRST if architecture == 86 else ()  # see above
+    found = facts(architecture, [name for name in names if name not in apart])
+    assert_bars(architecture, found)
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, *ATTENTION])

@@ -8,7 +8,7 @@ import torch
 
 from dcomp.kernels.cuda.tiles import ENTRIES
 from dcomp.kernels.emulator.build import FOLDERS, KERNELS, library_file
-from tests.support.emulated import Emulator, EmulatorError, emulator
+from tests.support.emulated import Emulator, EmulatorError, emulator, of_all_workers
 
 # Each kernel does one thing; `in` and `out` are [32] words or more.
 PROBES = """
@@ -225,7 +225,8 @@ def probes(tmp_path_factory):
         shutil.copytree(KERNELS / name, folder / name)
     (folder / "cuda" / "kernels.cu").write_text(PROBES)
     entries = [f"{name}, {name}" for name in SHAPES]
-    return Emulator(library_file(folder, kernels=folder, entries=entries, optimize="-O1"))
+    libraries = of_all_workers(tmp_path_factory)
+    return Emulator(library_file(libraries, kernels=folder, entries=entries, optimize="-O1"))
 
 
 def run(probes, name, given=None, count=0, words=64):
