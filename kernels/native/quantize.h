@@ -130,12 +130,18 @@ void write_codes(Values x, int8_t* codes, int64_t count, Code code) {
   }
 }
 
-// int8 codes of a row and its scale
+inline bool is_finite(float v) { return v - v == 0.0f; }
+
+// int8 codes of a row and its scale; the codes are 0 if that is not finite
 template <class Values>
 void quantize_token(Values x, int8_t* codes, float* scale, int64_t channels) {
   float found = largest_magnitude(x, channels) / kTokenLimit;
   if (found < kSmallestScale) found = 1.0f;
   *scale = found;
+  if (!is_finite(found)) {
+    memset(codes, 0, channels);
+    return;
+  }
   write_codes(x, codes, channels, CodesOf{1.0f / found, 0.0f, -kTokenLimit, kTokenLimit});
 }
 

@@ -76,6 +76,10 @@ struct ImageOf {
 template <class Values>
 void write_group_image(Values x, int8_t* image, int64_t channels, int64_t group, const float* step,
                        const float* below, float scale) {
+  if (!is_finite(scale)) {
+    memset(image, 0, channels);
+    return;
+  }
   for (int64_t first = 0; first * group < channels; first += kLanes) {
     const Floats wanted = load(step + first) / scale - kSlack, whole = to_floats(to_ints(wanted));
     const Floats multiplier =
