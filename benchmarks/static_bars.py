@@ -2,7 +2,7 @@
 
     python benchmarks/static_bars.py [--write]
 
-The kernels are compiled for each architecture by nvcc or, without it, by NVRTC, and disassembled by cuobjdump and
+The kernels are compiled for each architecture by NVRTC, as when they are used, and disassembled by cuobjdump and
 nvdisasm: those on PATH, or those of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, or triton. Registers,
 spills and stack are the compiler's; instructions are counted in the innermost loop that has products of a tensor core;
 resident blocks follow from registers, shared memory and threads. Wavefronts of shared memory and sectors of global
@@ -31,8 +31,6 @@ from dcomp.kernels.cuda.tiles import ENTRIES
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- static bars: begin -->", "<!-- static bars: end -->"
-_SOURCES = ROOT / "kernels" / "cuda"
-_OPTIONS = ("-std=c++17", "-fmad=false", "-cubin")
 _TOOLS = ("cuobjdump", "nvdisasm")
 _PRODUCTS = ("IMMA", "HMMA")  # of integers, of float16
 
@@ -105,7 +103,10 @@ def facts(architecture: int, kernels: Sequence[str]) -> dict[str, Facts]:
     folder = tools()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernels.cubin"
-        _compile(architecture, kernels, file)
+        try:
+            file.write_bytes(nvrtc.image(nvrtc.Target(divmod(architecture, 10)), tuple(kernels)).code)
+        except BuildError as error:
+            raise MissingToolError(str(error)) from error
         usage = _run([str(folder / "cuobjdump"), "-res-usage", str(file)], folder)
         assembly = _run([str(folder / "cuobjdump"), "-sass", str(file)], folder)
     used = {m[1]: m[2] for m in re.finditer(r"Function (\w+):\s*(.*)", usage)}
@@ -132,21 +133,6 @@ def tools() -> Path:
     raise MissingToolError(
         "there is no cuobjdump with nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
     )
-
-
-def _compile(architecture: int, kernels: Sequence[str], file: Path) -> None:
-    compiler = shutil.which("nvcc")
-    if compiler is None:
-        try:
-            file.write_bytes(nvrtc.image(nvrtc.Target(divmod(architecture, 10)), tuple(kernels)).code)
-        except BuildError as error:
-            raise MissingToolError(f"there is no nvcc, and {error}") from error
-        return
-    source = file.with_name("part.cu")
-    known = nvrtc.entries()
-    table = " ".join(f"ENTRY({name}, {known[name]})" for name in kernels)
-    source.write_text(f'#define DCOMP_ENTRIES(ENTRY) {table}\n#include "kernels.cu"\n')
-    _run([compiler, *_OPTIONS, f"-arch=sm_{architecture}", f"-I{_SOURCES}", "-o", str(file), str(source)])
 
 
 def _run(command: list[str], folder: Path | None = None) -> str:

@@ -18,6 +18,8 @@ from dcomp.kernels.dispatch import Choice
 from dcomp.kernels.packing import Stored
 from dcomp.kernels.reference import GroupNorm, LayerNorm
 
+_MOST_PADDING = 256  # channels that a kernel adds to those of a weight
+
 
 def _quantizer(operation: str, x: Tensor) -> Choice:
     return dispatch.choose(operation, device=x.device, excess=cuda.excess(x.numel()) if x.is_cuda else None)
@@ -165,7 +167,7 @@ def linear_a4(
     A low-rank branch, `hidden` fp32 `[M, r]` and `up` `[O, r]`, is added before the result is rounded to its dtype.
     With `down` fp16 `[r, I]` in place of `hidden`, that is `x @ down.t()`.
     """
-    excess = cuda.excess(max(x.numel(), len(x) * len(scale)), len(x)) if x.is_cuda else None
+    excess = _product_excess(x.numel(), qweight, in_features, len(x)) if x.is_cuda else None
     is_taken = x.dtype in cuda.FLOAT_TYPE and x.numel() > 0
     block = nibbles.block_of(group, Stored(qweight, multiplier), in_features) if is_taken else 0
     bits = _bits(qweight)
@@ -218,7 +220,7 @@ def linear_a8(
 
     A low-rank branch, `hidden` fp32 `[M, r]` and `up` `[O, r]`, is added before that.
     """
-    excess = cuda.excess(max(q.numel(), len(q) * len(scale)), len(q)) if q.is_cuda else None
+    excess = _product_excess(q.numel(), qweight, in_features, len(q)) if q.is_cuda else None
     choice = dispatch.choose("linear_a8", device=q.device, bits=_bits(qweight), reduction=in_features, excess=excess)
     weight = choice.image(qweight, multiplier, in_features)
     return _with_branch(choice, dtype, hidden, up, q, x_scale, weight, scale, bias)
@@ -297,7 +299,7 @@ def conv2d_a8(
     if q.is_cuda:
         height, width = reference.output_size(q.shape[2:], taps, stride, padding, dilation)
         rows = len(q) * height * width
-        excess = cuda.excess(max(q.numel(), rows * len(scale)), rows, taps, dilation)
+        excess = _product_excess(q.numel(), qweight, q.shape[1], rows, taps, dilation)
     choice = dispatch.choose(
         "conv2d_a8",
         device=q.device,
@@ -377,6 +379,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3])).transpose(1, 2)
+
+
+def _product_excess(
+    inputs: int,
+    qweight: Tensor,
+    channels: int,
+    rows: int,
+    taps: Sequence[int] = (1, 1),
+    dilation: Sequence[int] = (1, 1),
+) -> str | None:
+    """Say what of the sizes of an integer product on a GPU is too much, or None; channels may be padded there."""
+    weights = qweight.shape[:-1].numel() * (channels + _MOST_PADDING)
+    return cuda.excess(max(inputs, rows * len(qweight), weights), rows, taps, dilation)
 
 
 def _weight_excess(qweight: Tensor) -> str | None:

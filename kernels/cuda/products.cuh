@@ -34,7 +34,7 @@ template <class Tile>
 struct LinearRows {
   using Arguments = LinearArguments;
   static constexpr bool kHasBranch = false;
-  const int8* row[Tile::kRowCopies];
+  uint32 row[Tile::kRowCopies];  // bytes from the first one: inputs have fewer than 2^32
   bool live[Tile::kRowCopies];
 
   DCOMP_DEVICE LinearRows(const Arguments& a, int first_row) {
@@ -42,7 +42,7 @@ struct LinearRows {
     for (int i = 0; i < Tile::kRowCopies; ++i) {
       const int m = first_row + (i * Tile::kThreads + threadIdx.x) / kChunks;
       live[i] = m < a.rows;
-      row[i] = live[i] ? a.x + static_cast<int64>(m) * a.depth : a.x;
+      row[i] = live[i] ? static_cast<uint32>(m) * a.depth : 0;
     }
   }
 
@@ -52,7 +52,7 @@ struct LinearRows {
     for (int i = 0; i < Tile::kRowCopies; ++i) {
       const int chunk = i * Tile::kThreads + threadIdx.x;
       const bool there = live[i] && k < a.depth;
-      copy_async16(stage + swizzled(chunk / kChunks, chunk % kChunks), there ? row[i] + k : a.x, there);
+      copy_async16(stage + swizzled(chunk / kChunks, chunk % kChunks), a.x + (there ? row[i] + k : 0), there);
     }
   }
 
@@ -152,7 +152,8 @@ struct Int8Weight {
     for (int i = 0; i < Tile::kColumns * kChunks / Tile::kThreads; ++i) {
       const int chunk = i * Tile::kThreads + threadIdx.x, n = first_column + chunk / kChunks;
       const bool there = n < a.outputs && k < a.depth;
-      const uint8* from = there ? a.weight + static_cast<int64>(n) * a.depth + k : a.weight;
+      // Weights have fewer than 2^32 bytes, too: the dispatch table asks.
+      const uint8* from = there ? a.weight + static_cast<uint32>(n) * a.depth + k : a.weight;
       copy_async16(stage + swizzled(chunk / kChunks, chunk % kChunks), from, there);
     }
   }
@@ -189,10 +190,11 @@ struct Int4Weight {
     const int steps = (a.depth + kStep - 1) / kStep;
 #pragma unroll
     for (int i = 0; i < (kBytes / 16 + Tile::kThreads - 1) / Tile::kThreads; ++i) {
-      const int chunk = i * Tile::kThreads + threadIdx.x, n = first_column + chunk / kCopies * kFragmentColumns;
+      const uint32 chunk = i * Tile::kThreads + threadIdx.x;
+      const int n = first_column + chunk / kCopies * kFragmentColumns;
       const bool part = kAll || chunk < kBytes / 16, there = part && n < a.outputs;
-      const int64 block = static_cast<int64>(n / kFragmentColumns) * steps + step;
-      const uint8* const from = there ? a.weight + block * kBlock + chunk % kCopies * 16 : a.weight;
+      const uint32 block = static_cast<uint32>(n) / kFragmentColumns * steps + step;
+      const uint8* const from = there ? a.weight + static_cast<int64>(block) * kBlock + chunk % kCopies * 16 : a.weight;
       copy_async16(stage + chunk * 16, from, there, part);
     }
   }

@@ -264,17 +264,6 @@ def test_nvrtc_compiles_the_kernels(cache: Path, name: str) -> None:
     assert text.endswith(b"\0")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
-def test_nvrtc_compiles_all_for_the_oldest_and_the_newest_device(cache: Path, capability: tuple[int, int]) -> None:
-    real_nvrtc()
-    # Large tiles are compiled for the static bars. Together, since each compilation reads all sources.
-    names = tuple(name for name in ENTRIES if not name.endswith("128"))
-    code = image(Target(capability), names).code
-    assert code.startswith(b"\x7fELF")
-    assert all(name.encode() in code for name in names)
-
-
 def test_processors_never_load_driver_or_compiler() -> None:
     code = (
         "import torch; from dcomp.kernels import dispatch, ops\n"
