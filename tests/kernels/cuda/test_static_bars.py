@@ -24,7 +24,7 @@ BARS = {
     "conv_w4a8": 11.5,
 }
 # The same of attention, softmax among them, which is less for each product the wider a head is.
-OF_HEADS = {48: 8.5, 64: 7.75, 80: 7.25, 128: 6.0, 160: 5.5}
+OF_HEADS = {48: 8.5, 64: 7.75, 80: 7.75, 128: 6.25, 160: 5.75}
 ON_SM_90 = {"linear_w8a8": 6.0, "linear_w4a8_channel": 6.0}
 
 
