@@ -80,7 +80,8 @@ def _entries() -> Iterator[tuple[str, str]]:
     for package in _packages():
         folder = ROOT / package
         yield f"{package}/", first_sentence(folder / "__init__.py")
-        for path in (*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.yaml")), *sorted(folder.glob("*/*.py"))):
+        patterns = ("*.py", "*/*.yaml", "*/*.py", "*/*/*.py")
+        for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
             name = path.relative_to(folder).as_posix()
             if name != "__init__.py":
                 yield f"  {name.removesuffix('__init__.py')}", first_sentence(path)

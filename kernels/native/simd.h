@@ -101,10 +101,9 @@ inline Vector broadcast(float value) {
   return Vector{} + static_cast<std::remove_reference_t<decltype(Vector{}[0])>>(value);
 }
 
-// NaN stays NaN, as in torch's amax and amin.
+// NaN stays NaN, as in torch's amax.
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-inline Floats smaller(Floats a, Floats b) { return (a < b) | (a != a) ? a : b; }
 
 template <class Vector>
 inline Vector clamp(Vector v, Vector low, Vector high) {

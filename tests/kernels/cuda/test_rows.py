@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcomp.kernels import dispatch, qparams, reference
+from dcomp.kernels import dispatch, ops, qparams, reference
 from dcomp.kernels.build_cache import BuildError
 from dcomp.kernels.cuda import driver, rows, self_test
 from dcomp.kernels.cuda.calls import quantizers
@@ -353,6 +353,15 @@ def test_what_no_kernel_takes_is_refused_with_a_reason(request_: dict[str, Any],
 def test_common_sizes_are_within_bounds() -> None:
     assert rows.excess(2 * 1280 * 128 * 128, 2 * 128 * 128, (3, 3), (1, 1)) is None
     assert rows.excess(2**31 - 1, 4_000_000, (11, 11), (4, 4)) is None
+
+
+def test_weights_have_fewer_than_2_to_the_32_bytes_with_their_padding() -> None:
+    def excess(*shape: int) -> str | None:
+        return ops._product_excess(9, torch.empty(shape, dtype=torch.int8, device="meta"), shape[-1], 9)
+
+    assert excess(12288, 12288) is None
+    assert "too large" in str(excess(2**16, 2**15))
+    assert "too large" in str(excess(2**23, 3, 3, 1))
 
 
 def test_the_largest_sums_stay_within_int32() -> None:
