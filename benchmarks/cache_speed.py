@@ -23,7 +23,8 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
-from speed import UNET_SD15, machine, quantized
+from speed import machine, quantized
+from stable_diffusion_shape import random_arguments, random_unet
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -40,8 +41,6 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cache_speed.json",
 ) -> None:
     """Measure, print the table, write the JSON."""
-    from diffusers import UNet2DConditionModel
-
     from dcomp.cachequant.plan_set import PlanSet
     from dcomp.cachequant.prices import CallPrices
     from dcomp.cachequant.zones import find_zones
@@ -49,12 +48,11 @@ def main(
     from dcomp.calibrate.timing import time_in_turns
     from dcomp.compress.manifest import read_manifest
 
-    torch.manual_seed(0)
     torch.set_grad_enabled(False)
     chosen = sorted((p for p in PlanSet.read(plans).plans if p.psnr >= min_psnr), key=lambda plan: plan.speedup)
-    original = UNet2DConditionModel(**UNET_SD15).eval()
+    original = random_unet()
     small = copy.deepcopy(original)
-    args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    args = random_arguments(batch, latent)
     own = args
     if pruned:
         cut_alike(small, pruned)

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parent))  # `python -P` leaves it out
-from speed import UNET_SD15, quantized
+from speed import quantized
+from stable_diffusion_shape import random_arguments, random_unet
 
 from dcomp.calibrate.clock import StepBins
 from dcomp.kernels import dispatch, ops
@@ -196,11 +197,8 @@ def attention_works(shape: tuple[int, int, int, int], batch: int, device: torch.
 
 def denoisers(batch: int, latent: int, device: torch.device) -> tuple[dict[str, Any], tuple[Any, ...], dict[str, Any]]:
     """Return denoisers in bfloat16 and in integers, the inputs of a call, and how far integers are from definitions."""
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    reference = UNet2DConditionModel(**UNET_SD15).eval()
-    args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    reference = random_unet()
+    args = random_arguments(batch, latent)
     small = (args[0][:, :, :16, :16].contiguous(), args[1], args[2])
     facts: dict[str, Any] = {}
     models: dict[str, Any] = {}

@@ -24,17 +24,8 @@ import torch
 import typer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from denoiser_peers import PEERS
-
-UNET_SD15 = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
+from denoiser_peers import PEERS, prepared
+from stable_diffusion_shape import random_arguments, random_unet
 
 RESULTS = Path(__file__).parent / "results"
 KINDS = {  # of operations, by what their names in the profile contain; the first that fits counts
@@ -95,16 +86,16 @@ def main(
     batch: int = 2,
     latent: Annotated[int, typer.Option(help="Latent height and width.")] = 64,
     repeats: int = 7,
+    keep: Annotated[
+        Path | None, typer.Option(help="Folder for what peers quantize, used again if it is there.")
+    ] = None,
 ) -> None:
     """Measure, print the table, write the JSON."""
-    from diffusers import UNet2DConditionModel
-
     from dcomp.calibrate.clock import StepBins
 
-    torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    reference = UNet2DConditionModel(**UNET_SD15).eval()
-    args = (torch.randn(batch, 4, latent, latent), torch.tensor(500), torch.randn(batch, 77, 768))
+    reference = random_unet()
+    args = random_arguments(batch, latent)
     small = (args[0][:, :, :16, :16], args[1], args[2])
     models = {"fp32": reference}
     calls: dict[str, Any] = {"fp32": lambda: reference(*args).sample}
@@ -115,7 +106,8 @@ def main(
         models[name] = model
         calls[name] = lambda model=model: model(*args).sample
         print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)
-    calls |= peers(reference, args, peer)
+    with tempfile.TemporaryDirectory() as folder:
+        calls |= peers(reference, args, peer, keep or Path(folder))
 
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     predictions = {name: torch.as_tensor(call()) for name, call in calls.items()}  # packs weights and fills caches
@@ -153,15 +145,14 @@ def main(
     print(f"\n{table(report)}\n\n{split_table(report)}")
 
 
-def peers(denoiser: Any, args: tuple[Any, ...], wanted: list[str] | None) -> dict[str, Any]:
+def peers(denoiser: Any, args: tuple[Any, ...], wanted: list[str] | None, folder: Path) -> dict[str, Any]:
     """Return calls of the denoiser in other runtimes, of all that can be imported if none is named."""
     calls = {}
     for name in PEERS if wanted is None else wanted:
         started = time.perf_counter()
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                calls[name] = PEERS[name](denoiser, args, Path(folder))
-        except ImportError as error:
+            calls[name] = prepared(name, denoiser, args, folder)
+        except (ImportError, RuntimeError) as error:
             print(f"{name}: left out, {error}", flush=True)
         else:
             print(f"{name}: quantized in {time.perf_counter() - started:.0f} s", flush=True)

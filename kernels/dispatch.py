@@ -302,8 +302,8 @@ _STRIPS: dict[str, Callable[..., Any]] = {
 }
 _TILES = "unpacked to tiles a block at a time, products and rescaling in them"
 _NO_VNNI = {
-    8: "own products, widened to 16 bits",
-    4: "own products of 8 bits where groups have 32 channels and more, else widened to 16 bits",
+    8: "own products of bytes; what would saturate is kept apart, or widened to 16 bits",
+    4: "own products of bytes; multipliers in sums where groups have 32 channels and more",
 }
 _WITHOUT_TILES = "products of 16-bit integers, softmax between them in fp32"
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "matmul_avx2.h"
+#include "transpose_avx2.h"
 #include "simd.h"
 
 namespace dcomp::DCOMP_ISA {

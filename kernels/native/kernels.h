@@ -39,6 +39,7 @@ struct IntegerWeights {
   const float *scale, *bias;  // [outputs]; a bias may be missing
   int64_t outputs, taps, channels;
   int64_t group;  // channels that share a multiplier; 0 where there is none
+  int64_t rows;   // that it is multiplied with: how it is packed may depend on them
 };
 
 // Rows of codes, `stride` bytes from each other: those of one image, `pitch` of them a line, of which `width` are kept.

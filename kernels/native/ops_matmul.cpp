@@ -7,7 +7,7 @@
 namespace dcomp {
 namespace {
 
-constexpr int64_t kBytesAtOnce = 1 << 19;  // of rows, and of strips, that stay in the cache of a core
+constexpr int64_t kBytesAtOnce = 1 << 19;  // of rows that stay in the cache of a core
 constexpr int64_t kBytesBefore = 1 << 22;  // of strips that are packed before any product
 constexpr int64_t kMostRows = 512;         // of one task
 
@@ -54,30 +54,32 @@ void pack(const PackedRows& rows, const IntegerWeights& weights, int64_t first, 
   }
 }
 
-// Multiplies rows of images with a weight. Strips of a large one are packed by the task that needs them, for all rows;
-// those of a small one before, so that there are tasks enough.
+// Multiplies rows of images with a weight. Tasks are pairs of strips; those that a thread has of the same rows are
+// multiplied together. Strips of a large weight are packed by the thread that needs them, for all rows, those of a small
+// one before, so that there are tasks enough.
 void multiply(bool is_signed, const std::vector<IntegerRows>& images, const PackedRows& stored,
               const IntegerWeights& weights, int64_t rows) {
   if (rows == 0 || images.empty() || weights.outputs == 0) return;
   const int64_t bytes = kernels().matmul.strip_bytes(weights);
   const int64_t count = (weights.outputs + kStripChannels - 1) / kStripChannels;
-  const int64_t fitting_strips = kBytesAtOnce / bytes / 2 * 2, fitting = kBytesAtOnce / images[0].stride;
-  const int64_t part = std::min(kStripsAtOnce, std::max<int64_t>(2, fitting_strips));
+  const int64_t fitting = kBytesAtOnce / images[0].stride;
   const int64_t block = std::min(kMostRows, std::max(kRowsAtOnce, fitting / kRowsAtOnce * kRowsAtOnce));
-  const int64_t blocks = (rows + block - 1) / block, parts = (count + part - 1) / part, each = images.size() * blocks;
-  const auto run = [&](int64_t which, int64_t strip, const int8_t* strips) {
-    const int64_t row = which % blocks * block, some = std::min(count, strip + part) - strip;
-    kernels().matmul.rows(is_signed, images[which / blocks], weights, row, std::min(rows, row + block), strips, some,
-                          strip * kStripChannels);
+  const int64_t blocks = (rows + block - 1) / block, pairs = (count + 1) / 2, each = images.size() * blocks;
+  const auto run = [&](int64_t which, int64_t strip, int64_t last, const int8_t* strips) {
+    const int64_t row = which % blocks * block;
+    kernels().matmul.rows(is_signed, images[which / blocks], weights, row, std::min(rows, row + block), strips,
+                          last - strip, strip * kStripChannels);
   };
-  const int64_t products = std::min(rows, block) * part * kStripChannels * weights.taps * weights.channels;
+  const int64_t products = std::min(rows, block) * 2 * kStripChannels * weights.taps * weights.channels;
   const int64_t at_once = std::max<int64_t>(1, (int64_t{1} << 22) / products);
   if (each == 1 || count * bytes > kBytesBefore) {
-    torch::stable::parallel_for(0, parts, std::max<int64_t>(1, at_once / each), [&](int64_t first, int64_t last) {
-      const Strips own = strips_of(part * bytes);
-      for (int64_t strip = first * part; strip < std::min(count, last * part); strip += part) {
-        pack(stored, weights, strip, std::min(count, strip + part), bytes_of(own));
-        for (int64_t which = 0; which < each; ++which) run(which, strip, bytes_of(own));
+    torch::stable::parallel_for(0, pairs, std::max<int64_t>(1, at_once / each), [&](int64_t first, int64_t last) {
+      const int64_t end = std::min(count, 2 * last);
+      const Strips own = strips_of(std::min(kStripsAtOnce, end - 2 * first) * bytes);
+      for (int64_t strip = 2 * first; strip < end; strip += kStripsAtOnce) {
+        const int64_t stop = std::min(end, strip + kStripsAtOnce);
+        pack(stored, weights, strip, stop, bytes_of(own));
+        for (int64_t which = 0; which < each; ++which) run(which, strip, stop, bytes_of(own));
       }
     });
     return;
@@ -86,19 +88,23 @@ void multiply(bool is_signed, const std::vector<IntegerRows>& images, const Pack
   torch::stable::parallel_for(0, count, grain(bytes), [&](int64_t first, int64_t last) {
     pack(stored, weights, first, last, bytes_of(all) + first * bytes);
   });
-  torch::stable::parallel_for(0, each * parts, at_once, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) run(i / parts, i % parts * part, bytes_of(all) + i % parts * part * bytes);
+  torch::stable::parallel_for(0, each * pairs, at_once, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last;) {
+      const int64_t pair = i % pairs, some = std::min({kStripsAtOnce / 2, pairs - pair, last - i});
+      run(i / pairs, 2 * pair, std::min(count, 2 * (pair + some)), bytes_of(all) + 2 * pair * bytes);
+      i += some;
+    }
   });
 }
 
 IntegerWeights scaled(const Tensor& qweight, const PackedRows& rows, const Tensor& scale,
-                      const std::optional<Tensor>& bias) {
+                      const std::optional<Tensor>& bias, int64_t products) {
   const int64_t outputs = qweight.size(0);
   const int64_t depth = (rows.channels + kDepthAtOnce - 1) / kDepthAtOnce * kDepthAtOnce;
   const int64_t group = !rows.multiplier ? 0 : rows.groups == 1 ? depth : rows.group;
   return {memory<float>(scale, ScalarType::Float, outputs, "scale is fp32 [O]"),
           bias ? memory<float>(*bias, ScalarType::Float, outputs, "bias is fp32 [O]") : nullptr,
-          outputs, qweight.size(1), rows.channels, group};
+          outputs, qweight.size(1), rows.channels, group, products};
 }
 
 // q int8 [M, I], x_scale fp32 [M], a stored weight [O, 1, I] with its scale and bias -> out fp32 [M, O]
@@ -108,7 +114,7 @@ void linear_a8(Tensor q, Tensor x_scale, Tensor qweight, std::optional<Tensor> m
   const int64_t rows = q.size(0), channels = q.size(1);
   const PackedRows from_file = stored(qweight, multiplier, channels);
   demand(qweight.size(1) == 1, "a linear layer has one tap");
-  const IntegerWeights weights = scaled(qweight, from_file, scale, bias);
+  const IntegerWeights weights = scaled(qweight, from_file, scale, bias, rows);
   const uint8_t* codes = static_cast<const uint8_t*>(q.data_ptr());
   const float* scales = memory<float>(x_scale, ScalarType::Float, rows, "x_scale is fp32 [M]");
   float* to = memory<float>(out, ScalarType::Float, rows * weights.outputs, "out is fp32 [M, O]");
@@ -143,7 +149,7 @@ void conv2d_a8(Tensor q, Tensor x_scale, Tensor x_zero, Tensor qweight, std::opt
   demand(channels > 0 && dilation_y > 0 && dilation_x > 0, "there are channels");
   const PackedRows from_file = stored(qweight, multiplier, channels);
   demand(qweight.size(1) == height * width, "weights are [O, height * width, I]");
-  const IntegerWeights weights = scaled(qweight, from_file, scale, bias);
+  const IntegerWeights weights = scaled(qweight, from_file, scale, bias, samples * made_y * made_x);
   const int64_t scales = x_scale.numel();
   demand(scales == 1 || scales == samples, "one scale, or one for each sample");
   const float* x_scales = memory<float>(x_scale, ScalarType::Float, scales, "x_scale is fp32");

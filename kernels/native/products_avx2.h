@@ -1,15 +1,17 @@
 // Four rows of codes with 16 output channels in AVX2, which has no sum of four products that cannot saturate.
 //
-// What is wide are 16-bit numbers: sums of two products fit 32 bits whatever they are. What is narrow are unsigned
-// 8-bit codes with 4-bit weights: sums of two are 4080 at most, so eight of them fit 16 bits, and are widened by the
-// product with the multiplier of their group. It is assembly because g++ 12 keeps moving the eight sums between
-// registers.
+// What is wide are 16-bit numbers: sums of two products fit 32 bits whatever they are. Bytes are unsigned 8-bit codes
+// with 8-bit weights of which no two neighbours add up to more than 128, so that sums of two fit 16 bits; each is
+// widened. What is narrow are unsigned 8-bit codes with 4-bit weights: sums of two are 4080 at most, so eight of them
+// fit 16 bits, and are widened by the product with the multiplier of their group. It is assembly because g++ 12 keeps
+// moving the eight sums between registers.
 #pragma once
 #include <cstdint>
 
 namespace dcomp::DCOMP_ISA {
 
 constexpr int64_t kRowsOfProducts = 4;
+constexpr int64_t kWordsOfRound = 4;  // of four bytes
 constexpr int64_t kNarrowDepth = 32;  // channels between two widenings
 constexpr int64_t kNarrowBytes = kNarrowDepth * 16 + 16 * 4;  // their codes, [8, 16, 4], and multipliers, int16 [16, 2]
 
@@ -26,6 +28,25 @@ constexpr int64_t kNarrowBytes = kNarrowDepth * 16 + 16 * 4;  // their codes, [8
   DCOMP_MULTIPLY(multiply, row, "11", "10")             \
   add " %%ymm11, %%ymm" low ", %%ymm" low "\n"          \
   add " %%ymm10, %%ymm" high ", %%ymm" high "\n"
+#define DCOMP_LOAD_SUMS                \
+  "vmovdqa (%[sums]), %%ymm0\n"       \
+  "vmovdqa 32(%[sums]), %%ymm1\n"     \
+  "vmovdqa 64(%[sums]), %%ymm2\n"     \
+  "vmovdqa 96(%[sums]), %%ymm3\n"     \
+  "vmovdqa 128(%[sums]), %%ymm4\n"    \
+  "vmovdqa 160(%[sums]), %%ymm5\n"    \
+  "vmovdqa 192(%[sums]), %%ymm6\n"    \
+  "vmovdqa 224(%[sums]), %%ymm7\n"
+#define DCOMP_STORE_SUMS               \
+  "vmovdqa %%ymm0, (%[sums])\n"       \
+  "vmovdqa %%ymm1, 32(%[sums])\n"     \
+  "vmovdqa %%ymm2, 64(%[sums])\n"     \
+  "vmovdqa %%ymm3, 96(%[sums])\n"     \
+  "vmovdqa %%ymm4, 128(%[sums])\n"    \
+  "vmovdqa %%ymm5, 160(%[sums])\n"    \
+  "vmovdqa %%ymm6, 192(%[sums])\n"    \
+  "vmovdqa %%ymm7, 224(%[sums])\n"
+#define DCOMP_WEIGHTS(low, high) "vmovdqa " low "(%[b]), %%ymm8\nvmovdqa " high "(%[b]), %%ymm9\n"
 #define DCOMP_REGISTERS \
   "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11", "memory", "cc"
 
@@ -33,18 +54,10 @@ constexpr int64_t kNarrowBytes = kNarrowDepth * 16 + 16 * 4;  // their codes, [8
 inline void multiply_wide(const int16_t* a, int64_t stride, const int16_t* b, int64_t pairs, int32_t* sums) {
 #define DCOMP_WIDE(row, low, high) DCOMP_ACCUMULATE("vpmaddwd", "vpaddd", row, low, high)
   asm volatile(
-      "vmovdqa (%[sums]), %%ymm0\n"
-      "vmovdqa 32(%[sums]), %%ymm1\n"
-      "vmovdqa 64(%[sums]), %%ymm2\n"
-      "vmovdqa 96(%[sums]), %%ymm3\n"
-      "vmovdqa 128(%[sums]), %%ymm4\n"
-      "vmovdqa 160(%[sums]), %%ymm5\n"
-      "vmovdqa 192(%[sums]), %%ymm6\n"
-      "vmovdqa 224(%[sums]), %%ymm7\n"
+      DCOMP_LOAD_SUMS
       ".p2align 5\n"
       "1:\n"
-      "vmovdqa (%[b]), %%ymm8\n"
-      "vmovdqa 32(%[b]), %%ymm9\n"
+      DCOMP_WEIGHTS("", "32")
       DCOMP_WIDE(DCOMP_ROW0(""), "0", "1")
       DCOMP_WIDE(DCOMP_ROW1(""), "2", "3")
       DCOMP_WIDE(DCOMP_ROW2(""), "4", "5")
@@ -53,23 +66,51 @@ inline void multiply_wide(const int16_t* a, int64_t stride, const int16_t* b, in
       "add $4, %[a]\n"
       "dec %[pairs]\n"
       "jnz 1b\n"
-      "vmovdqa %%ymm0, (%[sums])\n"
-      "vmovdqa %%ymm1, 32(%[sums])\n"
-      "vmovdqa %%ymm2, 64(%[sums])\n"
-      "vmovdqa %%ymm3, 96(%[sums])\n"
-      "vmovdqa %%ymm4, 128(%[sums])\n"
-      "vmovdqa %%ymm5, 160(%[sums])\n"
-      "vmovdqa %%ymm6, 192(%[sums])\n"
-      "vmovdqa %%ymm7, 224(%[sums])\n"
+      DCOMP_STORE_SUMS
       : [a] "+r"(a), [b] "+r"(b), [pairs] "+r"(pairs)
       : [sums] "r"(sums), [stride] "r"(stride), [stride3] "r"(3 * stride)
       : DCOMP_REGISTERS);
 #undef DCOMP_WIDE
 }
 
+// sums[4][16] += a[4][4 * words] * b[words][16][4], words in rounds of four
+inline void multiply_bytes(const uint8_t* a, int64_t stride, const int8_t* b, int64_t rounds, int32_t* sums) {
+#define DCOMP_BYTES(row, low, high)                    \
+  DCOMP_MULTIPLY("vpmaddubsw", row, "11", "10")        \
+  "vpmaddwd %%ymm12, %%ymm11, %%ymm11\n"               \
+  "vpmaddwd %%ymm12, %%ymm10, %%ymm10\n"               \
+  "vpaddd %%ymm11, %%ymm" low ", %%ymm" low "\n"       \
+  "vpaddd %%ymm10, %%ymm" high ", %%ymm" high "\n"
+#define DCOMP_WORD(at, low, high)          \
+  DCOMP_WEIGHTS(low, high)                 \
+  DCOMP_BYTES(DCOMP_ROW0(at), "0", "1")    \
+  DCOMP_BYTES(DCOMP_ROW1(at), "2", "3")    \
+  DCOMP_BYTES(DCOMP_ROW2(at), "4", "5")    \
+  DCOMP_BYTES(DCOMP_ROW3(at), "6", "7")
+  asm volatile(
+      "vpcmpeqw %%ymm12, %%ymm12, %%ymm12\n"
+      "vpabsw %%ymm12, %%ymm12\n"  // ones
+      DCOMP_LOAD_SUMS
+      ".p2align 5\n"
+      "1:\n"
+      DCOMP_WORD("", "", "32")
+      DCOMP_WORD("4", "64", "96")
+      DCOMP_WORD("8", "128", "160")
+      DCOMP_WORD("12", "192", "224")
+      "add $256, %[b]\n"
+      "add $16, %[a]\n"
+      "dec %[rounds]\n"
+      "jnz 1b\n"
+      DCOMP_STORE_SUMS
+      : [a] "+r"(a), [b] "+r"(b), [rounds] "+r"(rounds)
+      : [sums] "r"(sums), [stride] "r"(stride), [stride3] "r"(3 * stride)
+      : DCOMP_REGISTERS, "ymm12");
+#undef DCOMP_WORD
+#undef DCOMP_BYTES
+}
+
 // sums[4][16] += a[4][32 * blocks] * b, whose blocks have `kNarrowBytes` each
 inline void multiply_narrow(const uint8_t* a, int64_t stride, const int8_t* b, int64_t blocks, int32_t* sums) {
-#define DCOMP_WEIGHTS(low, high) "vmovdqa " low "(%[b]), %%ymm8\nvmovdqa " high "(%[b]), %%ymm9\n"
 #define DCOMP_NARROW(row, low, high) DCOMP_ACCUMULATE("vpmaddubsw", "vpaddw", row, low, high)
 #define DCOMP_WORD(at, low, high)           \
   DCOMP_WEIGHTS(low, high)                  \
@@ -115,7 +156,6 @@ inline void multiply_narrow(const uint8_t* a, int64_t stride, const int8_t* b, i
 #undef DCOMP_WIDEN
 #undef DCOMP_WORD
 #undef DCOMP_NARROW
-#undef DCOMP_WEIGHTS
 }
 
 #undef DCOMP_ROW0
@@ -124,6 +164,9 @@ inline void multiply_narrow(const uint8_t* a, int64_t stride, const int8_t* b, i
 #undef DCOMP_ROW3
 #undef DCOMP_MULTIPLY
 #undef DCOMP_ACCUMULATE
+#undef DCOMP_LOAD_SUMS
+#undef DCOMP_STORE_SUMS
+#undef DCOMP_WEIGHTS
 #undef DCOMP_REGISTERS
 
 }  // namespace dcomp::DCOMP_ISA

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dcomp.kernels import dispatch, onednn, packing, qparams, reference
@@ -405,6 +405,50 @@ def test_extreme_codes_and_weights_do_not_saturate(code: int, nibbles: int, grou
     zero = torch.zeros(1, dtype=torch.uint8)
     found = rows.conv2d_a8_by_strips(pixels, torch.ones(1), zero, image, torch.ones(3), None, *shape)
     assert found.flatten().tolist() == [255 * exact // code] * 6
+
+
+def wide_pairs(generator: torch.Generator, kind: str, *shape: int) -> torch.Tensor:
+    """Codes of 8 bits whose neighbours rarely, often or always add up to more than 128, of one sign or both."""
+    if kind == "normal":
+        return (torch.randn(shape, generator=generator) * 40).round().clamp(-128, 127).to(torch.int8)
+    if kind == "uniform":
+        return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+    codes = torch.full(shape, 127 if kind == "highest" else -128, dtype=torch.int8)
+    if kind == "alternating":
+        codes[..., 1::2] = 127
+    if kind == "few":  # the last channel has nothing else, and most of a strip has none
+        codes = torch.zeros(shape, dtype=torch.int8)
+        codes[::7, ..., ::50] = -128
+        codes[::7, ..., 1::50] = -128
+        codes[-1, ..., -2:] = 127
+    return codes
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "highest", "lowest", "alternating", "few"])
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**16), st.integers(65, 200), st.integers(1, 1500), st.integers(1, 300))
+def test_pairs_of_weights_that_bytes_cannot_hold_are_added(
+    kind: str, seed: int, count: int, channels: int, outputs: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = wide_pairs(generator, kind, outputs, channels)
+    q = torch.randint(-128, 128, (count, channels), generator=generator).to(torch.int8)
+    q[: count // 3] = 127 if seed % 2 else -128
+    ones = (torch.ones(count), rows.Stored(codes, None), torch.ones(outputs), None)
+    assert torch.equal(rows.linear_a8_by_strips(q, *ones), (q.double() @ codes.double().T).float())
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "highest", "lowest", "few"])
+@pytest.mark.parametrize(("channels", "stride"), [(70, 1), (600, 2)])
+def test_pairs_of_weights_of_every_tap_are_added(kind: str, channels: int, stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = rows.Stored(wide_pairs(generator, kind, 40, 3, 3, channels), None)
+    q = torch.randint(0, 256, (2, channels, 11, 13), generator=generator).to(torch.uint8)
+    q[1] = 255
+    ones, zeros = torch.ones(2), torch.tensor([3, 0], dtype=torch.uint8)
+    shape = ([stride, 1], [1, 0], [1, 2])
+    exact = reference.conv2d_a8(q, ones, zeros, weight.qweight, torch.ones(40), None, *shape, 1)
+    assert torch.equal(rows.conv2d_a8_by_strips(q, ones, zeros, weight, torch.ones(40), None, *shape), exact)
 
 
 needs_attention = pytest.mark.skipif(
