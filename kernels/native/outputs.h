@@ -8,23 +8,22 @@ namespace dcomp::DCOMP_ISA {
 // out = bias + ((sums - zeros) * weight_scale) * scale, for `columns` output channels from `begin` on
 inline void write_outputs(const int32_t* sums, const int32_t* zeros, const IntegerWeights& weights, int64_t begin,
                           int64_t columns, float scale, float* out) {
-  for (int64_t i = 0; i < columns; i += kLanes) {
-    const int64_t lanes = columns - i;
+  const float *factor = weights.scale + begin, *bias = weights.bias ? weights.bias + begin : nullptr;
+  const auto centred = [&](int64_t i) {
     Ints sum, zero;
     memcpy(&sum, sums + i, sizeof sum);
     memcpy(&zero, zeros + i, sizeof zero);
-    const float* factor = weights.scale + begin + i;
-    Floats value = __builtin_convertvector(sum - zero, Floats);
-    value = value * (lanes < kLanes ? load_some(factor, lanes) : load(factor)) * scale;
-    if (weights.bias) {
-      const float* bias = weights.bias + begin + i;
-      value = (lanes < kLanes ? load_some(bias, lanes) : load(bias)) + value;
-    }
-    if (lanes < kLanes) {
-      memcpy(out + i, &value, lanes * sizeof(float));
-    } else {
-      store(out + i, value);
-    }
+    return to_floats(sum - zero);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    const Floats value = centred(i) * load(factor + i) * scale;
+    store(out + i, bias ? load(bias + i) + value : value);
+  }
+  if (i < columns) {
+    Floats value = centred(i) * load_some(factor + i, columns - i) * scale;
+    if (bias) value = load_some(bias + i, columns - i) + value;
+    memcpy(out + i, &value, (columns - i) * sizeof(float));
   }
 }
 

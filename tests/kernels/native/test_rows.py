@@ -425,7 +425,7 @@ def wide_pairs(generator: torch.Generator, kind: str, *shape: int) -> torch.Tens
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform", "highest", "lowest", "alternating", "few"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**16), st.integers(65, 200), st.integers(1, 1500), st.integers(1, 300))
 def test_pairs_of_weights_that_bytes_cannot_hold_are_added(
     kind: str, seed: int, count: int, channels: int, outputs: int
