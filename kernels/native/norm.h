@@ -83,7 +83,7 @@ struct ExtremesOfSilu {
   void add(Floats v) {
     const Ints falls = v < kLeastOfSilu;
     const Floats last = falls ? v : broadcast(-kInfinity);
-    falling = last > falling ? last : falling;
+    falling = larger_or_second(last, falling);
     rising.add(falls ? Floats{} : v);
   }
 

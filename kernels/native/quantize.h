@@ -26,8 +26,8 @@ struct Extremes {
   Ints strange;
 
   void add(Floats v) {
-    low = v < low ? v : low;
-    high = v > high ? v : high;
+    low = smaller_or_second(v, low);
+    high = larger_or_second(v, high);
     strange |= v != v;
   }
 

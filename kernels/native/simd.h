@@ -105,10 +105,27 @@ inline Vector broadcast(float value) {
 inline Floats larger(Floats a, Floats b) { return (a > b) | (a != a) ? a : b; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
+// Of each lane the smaller or the larger one, the second where one is NaN. g++ 12 would compare and then choose.
+template <class Vector>
+inline Vector smaller_or_second(Vector a, Vector b) {
+  return a < b ? a : b;
+}
+template <class Vector>
+inline Vector larger_or_second(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+#if defined(__AVX512F__)
+inline Floats smaller_or_second(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+inline Floats larger_or_second(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline Floats smaller_or_second(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+inline Floats larger_or_second(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+#endif
+
+// NaN stays NaN.
 template <class Vector>
 inline Vector clamp(Vector v, Vector low, Vector high) {
-  v = v < low ? low : v;
-  return v > high ? high : v;
+  return smaller_or_second(high, larger_or_second(low, v));
 }
 
 inline Floats round_to_even(Floats v) { return (v + kRound) - kRound; }

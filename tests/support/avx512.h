@@ -54,6 +54,9 @@ inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
 inline __m512 max(__m512 a, __m512 b) {
   return each([&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
 }
+inline __m512 min(__m512 a, __m512 b) {
+  return each([&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
+}
 inline __m512 set1(float value) { return __m512{} + value; }
 inline __m512i set1(int32_t value) { return as<__m512i>(Ints{} + value); }
 inline __m512 load(const void* p) {
@@ -194,6 +197,7 @@ inline void multiply_halves(int sums, int a, int b) {
 #define _mm512_sub_ps(a, b) ((a) - (b))
 #define _mm512_mul_ps(a, b) ((a) * (b))
 #define _mm512_max_ps emulated::max
+#define _mm512_min_ps emulated::min
 #define _mm512_fmadd_ps emulated::fmadd
 #define _mm512_set1_ps(value) emulated::set1(static_cast<float>(value))
 #define _mm512_set1_epi32(value) emulated::set1(static_cast<int32_t>(value))
