@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found. Install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "dcomp needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another: make setup PYTHON=/path/to/python3.12" % v[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c .ci/constraints.txt --editable '.[dev]'
 	@mkdir -p .dev && ln -sfn .. .dev/dcomp
 	@touch $@
 
