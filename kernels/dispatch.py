@@ -179,8 +179,8 @@ def _native_row(request: _Request) -> Choice:
         text = f"{text}; {onednn.defect()}" if onednn.defect() else text
         return Choice("native", text, _STRIPS[request.operation], stored)
     text, run = _NATIVE_ROW[request.key]
-    if request.operation == "attention" and not native.has_tiles():
-        text = _WITHOUT_TILES
+    if request.operation == "attention":
+        text = f"{_PRODUCTS_OF_ATTENTION[native.instruction_set()]}, softmax between them in fp32"
     return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
 
 
@@ -294,7 +294,7 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ),
     ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", native.group_norm_quantize),
     ("layer_norm_quantize", 8): ("norm and codes of a token at once", native.layer_norm_quantize),
-    ("attention", 8): ("bfloat16 products in tiles, softmax between them", native.attention),
+    ("attention", 8): ("a block of keys at a time", native.attention),
 }
 _STRIPS: dict[str, Callable[..., Any]] = {
     "linear_a8": native.linear_a8_by_strips,
@@ -305,7 +305,12 @@ _NO_VNNI = {
     8: "own products of bytes; what would saturate is kept apart, or widened to 16 bits",
     4: "own products of bytes; multipliers in sums where groups have 32 channels and more",
 }
-_WITHOUT_TILES = "products of 16-bit integers, softmax between them in fp32"
+_PRODUCTS_OF_ATTENTION = {
+    "amx": "bfloat16 products in tiles",
+    "avx512bf16": "bfloat16 products",
+    "avx512": "products of 16-bit integers",
+    "avx2": "products of 16-bit integers",
+}
 _CPU_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ("quantize_static", 8): ("one pass in cache-sized blocks", blocked.quantize_static),
     ("quantize_sample", 8): ("two passes in cache-sized blocks", blocked.quantize_sample),

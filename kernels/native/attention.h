@@ -47,12 +47,13 @@ inline __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(p, whole);
 }
 
-// Rows of a matrix [rows, width] as bfloat16 [rows, padded], zeros in the padding.
+// Rows of a matrix [rows, width] as bfloat16 [rows, padded], zeros in the padding, `out_stride` from each other.
 template <class T>
-void to_halves(const T* x, int64_t stride, int64_t rows, int64_t width, BFloat16* out, int64_t padded) {
+void to_halves(const T* x, int64_t stride, int64_t rows, int64_t width, BFloat16* out, int64_t out_stride,
+               int64_t padded) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < padded; i += kLanes) {
-      store_halves(out + row * padded + i, some_lanes(x + row * stride + i, width - i));
+      store_halves(out + row * out_stride + i, some_lanes(x + row * stride + i, width - i));
     }
   }
 }
@@ -65,7 +66,7 @@ void pack_keys(const T* x, int64_t stride, int64_t keys, int64_t width, Pair* ou
     const int64_t some = keys - first < kLanes ? keys - first : kLanes;
     for (int64_t start = 0; start < padded; start += kDepth) {
       memset(rows, 0, sizeof rows);
-      to_halves(x + first * stride + start, stride, some, width - start, rows, kDepth);
+      to_halves(x + first * stride + start, stride, some, width - start, rows, kDepth, kDepth);
       for (int64_t pair = 0; pair < kDepth / kPair; ++pair) {
         Pair* to = out + (start / kPair + pair) * kLanes;
         for (int64_t key = 0; key < kLanes; ++key) memcpy(to + key, rows + key * kDepth + pair * kPair, sizeof(Pair));
@@ -110,8 +111,9 @@ struct Products {
   }
   ~Products() { _tile_release(); }
 
-  static void add(float* out, int64_t out_stride, int64_t columns, const BFloat16* a, int64_t a_stride, int64_t depth,
-                  const Pair* b, int64_t stride, int64_t next, bool fresh) {
+  template <int64_t a_stride>
+  static void add(float* out, int64_t out_stride, int64_t columns, const BFloat16* a, int64_t depth, const Pair* b,
+                  int64_t stride, int64_t next, bool fresh) {
     const int64_t out_bytes = out_stride * 4, a_bytes = a_stride * 2, b_bytes = stride * 4;
     int64_t column = 0;
     for (; column + 2 * kLanes <= columns; column += 2 * kLanes, b += 2 * next) {
@@ -168,30 +170,48 @@ struct Products {
 struct Products {
   static constexpr int64_t kStep = kPair;
 
-  static void add(float* out, int64_t out_stride, int64_t columns, const BFloat16* a, int64_t a_stride, int64_t depth,
-                  const Pair* b, int64_t stride, int64_t next, bool fresh) {
-    constexpr int64_t kHeld = 16;  // sums of one column of lanes that registers hold
-    for (int64_t column = 0; column < columns; column += kLanes, b += next) {
-      for (int64_t row = 0; row < 2 * kTileRows; row += kHeld) {
-        float* to = out + row * out_stride + column;
-        __m512 sums[kHeld];
+  // A few columns of lanes with rows whose sums registers hold
+  template <int64_t kColumns, int64_t a_stride>
+  static void add_columns(float* out, int64_t out_stride, const BFloat16* a, int64_t depth, const Pair* b,
+                          int64_t stride, int64_t next, bool fresh) {
+    constexpr int64_t kHeld = 8;
+    for (int64_t row = 0; row < 2 * kTileRows; row += kHeld, a += kHeld * a_stride, out += kHeld * out_stride) {
+      __m512 sums[kHeld][kColumns];
+      for (int64_t r = 0; r < kHeld; ++r) {
+        for (int64_t c = 0; c < kColumns; ++c) {
+          sums[r][c] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(out + r * out_stride + c * kLanes);
+        }
+      }
+      for (int64_t k = 0; k < depth; k += kPair) {
+        __m512bh pairs[kColumns], both;
+        for (int64_t c = 0; c < kColumns; ++c) memcpy(&pairs[c], b + k / kPair * stride + c * next, sizeof pairs[c]);
         for (int64_t r = 0; r < kHeld; ++r) {
-          sums[r] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(to + r * out_stride);
+          int32_t pair;
+          memcpy(&pair, a + r * a_stride + k, sizeof pair);
+          const __m512i spread = _mm512_set1_epi32(pair);
+          memcpy(&both, &spread, sizeof both);
+          for (int64_t c = 0; c < kColumns; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], both, pairs[c]);
         }
-        for (int64_t k = 0; k < depth; k += kPair) {
-          __m512bh pairs, both;
-          memcpy(&pairs, b + k / kPair * stride, sizeof pairs);
-          for (int64_t r = 0; r < kHeld; ++r) {
-            int32_t pair;
-            memcpy(&pair, a + (row + r) * a_stride + k, sizeof pair);
-            const __m512i spread = _mm512_set1_epi32(pair);
-            memcpy(&both, &spread, sizeof both);
-            sums[r] = _mm512_dpbf16_ps(sums[r], both, pairs);
-          }
-        }
-        for (int64_t r = 0; r < kHeld; ++r) _mm512_storeu_ps(to + r * out_stride, sums[r]);
+      }
+      for (int64_t r = 0; r < kHeld; ++r) {
+        for (int64_t c = 0; c < kColumns; ++c) _mm512_storeu_ps(out + r * out_stride + c * kLanes, sums[r][c]);
       }
     }
+  }
+
+  template <int64_t a_stride>
+  static void add(float* out, int64_t out_stride, int64_t columns, const BFloat16* a, int64_t depth, const Pair* b,
+                  int64_t stride, int64_t next, bool fresh) {
+    int64_t left = columns / kLanes;
+    const auto some = [&](auto count) {
+      add_columns<count.value, a_stride>(out, out_stride, a, depth, b, stride, next, fresh);
+      left -= count.value;
+      out += count.value * kLanes;
+      b += count.value * next;
+    };
+    while (left > 4 || left == 3) some(std::integral_constant<int64_t, 3>());
+    while (left > 1) some(std::integral_constant<int64_t, 2>());
+    if (left > 0) some(std::integral_constant<int64_t, 1>());
   }
 };
 #endif
@@ -214,34 +234,50 @@ void pack_head(const AttentionHead& head, Pair* keys, Pair* values) {
 constexpr int64_t kQueries = 2 * kTileRows;  // of one block
 constexpr int64_t kKeys = 128;              // of one block, at most
 
+// What has been seen of the keys of a row: the largest score, and for each lane the sum of powers below it.
+struct RowState {
+  __m512 total = _mm512_setzero_ps();
+  float highest = -__builtin_inff();
+};
+
 // One block of keys becomes probabilities (up to a factor of their row), and what was summed before fits to them.
-inline void softmax_block(float* scores, BFloat16* weights, int64_t keys, int64_t padded, float scale, float* highest,
-                          float* total, float* sums, int64_t width, int64_t rows) {
+//
+// Maxima are found for all rows first: rows whose powers waited for their own would not overlap.
+inline void softmax_block(float* scores, BFloat16* weights, int64_t keys, int64_t padded, float scale, RowState* states,
+                          float* sums, int64_t width, int64_t rows) {
+  float highest[kQueries];
   for (int64_t row = 0; row < rows; ++row) {
     float* s = scores + row * kKeys;
     for (int64_t key = keys; key < padded; ++key) s[key] = -__builtin_inff();
-    __m512 most = _mm512_loadu_ps(s);
-    for (int64_t key = kLanes; key < padded; key += kLanes) most = _mm512_max_ps(most, _mm512_loadu_ps(s + key));
-    const float high = _mm512_reduce_max_ps(most) * scale;
-    const float now = high > highest[row] ? high : highest[row];
-    const __m512 shift = _mm512_set1_ps(now), factor = _mm512_set1_ps(scale);
+    __m512 most = _mm512_loadu_ps(s), second = _mm512_loadu_ps(s + kLanes);
+    for (int64_t key = kDepth; key < padded; key += kDepth) {
+      most = _mm512_max_ps(most, _mm512_loadu_ps(s + key));
+      second = _mm512_max_ps(second, _mm512_loadu_ps(s + key + kLanes));
+    }
+    const float high = _mm512_reduce_max_ps(_mm512_max_ps(most, second)) * scale;
+    highest[row] = high > states[row].highest ? high : states[row].highest;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* s = scores + row * kKeys;
+    const __m512 shift = _mm512_set1_ps(highest[row]), factor = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < padded; key += kLanes) {
-      // Rounded as `high` is: an exact product may be far beyond it where scores are large.
+      // Rounded as the highest is: an exact product may be far beyond it where scores are large.
       const __m512 p = power_of_two(_mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(s + key), factor), shift));
       sum = _mm512_add_ps(sum, p);
       store_halves(weights + row * kKeys + key, p);
     }
-    if (now > highest[row]) {
-      const __m512 less = power_of_two(_mm512_set1_ps(highest[row] - now));
-      total[row] *= _mm512_cvtss_f32(less);
+    RowState& state = states[row];
+    if (highest[row] > state.highest) {
+      const __m512 less = power_of_two(_mm512_set1_ps(state.highest - highest[row]));
+      state.total = _mm512_mul_ps(state.total, less);
       for (int64_t i = 0; i < width; i += kLanes) {
         float* o = sums + row * width + i;
         _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), less));
       }
-      highest[row] = now;
+      state.highest = highest[row];
     }
-    total[row] += _mm512_reduce_add_ps(sum);
+    state.total = _mm512_add_ps(state.total, sum);
   }
 }
 
@@ -252,26 +288,23 @@ void attend_block(const AttentionHead& head, int64_t first, const Pair* keys, co
   const float scale = head.scale * kLog2e;
   alignas(64) BFloat16 asked[kQueries * kWidestHead], weights[kQueries * kKeys];
   alignas(64) float scores[kQueries * kKeys], sums[kQueries * kWidestHead];
-  float highest[kQueries], total[kQueries];
-  memset(asked, 0, kQueries * depth * sizeof(BFloat16));
+  RowState states[kQueries];
+  for (int64_t row = queries; row < kQueries; ++row) memset(asked + row * kWidestHead, 0, depth * sizeof(BFloat16));
   memset(weights, 0, sizeof weights);
   memset(sums, 0, kQueries * width * sizeof(float));
-  for (int64_t row = 0; row < kQueries; ++row) {
-    highest[row] = -__builtin_inff();
-    total[row] = 0.0f;
-  }
-  to_halves(static_cast<const T*>(head.q) + first * head.q_stride, head.q_stride, queries, head.width, asked, depth);
+  to_halves(static_cast<const T*>(head.q) + first * head.q_stride, head.q_stride, queries, head.width, asked,
+            kWidestHead, depth);
   Products products;
   for (int64_t key = 0; key < head.keys; key += kKeys) {
     const int64_t some = head.keys - key < kKeys ? head.keys - key : kKeys, padded = round_up(some, kDepth);
-    products.add(scores, kKeys, padded, asked, depth, round_up(head.width, Products::kStep),
-                 keys + key * depth / kPair, kLanes, kLanes * depth / kPair, true);
-    softmax_block(scores, weights, some, padded, scale, highest, total, sums, width, queries);
-    products.add(sums, width, width, weights, kKeys, padded, values + key / kPair * width, width, kLanes, false);
+    products.add<kWidestHead>(scores, kKeys, padded, asked, round_up(head.width, Products::kStep),
+                              keys + key * depth / kPair, kLanes, kLanes * depth / kPair, true);
+    softmax_block(scores, weights, some, padded, scale, states, sums, width, queries);
+    products.add<kKeys>(sums, width, width, weights, padded, values + key / kPair * width, width, kLanes, false);
   }
   for (int64_t row = 0; row < queries; ++row) {
     float* out = head.out + (first + row) * head.out_stride;
-    const __m512 inverse = _mm512_set1_ps(1.0f / total[row]);
+    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(states[row].total));
     for (int64_t i = 0; i < head.width; i += kLanes) {
       const __m512 mean = _mm512_mul_ps(_mm512_load_ps(sums + row * width + i), inverse);
       _mm512_mask_storeu_ps(out + i, first_lanes(head.width - i), mean);

@@ -64,24 +64,36 @@ const InstructionSet kInstructionSets[] = {  // the best first; places are those
     {"generic", 0, generic::kernels, always},
 };
 
-const InstructionSet& best_instruction_set() {
+const InstructionSet* best_instruction_set() {
   const char* named = std::getenv("DCOMP_INSTRUCTION_SET");
   bool allowed = named == nullptr;
   for (const InstructionSet& set : kInstructionSets) {
     allowed = allowed || std::string(named) == set.name;
-    if (allowed && set.is_here()) return set;
+    if (allowed && set.is_here()) return &set;
   }
-  return *(std::end(kInstructionSets) - 1);
+  return std::end(kInstructionSets) - 1;
 }
 
 const InstructionSet& chosen() {
-  static const InstructionSet& best = best_instruction_set();
-  return best;
+  static const InstructionSet* best = best_instruction_set();
+  return *best;
+}
+
+// The best from the chosen one on that has attention; the least if none has.
+const Attention& best_attention() {
+  const InstructionSet* set = &chosen();
+  while (set->place > 0 && !(set->kernels.attention.block && set->is_here())) ++set;
+  return set->kernels.attention;
 }
 
 }  // namespace
 
 const Kernels& kernels() { return chosen().kernels; }
+
+const Attention& attention_kernels() {
+  static const Attention& best = best_attention();
+  return best;
+}
 
 int64_t instruction_set() { return chosen().place; }
 

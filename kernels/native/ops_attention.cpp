@@ -7,7 +7,7 @@ namespace {
 
 // q [B, H, N, d], k and v [B, H, M, d] -> out fp32 [B, N, H, d]; the last axes have no gaps
 void attention(Tensor q, Tensor k, Tensor v, Tensor out, double scale) {
-  const Attention& kernel = kernels().attention;
+  const Attention& kernel = attention_kernels();
   demand(kernel.block != nullptr, "this instruction set has no attention");
   const ScalarType type = q.scalar_type();
   demand(type == ScalarType::Float || type == ScalarType::BFloat16, "inputs are float32 or bfloat16");
@@ -32,8 +32,13 @@ void attention(Tensor q, Tensor k, Tensor v, Tensor out, double scale) {
   }
   if (all.empty() || queries == 0) return;
   const int64_t key_words = kernel.packed_keys(all[0]), value_words = kernel.packed_values(all[0]);
-  std::vector<uint32_t> packed(all.size() * (key_words + value_words));
-  const auto keys_of = [&](int64_t i) { return packed.data() + i * (key_words + value_words); };
+  struct alignas(64) Line {  // of the cache; heads take whole ones
+    uint32_t words[16];
+  };
+  constexpr int64_t kWords = sizeof(Line) / sizeof(uint32_t);
+  const int64_t lines = (key_words + value_words + kWords - 1) / kWords;
+  std::vector<Line> packed(all.size() * lines);
+  const auto keys_of = [&](int64_t i) { return packed[i * lines].words; };
   torch::stable::parallel_for(0, batch * heads, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) kernel.pack(kind, all[i], keys_of(i), keys_of(i) + key_words);
   });

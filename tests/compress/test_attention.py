@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
 
     monkeypatch.setitem(dispatch._NATIVE_ROW, ("attention", 8), ("test", run))
     monkeypatch.setattr(dispatch.native, "attention_defect", lambda: None)
-    monkeypatch.setattr(dispatch.native, "instruction_set", lambda: "test")
+    monkeypatch.setattr(dispatch.native, "instruction_set", lambda: "avx2")
     dispatch._choose.cache_clear()
     yield seen
     dispatch._choose.cache_clear()
