@@ -78,8 +78,9 @@ def linear_a8(
     """Return `reference.linear_a8`: `_int_mm` on plain int8 weights, which is as fast as on prepacked ones."""
     q, codes = _two_columns(q.contiguous(), codes)
     out = torch.empty(len(q), len(codes))
-    # A block reads all weights, hence not too few rows.
-    rows = max(256, _BLOCK_BYTES // max(1, 4 * len(codes)))
+    # A block reads all weights, hence not too few rows, and no small rest.
+    most = max(256, _BLOCK_BYTES // max(1, 4 * len(codes)))
+    rows = max(1, -(-len(q) // max(1, round(len(q) / most))))
     for start in range(0, len(q), rows):
         block = out[start : start + rows]
         torch._int_mm(q[start : start + rows], codes.t(), out=block.view(torch.int32))

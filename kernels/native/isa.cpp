@@ -57,10 +57,17 @@ void with_stretches(const Inputs& inputs, int64_t first, int64_t last, What what
 }
 
 void token_rows(const Inputs& inputs, int8_t* codes, float* scale, int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
-    with_row(inputs, row, [&](auto x) {
-      quantize_token(x, codes + row * inputs.channels, scale + row, inputs.channels);
-    });
+  constexpr int64_t kAtOnce = 8;  // rows: one alone would wait for its scale
+  for (; first < last; first += kAtOnce) {
+    const int64_t end = last - first < kAtOnce ? last : first + kAtOnce;
+    for (int64_t row = first; row < end; ++row) {
+      with_row(inputs, row, [&](auto x) { scale[row] = token_scale(x, inputs.channels); });
+    }
+    for (int64_t row = first; row < end; ++row) {
+      with_row(inputs, row, [&](auto x) {
+        token_codes(x, codes + row * inputs.channels, scale[row], inputs.channels);
+      });
+    }
   }
 }
 

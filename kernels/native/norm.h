@@ -52,7 +52,20 @@ void add_moments(const T* x, int64_t rows, int64_t channels, const float* shift,
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLeastOfSilu = -1.27846454f;  // where it is
 
-inline Floats silu(Floats v) { return v / (1.0f + exp(-v)); }
+template <int kCount>
+inline void silu(Floats (&v)[kCount]) {
+  Floats power[kCount];
+  in_turn<kCount>([&](int k) { power[k] = -v[k]; });
+  exp(power);
+  in_turn<kCount>([&](int k) { power[k] = reciprocal(1.0f + power[k]); });
+  in_turn<kCount>([&](int k) { v[k] *= power[k]; });
+}
+
+inline Floats silu(Floats v) {
+  Floats one[] = {v};
+  silu(one);
+  return one[0];
+}
 
 // Values of one channel each that are normalized as they are loaded: x * factor + added, through SiLU if it is wanted.
 template <bool with_silu, class T>
@@ -67,6 +80,12 @@ template <bool with_silu, class T>
 Floats load(Normalized<with_silu, T> p) {
   const Floats v = multiply_add(load(p.x), load(p.factor), load(p.added));
   return with_silu ? silu(v) : v;
+}
+
+template <int kCount, class T>
+void load_each(Normalized<true, T> p, Floats (&v)[kCount]) {
+  load_each(Normalized<false, T>{p.x, p.factor, p.added}, v);
+  silu(v);
 }
 
 template <bool with_silu, class T>
@@ -162,7 +181,8 @@ void layer_norm_token(const T* x, int8_t* codes, float* scale, int64_t channels,
     const Floats v = value([=](auto* p) { return load_some(p + c, channels - c); });
     memcpy(scratch + c, &v, (channels - c) * sizeof(float));
   }
-  quantize_token(scratch, codes, scale, channels);
+  *scale = token_scale(scratch, channels);
+  token_codes(scratch, codes, *scale, channels);
 }
 
 }  // namespace dcomp::DCOMP_ISA

@@ -7,7 +7,8 @@
 namespace dcomp::DCOMP_ISA {
 
 constexpr float kTokenLimit = 127.0f;
-// Whatever is beyond this is beyond all codes; within it rounding is exact, and 16 bits hold it with any zero.
+// Whatever is beyond this is beyond all codes; within it rounding is exact, and 16 bits hold it with any zero. What is
+// far below, or NaN, becomes the least integer there is.
 constexpr float kFarBeyondCodes = 1 << 14;
 
 struct Range {
@@ -69,8 +70,7 @@ inline Ints magnitude_bits(Floats v) {
 
 // The largest of all lanes, from bits of magnitudes.
 inline float largest_of(Ints magnitudes) {
-  int32_t bits = 0;
-  for (int64_t k = 0; k < kLanes; ++k) bits = magnitudes[k] > bits ? magnitudes[k] : bits;
+  const int32_t bits = over_lanes(magnitudes, [](Ints a, Ints b) { return larger(a, b); });
   float found;
   memcpy(&found, &bits, sizeof found);
   return found;
@@ -96,12 +96,24 @@ struct CodesOf {
   float inverse, zero, low, high;
 
   Floats before_rounding(Floats v) const {
-    return clamp(v * inverse, broadcast(-kFarBeyondCodes), broadcast(kFarBeyondCodes));
+    return smaller_or_second(broadcast(kFarBeyondCodes), v * inverse);
   }
 
   template <class Whole>
   Whole after_rounding(Whole v) const {
     return clamp(v + broadcast<Whole>(zero), broadcast<Whole>(low), broadcast<Whole>(high));
+  }
+};
+
+// rint(v * inverse), which is within the codes whatever v is
+struct CodesWithin {
+  float inverse;
+
+  Floats before_rounding(Floats v) const { return v * inverse; }
+
+  template <class Whole>
+  Whole after_rounding(Whole v) const {
+    return v;
   }
 };
 
@@ -114,11 +126,13 @@ template <class Values, class Code>
 void write_codes(Values x, int8_t* codes, int64_t count, Code code) {
   int64_t i = 0;
 #ifdef DCOMP_HAS_SHORTS
-  const auto shorts = [=](int64_t at) {
-    const Floats first = code.before_rounding(load(x + at)), second = code.before_rounding(load(x + at + kLanes));
-    return code.after_rounding(to_nearest_shorts(first, second));
-  };
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) store_bytes(codes + i, shorts(i), shorts(i + 2 * kLanes));
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    Floats v[4];
+    load_each(x + i, v);
+    for (Floats& each : v) each = code.before_rounding(each);
+    const Shorts first = to_nearest_shorts(v[0], v[1]), second = to_nearest_shorts(v[2], v[3]);
+    store_bytes(codes + i, code.after_rounding(first), code.after_rounding(second));
+  }
 #endif
   for (; i + kLanes <= count; i += kLanes) {
     const Bytes bytes = bytes_of(code, load(x + i));
@@ -132,17 +146,21 @@ void write_codes(Values x, int8_t* codes, int64_t count, Code code) {
 
 inline bool is_finite(float v) { return v - v == 0.0f; }
 
-// int8 codes of a row and its scale; the codes are 0 if that is not finite
+// The scale of the int8 codes of a row
 template <class Values>
-void quantize_token(Values x, int8_t* codes, float* scale, int64_t channels) {
-  float found = largest_magnitude(x, channels) / kTokenLimit;
-  if (found < kSmallestScale) found = 1.0f;
-  *scale = found;
-  if (!is_finite(found)) {
+float token_scale(Values x, int64_t channels) {
+  const float found = largest_magnitude(x, channels) / kTokenLimit;
+  return found < kSmallestScale ? 1.0f : found;
+}
+
+// int8 codes of a row with its scale; they are 0 if that is not finite
+template <class Values>
+void token_codes(Values x, int8_t* codes, float scale, int64_t channels) {
+  if (!is_finite(scale)) {
     memset(codes, 0, channels);
     return;
   }
-  write_codes(x, codes, channels, CodesOf{1.0f / found, 0.0f, -kTokenLimit, kTokenLimit});
+  write_codes(x, codes, channels, CodesWithin{1.0f / scale});
 }
 
 // uint8 codes within a given range

@@ -8,19 +8,6 @@ namespace dcomp::DCOMP_ISA {
 
 constexpr float kCodeSteps = 15.0f, kReach = 0.97f, kSlack = 0.2f;
 
-// What `choose` leaves of all lanes, from those that lie `distance` apart on.
-template <int64_t distance = kLanes / 2, class Choose>
-float over_lanes(Floats v, Choose choose) {
-  Ints places{};
-  for (int64_t i = 0; i < kLanes; ++i) places[i] = static_cast<int32_t>(i ^ distance);
-  v = choose(__builtin_shuffle(v, places), v);
-  if constexpr (distance > 1) {
-    return over_lanes<distance / 2>(v, choose);
-  } else {
-    return v[0];
-  }
-}
-
 // The smallest and the largest of `count` values and 0; if there is NaN, the largest is that.
 template <class Values>
 Range range_of_group(Values x, int64_t count) {

@@ -69,6 +69,12 @@ inline Smoothed<T> smoothed(const T* x, const float* factor) {
   return {x, factor};
 }
 
+// A few vectors, one behind the other
+template <int kCount, class Values>
+inline void load_each(Values p, Floats (&v)[kCount]) {
+  for (int k = 0; k < kCount; ++k) v[k] = load(p + k * kLanes);
+}
+
 template <class T>
 inline Floats load(Smoothed<T> p) {
   return load(p.x) * load(p.factor);
@@ -132,20 +138,33 @@ inline Floats round_to_even(Floats v) { return (v + kRound) - kRound; }
 
 inline Ints to_ints(Floats v) { return __builtin_convertvector(v, Ints); }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#define DCOMP_HAS_SHORTS  // with which bytes are made of four vectors at once; AVX-512 makes them of one
+#ifdef __AVX2__
+#define DCOMP_HAS_SHORTS  // with which bytes are made of four vectors at once
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 
-// Whole numbers nearest to values of small magnitude, ties to even; each half of the register holds half of both.
+// Whole numbers nearest to values of small magnitude, ties to even; each 16 bytes of the register hold some of both.
 inline Shorts to_nearest_shorts(Floats first, Floats second) {
+#ifdef __AVX512F__
+  return (Shorts)_mm512_packs_epi32(_mm512_cvtps_epi32((__m512)first), _mm512_cvtps_epi32((__m512)second));
+#else
   return (Shorts)_mm256_packs_epi32(_mm256_cvtps_epi32((__m256)first), _mm256_cvtps_epi32((__m256)second));
+#endif
 }
 
 // The low bytes of four vectors that two calls of `to_nearest_shorts` have joined.
 inline void store_bytes(int8_t* to, Shorts first, Shorts second) {
-  const __m256i bytes = _mm256_packus_epi16((__m256i)(first & 255), (__m256i)(second & 255));
-  const __m256i places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(bytes, places));
+  first &= 255;
+  second &= 255;
+#ifdef __AVX512F__
+  const __m512i bytes = _mm512_packus_epi16((__m512i)first, (__m512i)second);
+  constexpr Ints kPlaces = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  const __m512i ordered = _mm512_permutexvar_epi32((__m512i)kPlaces, bytes);
+#else
+  const __m256i bytes = _mm256_packus_epi16((__m256i)first, (__m256i)second);
+  constexpr Ints kPlaces = {0, 4, 1, 5, 2, 6, 3, 7};
+  const __m256i ordered = _mm256_permutevar8x32_epi32(bytes, (__m256i)kPlaces);
+#endif
+  memcpy(to, &ordered, sizeof ordered);
 }
 #endif
 
@@ -162,24 +181,63 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// 1 / v to 2 ulp, of what is neither 0 nor far from 1: an estimate and a step of Newton's method
+inline Floats reciprocal(Floats v) {
+#if defined(__AVX512F__)
+  const Floats guess = (Floats)_mm512_rcp14_ps((__m512)v);
+#elif defined(__AVX2__)
+  const Floats guess = (Floats)_mm256_rcp_ps((__m256)v);
+#else
+  return 1.0f / v;
+#endif
+#ifdef __AVX2__
+  return multiply_add(guess, multiply_add(-guess, v, broadcast(1.0f)), guess);
+#endif
+}
+
+// What `choose` leaves of all lanes, from those that lie `distance` apart on.
+template <int64_t distance = kLanes / 2, class Vector, class Choose>
+inline auto over_lanes(Vector v, Choose choose) {
+  Ints places{};
+  for (int64_t i = 0; i < kLanes; ++i) places[i] = static_cast<int32_t>(i ^ distance);
+  v = choose(__builtin_shuffle(v, places), v);
+  if constexpr (distance > 1) {
+    return over_lanes<distance / 2>(v, choose);
+  } else {
+    return v[0];
+  }
+}
+
+// Calls what(k) for a few vectors, whose steps come in turns then: one alone would wait for itself most of the time.
+template <int kCount, class What>
+inline void in_turn(What what) {
+  for (int k = 0; k < kCount; ++k) what(k);
+}
+
 // e^x to 2 ulp: 2^n times a polynomial of what is left of x (Cephes, expf)
-inline Floats exp(Floats x) {
+template <int kCount>
+inline void exp(Floats (&x)[kCount]) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  x = clamp(x, broadcast(-87.0f), broadcast(88.0f));
-  const Floats shifted = multiply_add(x, broadcast(kLog2e), broadcast(kRound)), n = shifted - kRound;
-  const Floats r = multiply_add(n, broadcast(-kLn2Low), multiply_add(n, broadcast(-kLn2High), x));
-  Floats p = multiply_add(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
-  p = multiply_add(p, r, broadcast(8.3334519073e-3f));
-  p = multiply_add(p, r, broadcast(4.1665795894e-2f));
-  p = multiply_add(p, r, broadcast(1.6666665459e-1f));
-  p = multiply_add(p, r, broadcast(5.0000001201e-1f));
-  p = multiply_add(p, r * r, r + 1.0f);
-  Ints power;  // n lies in the low bits of `shifted`
-  memcpy(&power, &shifted, sizeof power);
-  power = (power + 127) << 23;
-  Floats scale;
-  memcpy(&scale, &power, sizeof scale);
-  return p * scale;
+  constexpr float kFactors[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                                1.6666665459e-1f, 5.0000001201e-1f};
+  Floats shifted[kCount], p[kCount];
+  in_turn<kCount>([&](int k) { x[k] = clamp(x[k], broadcast(-87.0f), broadcast(88.0f)); });
+  in_turn<kCount>([&](int k) { shifted[k] = multiply_add(x[k], broadcast(kLog2e), broadcast(kRound)); });
+  in_turn<kCount>([&](int k) { x[k] = multiply_add(shifted[k] - kRound, broadcast(-kLn2High), x[k]); });
+  in_turn<kCount>([&](int k) { x[k] = multiply_add(shifted[k] - kRound, broadcast(-kLn2Low), x[k]); });
+  in_turn<kCount>([&](int k) { p[k] = broadcast(kFactors[0]); });
+  for (int i = 1; i < 6; ++i) {
+    in_turn<kCount>([&](int k) { p[k] = multiply_add(p[k], x[k], broadcast(kFactors[i])); });
+  }
+  in_turn<kCount>([&](int k) { p[k] = multiply_add(p[k], x[k] * x[k], x[k] + 1.0f); });
+  in_turn<kCount>([&](int k) {
+    Ints power;  // n lies in the low bits of `shifted`
+    memcpy(&power, &shifted[k], sizeof power);
+    power = (power + 127) << 23;
+    Floats scale;
+    memcpy(&scale, &power, sizeof scale);
+    x[k] = p[k] * scale;
+  });
 }
 
 }  // namespace dcomp::DCOMP_ISA

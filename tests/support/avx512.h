@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 namespace emulated {
 
@@ -120,6 +121,43 @@ __m512i unpacked(__m512i a, __m512i b, int first) {
   return as<__m512i>(v);
 }
 
+// Integers nearest to values, ties to even; the least one for what is beyond all.
+inline __m512i to_integers(__m512 v) {
+  Ints whole{};
+  for (int i = 0; i < 16; ++i) {
+    whole[i] = v[i] >= -2147483648.0f && v[i] < 2147483648.0f ? static_cast<int32_t>(__builtin_nearbyintf(v[i]))
+                                                               : INT32_MIN;
+  }
+  return as<__m512i>(whole);
+}
+
+// In each 16 bytes: the integers of a, then those of b, each of half the bits, as near as these come to it.
+template <class Narrow, class Wide>
+__m512i packed(__m512i a, __m512i b) {
+  typedef Wide Wides __attribute__((vector_size(64), may_alias));
+  typedef Narrow Narrows __attribute__((vector_size(64), may_alias));
+  constexpr int64_t kCount = 64 / sizeof(Narrow), kLane = kCount / 4, kLow = std::numeric_limits<Narrow>::min(),
+                    kHigh = std::numeric_limits<Narrow>::max();
+  const Wides x = as<Wides>(a), y = as<Wides>(b);
+  Narrows v{};
+  for (int64_t i = 0; i < kCount; ++i) {
+    const int64_t from = i / kLane * (kLane / 2) + i % (kLane / 2);
+    const int64_t value = i % kLane < kLane / 2 ? x[from] : y[from];
+    v[i] = static_cast<Narrow>(value < kLow ? kLow : value > kHigh ? kHigh : value);
+  }
+  return as<__m512i>(v);
+}
+inline __m512i ordered(__m512i places, __m512i v) {
+  const Ints from = as<Ints>(places), x = as<Ints>(v);
+  Ints to{};
+  for (int i = 0; i < 16; ++i) to[i] = x[from[i] & 15];
+  return as<__m512i>(to);
+}
+// The real one is off by 2^-14 at most: so is this.
+inline __m512 near_reciprocal(__m512 v) {
+  return each([&](int i) { return (1.0f / v[i]) * (1.0f + 0x1p-15f); });
+}
+
 // Sixteen bytes each: two of a, then two of b.
 inline __m512i shuffled(__m512i a, __m512i b, int places) {
   char from[2][64], to[64];
@@ -219,6 +257,11 @@ inline void multiply_halves(int sums, int a, int b) {
 #define _mm512_reduce_max_ps emulated::largest_of
 #define _mm512_roundscale_ps(v, how) emulated::rounded(v)
 #define _mm512_scalef_ps emulated::scaled
+#define _mm512_cvtps_epi32 emulated::to_integers
+#define _mm512_packs_epi32 emulated::packed<int16_t, int32_t>
+#define _mm512_packus_epi16 emulated::packed<uint8_t, int16_t>
+#define _mm512_permutexvar_epi32 emulated::ordered
+#define _mm512_rcp14_ps emulated::near_reciprocal
 #define _mm512_unpacklo_epi32(a, b) emulated::unpacked<emulated::Ints>(a, b, 0)
 #define _mm512_unpackhi_epi32(a, b) emulated::unpacked<emulated::Ints>(a, b, 2)
 #define _mm512_unpacklo_epi64(a, b) emulated::unpacked<emulated::Longs>(a, b, 0)
