@@ -57,9 +57,12 @@ void with_stretches(const Inputs& inputs, int64_t first, int64_t last, What what
 }
 
 void token_rows(const Inputs& inputs, int8_t* codes, float* scale, int64_t first, int64_t last) {
-  constexpr int64_t kAtOnce = 8;  // rows: one alone would wait for its scale
-  for (; first < last; first += kAtOnce) {
-    const int64_t end = last - first < kAtOnce ? last : first + kAtOnce;
+  // A short row alone would wait for its scale; as many as are near enough to be read again do not.
+  constexpr int64_t kMostRows = 8, kNearValues = 1 << 13;
+  const int64_t near = kNearValues / (inputs.channels > 0 ? inputs.channels : 1);
+  const int64_t at_once = near < 1 ? 1 : near < kMostRows ? near : kMostRows;
+  for (; first < last; first += at_once) {
+    const int64_t end = last - first < at_once ? last : first + at_once;
     for (int64_t row = first; row < end; ++row) {
       with_row(inputs, row, [&](auto x) { scale[row] = token_scale(x, inputs.channels); });
     }
