@@ -8,16 +8,16 @@ namespace dcomp::DCOMP_ISA {
 
 constexpr float kCodeSteps = 15.0f, kReach = 0.97f, kSlack = 0.2f;
 
-// The smallest and the largest of `count` values and 0; if there is NaN, the largest is that.
+// The smallest and the largest of `count` values and 0, but for NaN, which is told to `strange`.
 template <class Values>
-Range range_of_group(Values x, int64_t count) {
+Range range_of_group(Values x, int64_t count, Ints& strange) {
   Extremes found{};
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) found.add(load(x + i));
   if (i < count) found.add(load_some(x + i, count - i));
-  const Floats high = found.strange ? broadcast(__builtin_nanf("")) : found.high;
-  return {over_lanes(found.low, [](Floats a, Floats b) { return a < b ? a : b; }),
-          over_lanes(high, [](Floats a, Floats b) { return larger(a, b); })};
+  strange |= found.strange;
+  return {over_lanes(found.low, [](Floats a, Floats b) { return smaller_or_second(a, b); }),
+          over_lanes(found.high, [](Floats a, Floats b) { return larger_or_second(a, b); })};
 }
 
 // The largest multiplier with which all codes of a group stay within 127.
@@ -26,11 +26,13 @@ inline Floats group_limits(Floats below) {
   return to_floats(to_ints(kTokenLimit / (below > above ? below : above)));
 }
 
-// Writes the grids of a row, and returns the outer scale that it calls for, before zeros get 1; NaN if it has one.
+// Writes the grids of a row, and returns the outer scale that it calls for, before zeros get 1; if the row has NaN, that,
+// and grids of the rest.
 template <class Values>
 float group_grids(Values x, int64_t channels, int64_t group, float* step, float* below) {
+  Ints strange{};
   for (int64_t start = 0, g = 0; start < channels; start += group, ++g) {
-    const Range range = range_of_group(x + start, group < channels - start ? group : channels - start);
+    const Range range = range_of_group(x + start, group < channels - start ? group : channels - start, strange);
     step[g] = range.high;
     below[g] = range.low;
   }
@@ -45,7 +47,7 @@ float group_grids(Values x, int64_t channels, int64_t group, float* step, float*
     store(below + g, count);
     peak = larger(peak, magnitude_bits(steps * kReach / group_limits(count)));
   }
-  return largest_of(peak);
+  return over_lanes(strange, [](Ints a, Ints b) { return a | b; }) ? __builtin_nanf("") : largest_of(peak);
 }
 
 // clamp(rint(v * inverse), -below, 15 - below) * multiplier: finite values are hardly beyond, so that rounding is exact
