@@ -180,7 +180,7 @@ def _native_row(request: _Request) -> Choice:
         return Choice("native", text, _STRIPS[request.operation], stored)
     text, run = _NATIVE_ROW[request.key]
     if request.operation == "attention":
-        text = f"{_PRODUCTS_OF_ATTENTION[native.instruction_set()]}, softmax between them in fp32"
+        text = f"{_PRODUCTS_OF_ATTENTION[native.instruction_set()]}, {text}"
     return Choice("native", f"{text} ({native.instruction_set()})", run, native.int8_image)
 
 
@@ -294,7 +294,7 @@ _NATIVE_ROW: dict[tuple[str, int], tuple[str, Callable[..., Any]]] = {
     ),
     ("group_norm_quantize", 8): ("norm, activation and codes in two or three passes", native.group_norm_quantize),
     ("layer_norm_quantize", 8): ("norm and codes of a token at once", native.layer_norm_quantize),
-    ("attention", 8): ("a block of keys at a time", native.attention),
+    ("attention", 8): ("softmax between them in fp32", native.attention),
 }
 _STRIPS: dict[str, Callable[..., Any]] = {
     "linear_a8": native.linear_a8_by_strips,

@@ -181,7 +181,8 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// 1 / v to 2 ulp, of what is neither 0 nor far from 1: an estimate and a step of Newton's method
+// 1 / v to 2 ulp for finite v from 1 on, or 0 where that is below normal numbers: an estimate and a step of Newton's
+// method
 inline Floats reciprocal(Floats v) {
 #if defined(__AVX512F__)
   const Floats guess = (Floats)_mm512_rcp14_ps((__m512)v);
